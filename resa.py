@@ -1,0 +1,674 @@
+"""SAE-Tuning: train a sparse autoencoder on a reasoning model, tune another model through it, take it out.
+
+    python resa.py                      the whole experiment on the embedded model, every arm, with intervals
+    python resa.py --quick              the same, small (under a minute)
+    python resa.py merge --model BASE+ADAPTER --out DIR          an adapter folded into its base
+
+The method is Resa (arXiv 2506.09967).  Stage I: a TopK SAE learns the activations of block `layer` of a
+*source* model (sae.py).  Stage II: the frozen SAE replaces that activation inside a *target* model, and
+LoRA adapters learn to bring the spliced model's predictions y~ back to the model's own y:
+
+    argmin over LoRA of  KL( y || y~ ),     y = target alone,  y~ = target + LoRA with x -> SAE(x) at block `layer`     (8)
+
+At test time the SAE is removed and the adapters stay.  This file holds stage II: `add_lora`, `splice`,
+`tuning_loss`, and the table of arms that says whether any of it mattered.
+
+Letters in shape comments: B batch rows, T tokens, D width, V vocabulary, N = B*T tokens.
+"""
+
+import argparse
+import contextlib
+import difflib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import types
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from model import check_adapter, load_model, load_tokenizer, read_adapter, read_json, save_model, staged
+
+HERE = Path(__file__).resolve().parent
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line: a dataclass is the parser
+# ----------------------------------------------------------------------------------------------------------
+
+# Bundles of defaults, by --preset; each command takes the fields it has.  Flags override them.
+TINY = HERE / "data" / "tiny"
+PRESETS = {
+    "tiny": dict(source=f"{TINY}/distill+{TINY}/rl", target=f"{TINY}/distill", data=f"{TINY}/train.jsonl",
+                 bench="tiny", template="chat", layer=1, latents=1024, k=16, seq_len=256, dtype="float32",
+                 max_new_tokens=96),
+    # arXiv 2506.09967, Table 7 and section 2.1, with the released code's values where the two differ.
+    "resa-still-v1": dict(source="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B+"
+                                 "Tina-Yi/R1-Distill-Qwen-1.5B-STILL#checkpoint-2000",
+                          target="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", data="still.jsonl", bench="aime24",
+                          template="resa", layer=12, latents=65536, k=32, seq_len=2048, dtype="bfloat16",
+                          device="cuda", init="finetune", batch=16, steps=0, epochs=1, shuffle=False,
+                          sae_from="EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k#layers.12.mlp"),
+}
+PRESETS["resa-still-v3"] = {k: v for k, v in PRESETS["resa-still-v1"].items() if k != "sae_from"} | {"init": "scratch"}
+
+
+def remarks(cls):
+    """{field: the comment behind it}: the remark a reader sees in the source is what --help prints."""
+    found = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            if match := re.match(r"    (\w+): [^#]*#\s*(.+)", line):
+                found[match[1]] = match[2]
+    return found
+
+
+def make_parser(cls, prog):
+    """An argparse parser with one --flag per field of a dataclass, typed by its annotation."""
+    parser = argparse.ArgumentParser(prog=prog, description=inspect.cleandoc(cls.__doc__ or ""), allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS, exit_on_error=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="JSON file of flags; flags given here override it")
+    hints, notes = typing.get_type_hints(cls), remarks(cls)
+    for f in fields(cls):
+        flag, kind = "--" + f.name.replace("_", "-"), hints[f.name]
+        options = {"help": (f"{notes.get(f.name, '')} (default: {f.default})").replace("%", "%%")}
+        if isinstance(kind, types.UnionType):                      # X | None
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is list:
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
+        elif typing.get_origin(kind) is Literal:
+            options |= {"choices": typing.get_args(kind), "type": type(typing.get_args(kind)[0])}
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument(flag, **options)
+    return parser
+
+
+def parse_flags(cls, argv, prog, others=()):
+    """argv -> an instance of dataclass `cls`: defaults < preset < --config FILE.json < flags.
+
+    .given holds the names set by file or flag, so that a command can refuse what cannot take effect.
+    ValueError: an unknown flag (with the nearest one, or the stage among `others` it belongs to), a bad value.
+    """
+    parser = make_parser(cls, prog)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{prog}: {error}") from None
+    given = vars(given)
+    names = [f.name for f in fields(cls)]
+    for flag in unknown:
+        refuse_flag(flag, names, prog, others)
+    config = read_json(given.pop("config")) if "config" in given else {}
+    for name in config:
+        if name not in names:
+            refuse_flag("--" + name.replace("_", "-"), names, prog, others)
+    from_file = vars(parser.parse_args(to_argv(config)))           # through argparse, so it is checked alike
+    given = from_file | given
+    preset = given.get("preset", next((f.default for f in fields(cls) if f.name == "preset"), None))
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"{prog}: no preset {preset!r}; there are {', '.join(PRESETS)}")
+    bundle = {k: v for k, v in PRESETS.get(preset, {}).items() if k in names}
+    args = cls(**(bundle | given))
+    args.given = set(given)
+    return args
+
+
+def to_argv(config):
+    """{"lr": 0.1, "shuffle": false, "model": ["a", "b"]} -> ["--lr", "0.1", "--no-shuffle", "--model", "a", "b"]."""
+    argv = []
+    for name, value in config.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            argv += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return argv
+
+
+def refuse_flag(flag, names, prog, others):
+    known = ["--" + n.replace("_", "-") for n in names]
+    name = flag.split("=")[0]
+    if not flag.startswith("--"):
+        raise ValueError(f"{prog}: {flag!r} is not a flag; flags begin with --")
+    for stage, cls in dict(others).items():
+        if name[2:].replace("-", "_") in {f.name for f in fields(cls)}:
+            raise ValueError(f"{prog}: {name} belongs to --stage {stage}; it would have no effect here")
+    near = difflib.get_close_matches(name, known, 1)
+    raise ValueError(f"{prog}: no flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+
+
+def front_door(main):
+    """Runs main(argv).  A user's mistake becomes one line and exit code 2; RESA_TRACEBACK=1 shows where it arose."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("RESA_TRACEBACK"):
+            raise
+        if isinstance(error, BrokenPipeError):                     # `| head` closed the pipe: nothing to report
+            os._exit(0)
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; a run with checkpoints continues with --resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def open_run(directory, args, name="config.json"):
+    """Creates a run directory and writes what would be needed to run it again."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    record = {"settings": {f.name: getattr(args, f.name) for f in fields(args)}, "argv": sys.argv, "git": commit or None,
+              "versions": {"python": platform.python_version(), "torch": torch.__version__},
+              "machine": {"cpu": platform.machine(), "cores": os.cpu_count(),
+                          "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}}
+    with staged(directory) as temporary:
+        (temporary / name).write_text(json.dumps(record, indent=2) + "\n")
+    return Path(directory)
+
+
+def relative(spec):
+    """A spec or path without this checkout's own directory: what goes into artifacts should make sense elsewhere."""
+    return str(spec).replace(f"{HERE}/", "")
+
+
+def read_problems(path):
+    """JSONL with "problem" (or "question"), "answer" and maybe "id" -> list of dicts, those keys all set.
+
+    ValueError names the file and line of the first bad row: path:17: no "answer" field.
+    """
+    rows, ids = [], set()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: a JSON object was expected")
+        row.setdefault("problem", row.get("question"))
+        for name in ("problem", "answer"):
+            if not isinstance(row.get(name), (str, int, float)) or row[name] == "":
+                raise ValueError(f'{path}:{number}: no "{name}" field')
+        row |= {"problem": str(row["problem"]), "answer": str(row["answer"]), "id": str(row.get("id", len(rows)))}
+        if row["id"] in ids:
+            raise ValueError(f"{path}:{number}: id {row['id']!r} occurs twice")
+        ids.add(row["id"])
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no problems in it")
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------
+# LoRA (arXiv 2106.09685), in PEFT's names and files
+# ----------------------------------------------------------------------------------------------------------
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Linear):
+    """A frozen Linear plus scale * B A, where A is (r,in) and B (out,r).  It takes over the Linear's tensors.
+
+    A and B stay in fp32 whatever the base is: at a rate of 1e-6 a bf16 parameter would never move.
+    """
+
+    def __init__(self, base, r, alpha, dropout=0.0):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))      # PEFT's; B = 0, so the first step is the base
+        self.r, self.alpha, self.scale, self.dropout, self.on = r, alpha, alpha / r, dropout, True
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if not self.on:
+            return y
+        low = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype) @ self.lora_A.T       # (...,r)
+        return y + (low @ self.lora_B.T * self.scale).to(y.dtype)
+
+
+def lora_layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def add_lora(model, r=32, alpha=128, dropout=0.05, targets=TARGETS):
+    """Freezes the model and puts a LoRALinear in place of every Linear whose last name is in `targets`.
+
+    Defaults are the paper's (Table 7) on the released code's seven projections.  Returns the model.
+    """
+    model.requires_grad_(False)
+    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets]
+    if not found:
+        raise ValueError(f"the model has no layer named {' or '.join(targets)} to adapt")
+    for name in found:
+        replace(model, name, LoRALinear(model.get_submodule(name), r, alpha, dropout))
+    return model
+
+
+def replace(model, name, module):
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """Inside, the model is its own base: this is the teacher of SAE-Tuning."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.on = True
+
+
+@contextlib.contextmanager
+def adapters_folded(model):
+    """Inside, B A is part of the weights, so that sampling costs what the base costs; bits are restored after."""
+    layers = lora_layers(model).values()
+    kept = [layer.weight for layer in layers]
+    for layer in layers:
+        layer.weight, layer.on = nn.Parameter(folded(layer), requires_grad=False), False
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, kept):
+            layer.weight, layer.on = weight, True
+
+
+@torch.no_grad()
+def folded(layer):
+    """The merged weight (out,in); summed in fp32, since bf16 would drop small updates."""
+    exact = torch.promote_types(layer.weight.dtype, torch.float32)
+    return (layer.weight.to(exact) + layer.scale * (layer.lora_B @ layer.lora_A).to(exact)).to(layer.weight.dtype)
+
+
+def merge_adapter(model):
+    """Folds the attached adapters into plain Linear layers for good.  Returns the model."""
+    for name, layer in lora_layers(model).items():
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(folded(layer), requires_grad=False), layer.bias
+        replace(model, name, linear)
+    return model
+
+
+def save_adapter(model, directory, base=None):
+    """Writes adapter_model.safetensors and the smallest adapter_config.json that PEFT reads.
+
+    Newer PEFT fields make older releases fail, so only what is needed is written.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapters to save")
+    tensors = {f"base_model.model.{n}.lora_{s}.weight": getattr(m, f"lora_{s}").detach().contiguous().cpu()
+               for n, m in layers.items() for s in "AB"}
+    first = next(iter(layers.values()))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": first.r, "lora_alpha": first.alpha,
+              "lora_dropout": first.dropout, "bias": "none", "inference_mode": True,
+              "target_modules": sorted({n.rpartition(".")[2] for n in layers}), "base_model_name_or_path": base}
+    with staged(directory) as temporary:
+        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model, spec):
+    """Attaches a PEFT adapter, trainable, without merging it (model.load_model merges).  Returns the model."""
+    adapter = read_adapter(spec)
+    check_adapter(model, adapter, spec)
+    model.requires_grad_(False)
+    for name, (A, B) in adapter["pairs"].items():
+        layer = LoRALinear(model.get_submodule(name), adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"])
+        with torch.no_grad():
+            layer.lora_A.copy_(A), layer.lora_B.copy_(B)
+        replace(model, name, layer)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Splice: read the activation at a hook site, or put something in its place
+# ----------------------------------------------------------------------------------------------------------
+
+def site_module(model, layer, site):
+    """The module whose output is the site: block `layer` counted from 0 ("resid"), or its MLP ("mlp").
+
+    Resa: the text attaches the SAE to the MLP output, the released code to the block output: --site.
+    """
+    count = len(model.model.layers)
+    if not 0 <= layer < count:
+        raise ValueError(f"layer {layer} is out of range: this model has blocks 0 .. {count - 1}")
+    return {"resid": model.model.layers[layer], "mlp": model.model.layers[layer].mlp}[site]
+
+
+@contextlib.contextmanager
+def splice(model, sae, layer, site="resid", grad=False):
+    """Inside, x_hat = sae(x) stands in for the activation x at the site.
+
+    grad=False is the published code: the SAE runs under no_grad, so the blocks below see no gradient through
+    it.  grad=True is the published text.  `sae` is any module (B,T,D) -> (B,T,D).
+    """
+    def swap(module, inputs, x):
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            return sae(x)
+    handle = site_module(model, layer, site).register_forward_hook(swap)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def activations(model, ids, layer, site="resid"):
+    """ids (B,T) -> the activation (B,T,D) at the site; nothing above block `layer` is computed."""
+    caught = []
+    handle = site_module(model, layer, site).register_forward_hook(lambda module, inputs, x: caught.append(x))
+    try:
+        model.run(ids, stop=layer + 1)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+class MatchedNoise(nn.Module):
+    """The control for `sae`: x plus Gaussian noise whose norm at each token is that of the SAE's own error."""
+
+    def __init__(self, sae, seed=0):
+        super().__init__()
+        self.sae, self.seed, self.generator = sae, seed, None
+
+    def forward(self, x):
+        if self.generator is None:
+            self.generator = torch.Generator(x.device).manual_seed(self.seed)
+        e = (x - self.sae(x)).float()                                                            # (B,T,D)
+        noise = torch.randn(e.shape, generator=self.generator, device=x.device)
+        return x + (noise * (e.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The tuning objective
+# ----------------------------------------------------------------------------------------------------------
+
+class ChunkedKL(torch.autograd.Function):
+    """Sum over tokens of KL(teacher || student) in nats, without ever holding an (N,V) tensor.
+
+    h_s, h_t (N,D) are final-normed hidden states, W_s, W_t (V,D) the frozen heads.  With p = softmax(h W^T):
+        loss = sum_n sum_v p_t (log p_t - log p_s),        d loss / d h_s = (p_s - p_t) W_s
+    so the backward pass needs no logits.  At N=2048, V=151,936 one fp32 (N,V) tensor is 1.2 GB; the plain way
+    holds several.
+    """
+
+    @staticmethod
+    def forward(ctx, h_s, h_t, W_s, W_t, chunk):
+        total, grad = torch.zeros((), device=h_s.device, dtype=torch.float64), torch.empty_like(h_s)
+        for i in range(0, len(h_s), chunk):
+            log_s = at_least_fp32(h_s[i:i + chunk] @ W_s.T).log_softmax(-1)                      # (chunk,V)
+            log_t = at_least_fp32(h_t[i:i + chunk] @ W_t.T).log_softmax(-1)
+            p_t = log_t.exp()
+            total += (p_t * (log_t - log_s)).sum().double()
+            grad[i:i + chunk] = (log_s.exp() - p_t).to(W_s.dtype) @ W_s
+        ctx.save_for_backward(grad)
+        return total.to(torch.promote_types(h_s.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grad, = ctx.saved_tensors
+        return (grad * upstream).to(grad.dtype), None, None, None, None
+
+
+def at_least_fp32(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def kl_loss(student, teacher, h_s, h_t, reduction="token", chunk=256):
+    """h_s, h_t (B,T,D), outputs of the last blocks of two models -> KL(teacher || student), a scalar in nats.
+
+    reduction  "token": mean over B*T tokens.   Resa: --kl-reduction sequence sums over the T positions and
+               averages over B, which makes it T times larger before the clip at norm 1.
+    """
+    B, T, D = h_s.shape
+    h_s, h_t = student.model.norm(h_s).view(B * T, D), teacher.model.norm(h_t).view(B * T, D)    # (N,D)
+    total = ChunkedKL.apply(h_s, h_t.detach(), student.lm_head.weight, teacher.lm_head.weight, chunk)
+    return total / (B * T if reduction == "token" else B)
+
+
+def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="token", teacher=None):
+    """The loss of SAE-Tuning (arXiv 2506.09967 eq. 8), KL(teacher || student), a scalar in nats.
+
+    model    the target with LoRA attached: the student, with `sae` spliced in at block `layer`
+    sae      module (B,T,D) -> (B,T,D); None: no splice, plain distillation from `teacher`
+    ids      (B,T).  All positions count, the first included, and there is no cross-entropy term, as published
+    teacher  None: the target itself, adapters off and SAE out;  another model: that one (--teacher source)
+
+    Where no gradient can pass below the site (grad off, whole block output replaced), teacher and student
+    share blocks 0 .. layer, which are then run once and without a graph; `plain_tuning_loss` is the twin.
+    """
+    if sae is None or grad or site != "resid" or teacher is not None:
+        return plain_tuning_loss(model, sae, layer, ids, site, grad, reduction, teacher)
+    site_module(model, layer, site)                            # refuses a layer that is not there
+    with torch.no_grad(), adapters_off(model):                 # adapters below the hook never leave zero
+        h = model.run(ids, stop=layer + 1)                                                       # (B,T,D)
+        h_t, x_hat = model.run(h, start=layer + 1), sae(h)
+    return kl_loss(model, model, model.run(x_hat, start=layer + 1), h_t, reduction)
+
+
+def plain_tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="token", teacher=None):
+    """The same, in two whole passes."""
+    with torch.no_grad(), contextlib.nullcontext() if teacher is not None else adapters_off(model):
+        h_t = (teacher or model).run(ids)                                                        # (B,T,D)
+    with splice(model, sae, layer, site, grad) if sae is not None else contextlib.nullcontext():
+        h_s = model.run(ids)
+    return kl_loss(model, teacher or model, h_s, h_t, reduction)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The experiment: every arm, one table
+# ----------------------------------------------------------------------------------------------------------
+
+# Each arm is a training command, so that any row of the table can be made again alone:
+#     python train.py --stage <the words below> --out DIR
+SAES = {"sae": "sae", "sae-mlp": "sae --site mlp", "sae-base": "sae --source {base}"}
+ARMS = {
+    "base": None,
+    "RL source": None,
+    "SAE-Tuning (published code)": "tune --sae {out}/sae",
+    "SAE-Tuning (published text)": "tune --sae {out}/sae-mlp --site mlp --sae-grad on --schedule cosine",
+    "SAE of the base": "tune --sae {out}/sae-base",
+    "random SAE": "tune --sae {out}/sae --splice random",
+    "noise of the SAE's size": "tune --sae {out}/sae --splice noise",
+    "trace-free SFT": "sft",
+    "source teaches, with SAE": "tune --sae {out}/sae --teacher source",
+    "source teaches, no SAE": "tune --splice none --teacher source",
+}
+# What the controls are for: pairs (arm, its control), compared question by question under the table.
+QUESTIONS = [("SAE-Tuning (published code)", "random SAE", "does it matter that the SAE is trained"),
+             ("SAE-Tuning (published code)", "noise of the SAE's size", "is it more than noise at that layer"),
+             ("SAE-Tuning (published code)", "SAE of the base", "does the source matter to the SAE"),
+             ("source teaches, with SAE", "source teaches, no SAE", "does the SAE help a stronger teacher")]
+
+
+@dataclass
+class Experiment:
+    """SAE-Tuning and its controls on the embedded model: trains every arm, prints one table of Pass@1."""
+    out: str = "out/tiny/experiment"     # run directory; every arm has a folder in it
+    seed: int = 0                        # of every training and of the samples
+    questions: int = 1000                # held-out questions, the first of data/tiny/test.jsonl
+    samples: int = 1                     # of each question, at temperature 0.6, top-p 0.95
+    sae_steps: int = 60                  # optimizer steps of an SAE
+    tune_steps: int = 60                 # optimizer steps of an adapter, the same for every arm; the last is used
+    batch: int = 16                      # chunks of 256 tokens in a step
+    lr: float = 1e-3                     # of every adapter
+    workers: int = 2                     # arms trained at a time, one core each
+    quick: bool = False                  # 100 questions, 8 steps: shows that it runs, not what it is worth
+
+
+def train_arm(words, args, out, steps):
+    """One training command in this process -> its summary (a dict with "seconds")."""
+    import train
+    torch.set_num_threads(1)
+    stage, *flags = words.format(out=args.out, base=PRESETS["tiny"]["target"]).split()
+    flags += ["--out", out, "--steps", str(steps), "--seed", str(args.seed), "--batch", str(args.batch)]
+    flags += ["--lr", str(args.lr)] if stage != "sae" else []
+    Path(out, "checkpoint.safetensors").unlink(missing_ok=True)        # of an interrupted experiment
+    return getattr(train, f"run_{stage}")(train.prepare(stage, flags))
+
+
+def run_arm(name, args):
+    """Trains and evaluates one arm -> (name, samples, training seconds or None).  Runs in a worker process."""
+    import eval
+    torch.set_num_threads(1)
+    out, words, seconds = f"{args.out}/{slug(name)}", ARMS[name], None
+    spec = PRESETS["tiny"]["source" if name == "RL source" else "target"]
+    if words is not None:
+        seconds = train_arm(words, args, out, args.tune_steps)["seconds"]
+        spec = f"{spec}+{out}"
+    problems = read_problems(TINY / "test.jsonl")[:args.questions]
+    rows = eval.evaluate(load_model(spec), load_tokenizer(spec), problems, f"{args.out}/eval/{slug(name)}.jsonl",
+                         samples=args.samples, max_new_tokens=PRESETS["tiny"]["max_new_tokens"], seed=args.seed,
+                         slots=128, label=name, fresh=True)
+    return name, rows, seconds
+
+
+def slug(name):
+    return re.sub(r"\W+", "-", name.lower()).strip("-")
+
+
+def experiment(argv):
+    """`python resa.py`: three SAEs, then every arm, then the table and what it says."""
+    args = parse_flags(Experiment, argv, "resa.py")
+    if args.quick:
+        args.questions, args.sae_steps, args.tune_steps = 100, 8, 8
+    began = time.perf_counter()
+    open_run(args.out, args)
+    results, seconds = {}, {}
+    jobs = {n: (train_arm, w, args, f"{args.out}/{n}", args.sae_steps) for n, w in SAES.items()}
+    saes = {n: result for n, result in in_workers(jobs, args.workers, "autoencoders")}
+    for name, s in saes.items():
+        print(f"  {name:10s} FVU {s['train_fvu']:.3f}  L0 {s['train_l0']:.1f}  dead {s['train_dead']:.1%}  "
+              f"{s['tokens']:,} tokens  {s['seconds']:.0f} s")
+    jobs = {name: (run_arm, name, args) for name in ARMS}
+    for name, (_, rows, spent) in in_workers(jobs, args.workers, "arms"):
+        results[name], seconds[name] = rows, spent
+    results = {name: results[name] for name in ARMS}
+    text = describe(results, seconds, saes, args)
+    with staged(args.out) as temporary:
+        (temporary / "table.txt").write_text(text + "\n")
+    print(f"\n{text}\n\n{args.out}: samples, adapters and this table; {time.perf_counter() - began:.0f} s in all")
+
+
+def in_workers(jobs, workers, title):
+    """Runs {name: (function, *arguments)} in processes of their own, yields (name, result) as each one ends."""
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+    from tqdm import tqdm
+    # Tiny tensors gain nothing from a second thread, whole arms do.  A worker's own bars would overwrite each other.
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=quiet_worker) as pool:
+        futures = {pool.submit(*job): name for name, job in jobs.items()}
+        bar = tqdm(as_completed(futures), total=len(futures), desc=title, unit=title[:-1], disable=None)
+        for future in bar:
+            bar.set_postfix_str(f"done: {futures[future]}")
+            yield futures[future], future.result()
+
+
+def quiet_worker():
+    sys.stderr = open(os.devnull, "w")      # not a terminal, so progress bars stay silent; errors come as exceptions
+
+
+def describe(results, seconds, saes, args):
+    """The table of arms and, in words, what each comparison of QUESTIONS shows -> str."""
+    import eval
+    base, source = results["base"], results["RL source"]
+    rl_seconds = read_json(TINY / "rl" / "summary.json")["seconds"]
+    gap, lines = eval.paired(source, base)["difference"], []
+    for name, rows in results.items():
+        s, pair, spent = eval.summarize(rows), eval.paired(rows, base), seconds[name]
+        closed = pair["difference"] / gap if gap > 0 else float("nan")
+        against = ["", "", ""] if name == "base" else [f"{pair['difference']:+.3f}", bracket(pair), f"{closed:+.0%}"]
+        cost = ["", ""] if spent is None else [f"{spent:.0f}", f"{spent / rl_seconds:.2f}"]
+        lines.append([name, f"{s['pass@1']:.3f}", "[{:.3f}, {:.3f}]".format(*s["interval"]), *against, *cost])
+    header = ["arm", "Pass@1", "95% CI", "- base", "95% CI", "gap closed", "train s", "x RL"]
+    n = f"{args.questions} held-out questions x {args.samples} sample, temperature 0.6, top-p 0.95; seed {args.seed}"
+    words = [f"{n}; adapters after the last of {args.tune_steps} steps, none was chosen.",
+             f"RL, which made the source, took {rl_seconds:.0f} s of one core when it was run."]
+    words += [say(results[a], results[b], a, b, why) for a, b, why in
+              [(n, "base", "is it better than doing nothing") for n in ARMS if n.startswith("SAE-Tuning")] + QUESTIONS]
+    return "\n".join([eval.table(lines, header), "", *words])
+
+
+def say(rows, control, name, against, why):
+    """One comparison in plain words; a null result is called one."""
+    import eval
+    pair = eval.paired(rows, control)
+    low, high = pair["interval"]
+    found = "yes, better" if low > 0 else "no, worse" if high < 0 else "no difference is seen"
+    return f"{why[0].upper() + why[1:]}? {name} - {against}: {pair['difference']:+.3f} {bracket(pair)}: {found}."
+
+
+def bracket(pair):
+    return "[{:+.3f}, {:+.3f}]".format(*pair["interval"])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Front door
+# ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Merge:
+    """Folds the adapters of a model spec into its weights and writes a plain model directory."""
+    model: str = ""                      # BASE+ADAPTER
+    out: str = ""                        # directory to write
+    dtype: str | None = None             # default: the checkpoint's
+
+
+def merge(argv):
+    args = parse_flags(Merge, argv, "resa.py merge")
+    if "+" not in args.model or not args.out:
+        raise ValueError("resa.py merge needs --model BASE+ADAPTER and --out DIR")
+    if Path(args.out).exists():
+        raise ValueError(f"{args.out} exists already; --out must be a new directory")
+    save_model(load_model(args.model, args.dtype), args.out)
+    print(f"{args.out}: {args.model}, merged")
+
+
+COMMANDS = {"merge": merge}
+
+
+def main(argv):
+    """`python resa.py [command] ...`: without a command, the experiment.  It alone imports train and eval."""
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in COMMANDS:
+            raise ValueError(f"resa.py: no command {argv[0]!r}; there is {', '.join(COMMANDS)}, or none for the experiment")
+        return COMMANDS[argv[0]](argv[1:])
+    experiment(argv)
+
+
+if __name__ == "__main__":
+    # Imported under its own name: train and eval import `resa`, and its classes should exist once.
+    import resa
+    resa.front_door(resa.main)

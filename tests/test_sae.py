@@ -1,0 +1,736 @@
+"""
+Tests of sae.py: codes, gradients, training step, optimiser, metrics, files.
+
+    python -m pytest tests/test_sae.py
+
+The numbers under "golden" were computed once by sparsify 1.3.3; where sparsify and schedulefree are
+installed, the last section compares with them directly.
+"""
+import json
+import math
+import os
+from contextlib import nullcontext
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sae as S
+
+D, F, K = 6, 12, 3
+
+
+def make(seed=0, dtype=torch.float32, n_latents=F, d_in=D, **hyper):
+    """A small SAE whose biases are not zero and whose latents are not all alike."""
+    model = S.build("topk", d_in, n_latents, **{"k": K, "seed": seed, **hyper}).to(dtype)
+    rng = torch.Generator().manual_seed(seed + 100)
+    with torch.no_grad():
+        model.b_enc.copy_(0.3 * torch.randn(n_latents, generator=rng))
+        model.b_dec.copy_(torch.randn(d_in, generator=rng))
+    return model
+
+
+def data(n=40, d=D, seed=0, dtype=torch.float32):
+    return (torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * 2 + 1).to(dtype)
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+# ---- codes ----------------------------------------------------------------------------------------
+
+
+def test_topk_keeps_the_k_largest_positive_values():
+    model, x = make(), data()
+    acts, z = model.preacts(x).relu(), model.encode(x)
+    assert torch.equal((z != 0).sum(1), (acts > 0).sum(1).clamp(max=K))
+    assert (z >= 0).all() and torch.equal(z[z != 0], acts[z != 0])
+    assert (torch.where(z > 0, z, math.inf).amin(1) >= torch.where(z > 0, 0.0, acts).amax(1)).all()
+
+
+def test_ties_and_few_positives():
+    pre = torch.tensor([[1.0, 1, 1, 1], [2, -1, -2, -3], [-1, -1, -1, -1]])
+    model = make(n_latents=4, k=2)
+    assert (S.topk(model, pre) != 0).sum(1).tolist() == [2, 1, 0]
+
+
+def test_k_equal_to_f_is_a_relu_sae():
+    model, x = make(k=F), data()
+    z = ((x - model.b_dec) @ model.W_enc.T + model.b_enc).relu()
+    assert torch.allclose(model.encode(x), z, atol=1e-6)
+    assert torch.allclose(model(x), z @ model.W_dec + model.b_dec, atol=1e-6)
+
+
+def test_codes_depend_on_their_own_row_and_not_on_the_mode():
+    model, x = make(), data()
+    z = model.encode(x)
+    assert torch.allclose(model.encode(x[7:8]), z[7:8], atol=1e-6)
+    assert torch.equal(model.eval().encode(x), z)
+    assert torch.equal(model.loss(x)[1]["fired"], (z != 0).any(0))
+
+
+def test_any_leading_shape():
+    model, x = make(), data(24)
+    assert torch.allclose(model(x.reshape(2, 3, 4, D)).reshape(24, D), model(x), atol=1e-6)
+    assert model(x[0]).shape == (D,) and model.encode(x[0]).shape == (F,)
+    assert torch.allclose(model.loss(x.reshape(2, 12, D))[0], model.loss(x)[0], rtol=1e-5)
+    for call in (model, model.encode, model.loss, lambda x: S.metrics(model, x)):
+        with pytest.raises(ValueError, match="width 6.*have 12"):
+            call(torch.zeros(4, 12))
+
+
+def test_dtypes_are_explicit_and_the_input_is_left_alone():
+    for weights in (torch.float32, torch.bfloat16):
+        for given in (torch.float32, torch.bfloat16):
+            model, x = make(dtype=weights), data(dtype=given)
+            before = x.clone()
+            assert model.encode(x).dtype == weights and model(x).dtype == given
+            total, parts = model.loss(x)
+            assert total.dtype == parts["fvu"].dtype == torch.float32
+            assert torch.equal(x, before)
+
+
+def test_init():
+    a, b, c = (S.build("topk", D, F, k=K, seed=s) for s in (3, 3, 4))
+    assert same(a, b) and not same(a, c)
+    assert torch.allclose(a.W_dec.norm(dim=1), torch.ones(F), atol=1e-6)
+    assert torch.allclose(a.W_enc / a.W_enc.norm(dim=1, keepdim=True), a.W_dec, atol=1e-6)
+    assert a.W_enc.abs().max() <= D**-0.5 and not a.b_enc.any() and not a.b_dec.any()
+    x = data().reshape(4, 10, D)
+    S.init_b_dec(a, x)
+    assert torch.allclose(a.b_dec, x.mean((0, 1)), atol=1e-6)
+
+
+def test_build_defaults_and_refusals():
+    model = S.build("topk", 64, 128)
+    assert model.hyper == dict(k=32, aux_coef=0.0, k_aux=32, multi_topk=False, dead_after=10**7, seed=0)
+    for text, args, hyper in [
+        ("unknown variant 'top_k'; the nearest is 'topk'", ("top_k", D, F), {}),
+        ("no setting 'aux_coeff'; the nearest is 'aux_coef'", ("topk", D, F), {"aux_coeff": 1.0}),
+        ("k=13 .* from 1 to 12", ("topk", D, F), {"k": 13}),
+        ("k=0 ", ("topk", D, F), {"k": 0}),
+        ("k=3.0 .* int", ("topk", D, F), {"k": 3.0}),
+        ("k=4 .* from 1 to 3", ("topk", D, F), {"k": 4, "multi_topk": True}),
+        ("k_aux=13", ("topk", D, F), {"k": 3, "k_aux": 13}),
+        ("aux_coef=nan", ("topk", D, F), {"k": 3, "aux_coef": math.nan}),
+        ("aux_coef=-1", ("topk", D, F), {"k": 3, "aux_coef": -1}),
+        ("multi_topk=1 .* bool", ("topk", D, F), {"k": 3, "multi_topk": 1}),
+        ("d_in=0", ("topk", 0, F), {}),
+        ("n_latents=2.5", ("topk", D, 2.5), {}),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            S.build(*args, **hyper)
+
+
+# ---- loss and gradients ---------------------------------------------------------------------------
+
+
+def naive_loss(p, x, k, k_aux, aux_coef, dead, multi):
+    """The whole loss in loops over tokens and latents, as one would write it on paper."""
+    everyone = range(len(p["W_enc"]))
+
+    def code(row, limit, allowed):
+        acts = [torch.relu(p["W_enc"][i] @ (row - p["b_dec"]) + p["b_enc"][i]) for i in everyone]
+        order = sorted(allowed, key=lambda i: -acts[i].item())[:limit]
+        return sum((acts[i] * p["W_dec"][i] for i in order), torch.zeros_like(row))
+
+    def share(target, guess):
+        mean = sum(target) / len(target)
+        return (sum(((t - g) ** 2).sum() for t, g in zip(target, guess))
+                / sum(((t - mean) ** 2).sum() for t in target))
+
+    x_hat = [code(row, k, everyone) + p["b_dec"] for row in x]
+    total = fvu = share(x, x_hat)
+    if dead and aux_coef:
+        e = [(row - guess).detach() for row, guess in zip(x, x_hat)]
+        total = total + aux_coef * min(len(dead) / k_aux, 1) * share(e, [code(row, k_aux, dead) for row in x])
+    if multi:
+        total = total + share(x, [code(row, 4 * k, everyone) + p["b_dec"] for row in x]) / 8
+    return total, fvu
+
+
+@pytest.mark.parametrize("dead, k_aux", [([], 3), ([1], 3), ([0, 2, 5, 7, 9], 3), (list(range(8)), F)])
+@pytest.mark.parametrize("multi", [False, True])
+def test_loss_and_gradients_equal_the_naive_ones(dead, k_aux, multi):
+    model = make(dtype=torch.float64, aux_coef=1 / 4, k_aux=k_aux, dead_after=50, multi_topk=multi)
+    model.tokens_since_fired[dead] = 51
+    x = data(10, dtype=torch.float64)
+    total, parts = model.loss(x)
+    total.backward()
+    p = {n: v.detach().clone().requires_grad_() for n, v in model.named_parameters()}
+    want, fvu = naive_loss(p, x, K, k_aux, 1 / 4, dead, multi)
+    want.backward()
+    assert torch.allclose(total, want, rtol=1e-12) and torch.allclose(parts["fvu"], fvu, rtol=1e-12)
+    for name, param in model.named_parameters():
+        assert torch.allclose(param.grad, p[name].grad, atol=1e-12), name
+
+
+def test_parts_are_detached_and_counted():
+    model, x = make(aux_coef=0.1, multi_topk=True), data()
+    total, parts = model.loss(x)
+    assert sorted(parts) == ["aux", "fired", "fvu", "l0", "multi"] and total.requires_grad
+    assert not any(part.requires_grad for part in parts.values())
+    z = model.encode(x)
+    assert torch.allclose(parts["l0"], (z != 0).sum() / len(x)) and parts["fired"].shape == (F,)
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        model.loss(x[:1])
+
+
+def test_latents_that_do_not_fire_get_no_gradient():
+    model = make()
+    with torch.no_grad():
+        model.b_enc[[2, 8]] = -100.0
+        model.b_enc[3:] -= 2.0  # few positives: top-k must pick zeros on some rows, and leave them be
+    x = data(4)
+    total, parts = model.loss(x)
+    total.backward()
+    silent = ~parts["fired"]
+    assert silent[2] and silent[8] and (model.encode(x) != 0).sum(1).min() < K
+    for grad in (model.W_enc.grad, model.b_enc.grad, model.W_dec.grad):
+        assert not grad[silent].any() and grad[~silent].any()
+
+
+def aux_setup(**kw):
+    model = make(dtype=torch.float64, aux_coef=1.0, dead_after=50, **kw)
+    model.tokens_since_fired[[1, 4]] = 51
+    return model, data(20, dtype=torch.float64)
+
+
+def test_aux_reaches_the_encoder_of_dead_latents_only():
+    model, x = aux_setup()
+    pre = model.preacts(x)
+    e = (x - model(x)).detach()
+    model.aux_k(pre, e).backward()
+    dead = torch.zeros(F, dtype=torch.bool)
+    dead[[1, 4]] = True
+    for grad in (model.W_enc.grad, model.b_enc.grad, model.W_dec.grad):
+        assert grad[dead].any() and not grad[~dead].any()
+
+
+def test_aux_has_no_gradient_through_the_residual_or_the_decoder_bias():
+    model, x = aux_setup()
+    pre = model.preacts(x)
+    total = [model.loss(x)[0], S.SAE.aux_k(model, pre.detach(), (x - model(x)).detach())]
+    assert torch.autograd.grad(total[1], [model.b_dec], allow_unused=True)[0] is None
+    fvu_only = make(dtype=torch.float64)
+    with_aux = torch.autograd.grad(total[0], [model.W_dec])[0]
+    without = torch.autograd.grad(fvu_only.loss(x)[0], [fvu_only.W_dec])[0]
+    alive = [i for i in range(F) if i not in (1, 4)]
+    assert torch.allclose(with_aux[alive], without[alive], atol=1e-14)  # living rows feel the FVU alone
+
+
+def test_aux_values():
+    model, x = aux_setup(k_aux=4)
+    e = x - model(x)
+    variance = (e - e.mean(0)).pow(2).sum()
+    silent = model.preacts(x).detach() * 0 - 1
+    assert torch.allclose(model.aux_k(silent, e), 2 / 4 * e.pow(2).sum() / variance)  # 2 dead of k_aux 4
+    z = torch.zeros(20, F, dtype=torch.float64)
+    z[:, 1], z[:, 4] = torch.rand(2, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert model.aux_k(z, (z @ model.W_dec).detach()) < 1e-25      # the dead explain e perfectly
+    assert model.aux_k(z, torch.zeros_like(e)) == 0                # nothing left to explain, and no NaN
+    model.tokens_since_fired.zero_()
+    assert model.aux_k(z, e) == 0                                  # nobody dead
+    assert make(aux_coef=0.0).loss(data())[1]["aux"] == 0
+
+
+def test_loss_does_not_depend_on_the_scale_of_x():
+    model, x = aux_setup()
+    before = model.loss(x)
+    with torch.no_grad():
+        model.b_enc.mul_(7)
+        model.b_dec.mul_(7)
+    after = model.loss(7 * x)
+    assert torch.allclose(before[0], after[0]) and torch.allclose(before[1]["aux"], after[1]["aux"])
+
+
+# ---- training step --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["signum", "adam"])
+def test_step_projects_the_gradient_and_keeps_unit_rows(name):
+    model, x = make(), data()
+    opt = S.make_optimizer(model, name, lr=0.05)
+    for _ in range(4):
+        raw = make()
+        raw.load_state_dict(model.state_dict())
+        raw.loss(x)[0].backward()
+        before = model.W_dec.detach().clone()
+        S.train_step(model, opt, [x])
+        along = (raw.W_dec.grad * before).sum(1, keepdim=True)
+        assert along.abs().max() > 1e-4  # there was something to remove
+        assert torch.allclose(model.W_dec.grad, raw.W_dec.grad - along * before, atol=1e-6)
+        assert (model.W_dec.grad * before).sum(1).abs().max() < 1e-6
+        assert torch.allclose(model.W_dec.norm(dim=1), torch.ones(F), atol=1e-6)
+        assert not torch.equal(model.W_dec, before)
+
+
+def test_micro_batches_weigh_the_same():
+    model, a, b = make(), data(10), data(30, seed=1)
+    whole = make()
+    ((whole.loss(a)[0] + whole.loss(b)[0]) / 2).backward()
+    parts = S.train_step(model, S.make_optimizer(model, "adam"), [a, b])
+    assert torch.allclose(model.W_enc.grad, whole.W_enc.grad, atol=1e-6)
+    pa, pb = whole.loss(a)[1], whole.loss(b)[1]
+    assert torch.allclose(parts["fvu"], (pa["fvu"] + pb["fvu"]) / 2) and parts["loss"] == parts["fvu"]
+    assert torch.equal(parts["fired"], pa["fired"] | pb["fired"])
+    assert torch.allclose(parts["l0"], (pa["l0"] + pb["l0"]) / 2)
+
+
+def test_dead_counter_counts_tokens():
+    model = make(dead_after=60)
+    with torch.no_grad():
+        model.b_enc[5] = -100.0
+    opt = S.make_optimizer(model, "adam", lr=1e-5)
+    for step in (1, 2, 3):
+        fired = S.train_step(model, opt, [data(10), data(20, seed=1).reshape(4, 5, D)])["fired"]
+        assert not fired[5] and fired.any()
+        assert model.tokens_since_fired[5] == 30 * step and not model.tokens_since_fired[fired].any()
+        assert model.dead[5] == (30 * step > 60) and not model.dead[fired].any()
+    with torch.no_grad():
+        model.b_enc[5] = 100.0
+    assert S.train_step(model, opt, [data(10)])["fired"][5] and model.tokens_since_fired[5] == 0
+
+
+@pytest.mark.parametrize("name", ["signum", "adam"])
+def test_a_step_reads_nothing_back_from_the_device(name):
+    model = make(aux_coef=0.1, multi_topk=True).to("meta")  # there, any read of a value is an error
+    opt = S.make_optimizer(model, name)
+    for _ in range(2):
+        parts = S.train_step(model, opt, [torch.empty(5, D, device="meta")])
+    assert parts["fired"].shape == (F,) and parts["loss"].is_meta
+
+
+def test_training_finds_a_planted_dictionary():
+    rng = torch.Generator().manual_seed(0)
+    atoms = torch.nn.functional.normalize(torch.randn(16, 12, generator=rng), dim=1)
+    z = torch.rand(2048, 16, generator=rng).add(0.5) * (torch.rand(2048, 16, generator=rng) < 0.12)
+    x = z @ atoms
+    results = {}
+    for name, lr in (("signum", 3e-3), ("adam", 1e-2)):
+        model = S.build("topk", 12, 32, k=3, aux_coef=1 / 32, dead_after=4096)
+        S.init_b_dec(model, x)
+        before = S.metrics(model, x)["fvu"]
+        opt = S.make_optimizer(model, name, lr=lr)
+        for step in range(300):
+            S.train_step(model, opt, list(x[torch.randint(2048, (256,), generator=rng)].chunk(2)))
+        with opt.averaged() if name == "signum" else nullcontext():
+            results[name] = S.metrics(model, x)["fvu"], before
+    assert all(after < 0.2 and after < before / 3 for after, before in results.values()), results
+
+
+# ---- optimisers -----------------------------------------------------------------------------------
+
+
+def test_signum_equals_a_reference_that_keeps_x_y_z():
+    model = make(dtype=torch.float64)
+    param, goal = model.W_enc, torch.arange(F * D, dtype=torch.float64).reshape(F, D) / 100
+    opt = S.Signum(model, lr=0.02, momentum=0.9)
+    y = param.detach().numpy().copy()
+    zs = [y]
+    for _ in range(25):
+        opt.zero_grad()
+        sum(((p - goal[:1, :1]) ** 4).sum() for p in model.parameters() if p is not param).backward()
+        ((param - goal) ** 4).sum().backward()
+        opt.step()
+        zs.append(zs[-1] - 0.02 * ((y > goal.numpy()) * 2.0 - 1.0))
+        x = sum(zs[1:]) / len(zs[1:])
+        y = 0.1 * zs[-1] + 0.9 * x
+        assert abs(param.detach().numpy() - y).max() < 1e-12
+        with opt.averaged(unit_rows=False):
+            assert abs(param.detach().numpy() - x).max() < 1e-12
+
+
+def test_default_lr():
+    assert S.default_lr("signum", 2**14) == 5e-3 and S.default_lr("adam", 2**14) == 2e-4
+    assert S.default_lr("signum", 65_536) == 2.5e-3  # the value the published run used
+    model = make()
+    assert S.make_optimizer(model, "signum").param_groups[0]["lr"] == S.default_lr("signum", F)
+    assert isinstance(S.make_optimizer(model, "adam", lr=0.5), torch.optim.Adam)
+    with pytest.raises(ValueError, match="unknown optimizer 'signsgd'; the nearest is 'signum'"):
+        S.make_optimizer(model, "signsgd")
+    with pytest.raises(ValueError, match="lr=0"):
+        S.make_optimizer(model, "adam", lr=0)
+
+
+def test_averaged_weights_have_unit_rows_and_training_weights_come_back_to_the_bit():
+    model = make()
+    opt = S.make_optimizer(model, "signum", lr=0.03)
+    with opt.averaged():  # before the first step there is nothing to average
+        assert same(model, make())
+    for step in range(7):
+        S.train_step(model, opt, [data(seed=step)])
+    before, mean = make(), {}
+    before.load_state_dict(model.state_dict())
+    with pytest.raises(KeyError), opt.averaged():
+        mean = {n: p.detach().clone() for n, p in model.named_parameters()}
+        raise KeyError("work inside may fail")
+    assert same(model, before)
+    assert torch.allclose(mean["W_dec"].norm(dim=1), torch.ones(F), atol=1e-6)
+    for name in ("W_enc", "b_enc", "b_dec"):
+        z, y = opt.state[getattr(model, name)]["z"], getattr(model, name)
+        assert torch.allclose(0.05 * z + 0.95 * mean[name], y, atol=1e-6) and not torch.equal(mean[name], y)
+    with opt.averaged(unit_rows=False):
+        z, y = opt.state[model.W_dec]["z"], before.W_dec
+        assert torch.allclose(0.05 * z + 0.95 * model.W_dec, y, atol=1e-6)
+        assert (model.W_dec.norm(dim=1) - 1).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["signum", "adam"])
+def test_resume_gives_the_same_bits(name):
+    def run(model, opt, steps):
+        for step in steps:
+            S.train_step(model, opt, [data(seed=step), data(seed=step + 50)])
+
+    straight = make(aux_coef=0.1, dead_after=100)
+    opt = S.make_optimizer(straight, name, lr=0.02)
+    run(straight, opt, range(4))
+    saved, saved_opt = {n: v.clone() for n, v in straight.state_dict().items()}, opt.state_dict()
+    saved_opt = json.loads(json.dumps(saved_opt["param_groups"])), {
+        i: {n: v.clone() for n, v in s.items()} for i, s in saved_opt["state"].items()}
+    with opt.averaged() if name == "signum" else nullcontext():  # looking must not disturb the run
+        assert math.isfinite(S.metrics(straight, data())["fvu"])
+    run(straight, opt, range(4, 9))
+    resumed = make(seed=5, aux_coef=0.1, dead_after=100)
+    resumed.load_state_dict(saved)
+    opt2 = S.make_optimizer(resumed, name, lr=0.7)
+    opt2.load_state_dict({"param_groups": saved_opt[0], "state": saved_opt[1]})
+    run(resumed, opt2, range(4, 9))
+    assert same(straight, resumed)
+    assert opt2.param_groups[0]["lr"] == 0.02
+
+
+# ---- metrics --------------------------------------------------------------------------------------
+
+
+def measure(x, x_hat, z=None):
+    total = S.Metrics()
+    total.update(x, x_hat, torch.ones(*x.shape[:-1], 1) if z is None else z)
+    return total.result()
+
+
+def test_perfect_and_mean_and_zero_predictors():
+    x = data(200, dtype=torch.float64)
+    perfect = measure(x, x)
+    assert perfect["fvu"] == perfect["nmse"] == 0
+    assert perfect["cosine"] == pytest.approx(1, abs=1e-12) == perfect["l2_ratio"]
+    for offset in (0, 300):  # far from the origin the mean is still no achievement
+        shifted = x + offset
+        mean = measure(shifted, shifted.mean(0).expand_as(x))
+        assert mean["fvu"] == pytest.approx(1, abs=1e-9)
+        assert offset == 0 or mean["nmse"] < 1e-3
+    nothing = measure(x, torch.zeros_like(x))
+    assert nothing["nmse"] == pytest.approx(1, abs=1e-12) and nothing["cosine"] == nothing["l2_ratio"] == 0
+    half = measure(x, x / 2)
+    assert half["l2_ratio"] == pytest.approx(0.5) and half["cosine"] == pytest.approx(1)
+
+
+def test_metrics_equal_their_definitions():
+    x, model = data(50, dtype=torch.float64), make(dtype=torch.float64)
+    m, x_hat, z = S.metrics(model, x), model(x).detach(), model.encode(x)
+    e = x - x_hat
+    assert m["fvu"] == pytest.approx(float((e**2).sum() / ((x - x.mean(0)) ** 2).sum()), rel=1e-10)
+    assert m["nmse"] == pytest.approx(float((e.norm(dim=1) / x.norm(dim=1)).pow(2).mean()), rel=1e-10)
+    assert m["cosine"] == pytest.approx(float(torch.cosine_similarity(x, x_hat).mean()), rel=1e-10)
+    assert m["l2_ratio"] == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-10)
+    assert m["n_tokens"] == 50 and torch.equal(m["density"], (z > 0).double().mean(0))
+    with pytest.raises(ValueError, match="no tokens"):
+        S.Metrics().result()
+
+
+def test_fvu_does_not_change_with_scale_and_shift():
+    x, x_hat = data(100, dtype=torch.float64), data(100, seed=1, dtype=torch.float64)
+    shift = 5 * torch.arange(D, dtype=torch.float64)
+    for scale in (0.1, -3, 40):
+        moved = measure(scale * x + shift, scale * x_hat + shift)["fvu"]
+        assert moved == pytest.approx(measure(x, x_hat)["fvu"], rel=1e-9)
+
+
+def test_streaming_equals_one_shot():
+    model, x = make(dtype=torch.float64), data(101, dtype=torch.float64)
+    whole = S.metrics(model, x, batch=1000)
+    for batch in (1, 7, 50, 101):
+        parts = S.metrics(model, x.reshape(1, 101, D), batch=batch)
+        assert torch.equal(parts.pop("density"), whole["density"])
+        for name, value in parts.items():
+            assert value == pytest.approx(whole[name], rel=1e-10), (name, batch)
+
+
+def test_densities_sum_to_l0_and_dead_latents_are_counted():
+    model, x = make(), data(300)
+    with torch.no_grad():
+        model.b_enc[:4] = -100.0
+    m = S.metrics(model, x)
+    assert float(m["density"].sum()) == pytest.approx(m["l0"]) and m["l0"] <= K
+    assert m["dead"] == (m["density"] == 0).double().mean() >= 4 / F
+    assert measure(x, x, torch.randn(300, 5))["l0"] == 5  # a negative code is active too
+
+
+def test_metrics_do_not_see_the_order_or_scale_of_latents():
+    model, x = make(dtype=torch.float64), data(60, dtype=torch.float64)
+    order = torch.randperm(F, generator=torch.Generator().manual_seed(0))
+    other = make(dtype=torch.float64)
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "W_dec"):
+            getattr(other, name).copy_(getattr(model, name)[order])
+    a, b = S.metrics(model, x), S.metrics(other, x)
+    assert torch.equal(a.pop("density")[order], b.pop("density"))
+    assert b == pytest.approx(a, rel=1e-10)
+    z, scale = model.encode(x), torch.linspace(0.5, 3, F, dtype=torch.float64)
+    x_hat = (z * scale) @ (model.W_dec / scale[:, None]) + model.b_dec
+    for name in ("fvu", "nmse", "cosine", "l2_ratio", "l0"):
+        assert measure(x, x_hat, z * scale)[name] == pytest.approx(a[name], rel=1e-10)
+
+
+# ---- files ----------------------------------------------------------------------------------------
+
+
+def write(directory, cfg=None, tensors=None, **changes):
+    """A file as sparsify writes it; changes: key=value to set in cfg.json, key=None to leave it out."""
+    base = dict(activation="topk", expansion_factor=32, normalize_decoder=True, num_latents=F, k=K,
+                multi_topk=False, skip_connection=False, transcode=False, d_in=D)
+    base = {key: value for key, value in {**base, **changes}.items() if value is not None}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "cfg.json").write_text(cfg if cfg is not None else json.dumps(base))
+    model = make()
+    good = {"encoder.weight": model.W_enc.data, "encoder.bias": model.b_enc.data,
+            "W_dec": model.W_dec.data, "b_dec": model.b_dec.data}
+    tensors = {**good, **(tensors or {})}
+    save_file({key: value.clone() for key, value in tensors.items() if value is not None},
+              directory / "sae.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_round_trip_compares_activations(tmp_path, dtype):
+    model = make(dtype=dtype, aux_coef=0.5, k_aux=4, dead_after=77)
+    model.meta = {"site": "resid", "layer": 12, "model": "owner/name", "dtype": "bfloat16", "data": ["a"]}
+    S.save_sae(model, tmp_path / "new" / "sae")
+    loaded, x = S.load_sae(tmp_path / "new" / "sae"), data()
+    assert torch.equal(loaded.encode(x), model.encode(x)) and torch.equal(loaded(x), model(x))
+    assert loaded.W_enc.dtype == dtype and loaded.hyper == model.hyper and loaded.meta == model.meta
+    assert (loaded.variant, loaded.d_in, loaded.n_latents) == ("topk", D, F)
+    assert sorted(os.listdir(tmp_path / "new" / "sae")) == ["cfg.json", "sae.safetensors"]
+    S.train_step(loaded, S.make_optimizer(loaded, "signum"), [x])  # a loaded SAE can be trained further
+    assert loaded.tokens_since_fired.max() <= 40
+
+
+def test_the_file_has_sparsify_keys_and_names(tmp_path):
+    S.save_sae(make(), tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    assert {key: cfg[key] for key in S.SPARSIFY_KEYS if key != "signed"} == dict(
+        activation="topk", expansion_factor=2, normalize_decoder=True, num_latents=F, k=K, multi_topk=False,
+        skip_connection=False, transcode=False, d_in=D)
+    shapes = {key: tuple(value.shape) for key, value in load_file(tmp_path / "sae.safetensors").items()}
+    assert shapes == {"encoder.weight": (F, D), "encoder.bias": (F,), "W_dec": (F, D), "b_dec": (D,)}
+
+
+def test_files_as_sparsify_wrote_them_over_the_years(tmp_path):
+    x = data()
+    for i, changes in enumerate([{}, dict(activation=None, transcode=None), dict(signed=False),
+                                 dict(num_latents=0, expansion_factor=2), dict(normalize_decoder=False)]):
+        model = write(tmp_path / str(i), **changes)
+        loaded = S.load_sae(tmp_path / str(i))
+        assert torch.equal(loaded.encode(x), model.encode(x)) and torch.equal(loaded(x), model(x))
+        assert loaded.meta == {} and loaded.aux_coef == 0
+    write(tmp_path / "odd", colour="green")
+    with pytest.warns(UserWarning, match="odd.cfg.json: ignored unknown keys colour"):
+        S.load_sae(tmp_path / "odd")
+
+
+def test_every_refusal_names_the_file_and_the_thing(tmp_path):
+    nan, big = torch.full((F,), math.nan), torch.full((D,), math.inf)
+    cases = [
+        ("cfg.json: not JSON", dict(cfg="{")),
+        ("cfg.json: the file", dict(cfg="[1]")),
+        ("cfg.json: the file, and its .meta.", dict(meta=3)),
+        ("cfg.json: unknown variant 'groupmax'", dict(activation="groupmax")),
+        ("cfg.json: unknown variant 'topp'; the nearest is 'topk'", dict(variant="topp", activation="topp")),
+        ("cfg.json: activation 'topk' and variant 'gated'", dict(variant="gated")),
+        ("cfg.json: skip_connection is true", dict(skip_connection=True)),
+        ("cfg.json: transcode is true", dict(transcode=True)),
+        ("cfg.json: signed is true", dict(signed=True)),
+        ("cfg.json: k=13 ", dict(k=13)),
+        ("cfg.json: k='3'", dict(k="3")),
+        ("cfg.json: no 'k'", dict(k=None)),
+        ("cfg.json: no 'd_in'", dict(d_in=None)),
+        ("cfg.json: d_in='6'", dict(d_in="6")),
+        ("cfg.json: n_latents=-1", dict(num_latents=-1)),
+        ("cfg.json: n_latents=0", dict(num_latents=0, expansion_factor=None)),
+        ("'W_dec' is missing", dict(tensors={"W_dec": None})),
+        ("'W_skip' is not expected", dict(tensors={"W_skip": torch.zeros(D, D)})),
+        ("'encoder.weight' has shape .6, 12., cfg.json says .12, 6.",
+         dict(tensors={"encoder.weight": torch.zeros(D, F)})),
+        ("'encoder.weight' has shape", dict(num_latents=2**90)),  # refused before it is allocated
+        ("'encoder.bias' holds NaN", dict(tensors={"encoder.bias": nan})),
+        ("'b_dec' holds NaN or inf", dict(tensors={"b_dec": big})),
+        ("dtypes", dict(tensors={"b_dec": torch.zeros(D, dtype=torch.float16)})),
+        ("dtypes", dict(tensors={"b_dec": torch.zeros(D, dtype=torch.int64)})),
+    ]
+    for i, (text, changes) in enumerate(cases):
+        folder = tmp_path / f"case{i}"
+        write(folder, **changes)
+        with pytest.raises(ValueError, match=text) as err:
+            S.load_sae(folder)
+        assert f"case{i}" in str(err.value) and "\n" not in str(err.value)
+    write(tmp_path / "cut")
+    whole = (tmp_path / "cut" / "sae.safetensors").read_bytes()
+    for damaged in (whole[:-8], whole[:20], b"", b"not tensors at all"):
+        (tmp_path / "cut" / "sae.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="sae.safetensors: not a whole safetensors file"):
+            S.load_sae(tmp_path / "cut")
+    (tmp_path / "cut" / "sae.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="sae.safetensors: no such file"):
+        S.load_sae(tmp_path / "cut")
+
+
+def test_hookpoints_stay_inside_the_directory(tmp_path):
+    model, x = write(tmp_path / "run" / "layers.3.mlp"), data()
+    write(tmp_path / "outside")
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "outside")
+    assert torch.equal(S.load_sae(tmp_path / "run", "layers.3.mlp")(x), model(x))
+    for bad in ("../outside", "layers.3.mlp/../../outside", str(tmp_path / "outside"), "*", "link"):
+        with pytest.raises(ValueError, match="hookpoint"):
+            S.load_sae(tmp_path / "run", bad)
+    for none in (None, "layers.4.mlp"):
+        with pytest.raises(FileNotFoundError, match="name a hookpoint .* like layers.3.mlp"):
+            S.load_sae(tmp_path / "run", none)
+    with pytest.raises(FileNotFoundError, match="nor a hub id"):
+        S.load_sae(tmp_path / "nothing here")
+
+
+def test_hub_id_is_read_from_the_cache_and_refused_in_one_line_when_offline(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--owner--sae"
+    model, x = write(repo / "snapshots" / ("a" * 40) / "layers.0.mlp"), data()
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    assert torch.equal(S.load_sae("owner/sae", hookpoint="layers.0.mlp")(x), model(x))
+    with pytest.raises(FileNotFoundError, match="owner/absent: no such directory, and the hub") as err:
+        S.load_sae("owner/absent", hookpoint="layers.0.mlp")
+    assert "\n" not in str(err.value)
+
+
+def test_an_interrupted_save_never_loads_mixed(tmp_path, monkeypatch):
+    old, new, x = make(seed=1, k=2), make(seed=2, k=3), data()
+    seen = set()
+    for crash_at in range(5):
+        folder = tmp_path / str(crash_at)
+        S.save_sae(old, folder)
+        calls = iter(range(100))
+
+        def guard(action):
+            def run(*args, **kw):
+                if next(calls) == crash_at:
+                    raise KeyboardInterrupt
+                return action(*args, **kw)
+            return run
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", guard(os.replace))
+            patch.setattr(S, "save_file", guard(S.save_file))
+            patch.setattr(S.Path, "unlink", guard(S.Path.unlink))
+            patch.setattr(S.Path, "write_text", guard(S.Path.write_text))
+            with pytest.raises(KeyboardInterrupt):
+                S.save_sae(new, folder)
+        try:
+            loaded = S.load_sae(folder)
+            which = old if loaded.k == 2 else new
+            assert torch.equal(loaded(x), which(x))
+            seen.add(loaded.k)
+        except FileNotFoundError:
+            seen.add("refused")
+        S.save_sae(new, folder)  # the next save repairs it
+        assert torch.equal(S.load_sae(folder)(x), new(x))
+        assert sorted(os.listdir(folder)) == ["cfg.json", "sae.safetensors"]
+    assert seen == {2, "refused"}
+    old.meta = {"data": object()}
+    with pytest.raises(TypeError):
+        S.save_sae(old, tmp_path / "0")
+    assert torch.equal(S.load_sae(tmp_path / "0")(x), new(x))  # a bad meta is found before files are touched
+
+
+# ---- golden: sparsify 1.3.3 -----------------------------------------------------------------------
+
+GOLDEN = dict(
+    weights={"encoder.weight": [[1, 0, 0, .5], [0, 1, 0, -.5], [-1, .5, 0, 0],
+                                [0, 0, 1, .25], [.5, .5, .5, .5], [0, -1, .25, 0]],
+             "encoder.bias": [.125, -.25, 0, .5, 0, -.125],
+             "W_dec": [[.6, 0, 0, .8], [0, 1, 0, 0], [-.8, .6, 0, 0],
+                       [0, 0, 1, 0], [.5, .5, .5, .5], [0, -.96, .28, 0]],
+             "b_dec": [.25, -.5, 0, 1]},
+    x=[[1, 2, 3, 4], [-1, .5, 0, 1], [0, 0, 0, 0], [.25, -.5, -4, 1], [3, -2, .5, -1]],
+    z=[[0, 0, 0, 4.25, 4.625, 0], [0, .75, 1.75, 0, 0, 0], [0, .75, .5, 0, 0, 0], [.125, 0, 0, 0, 0, 0],
+       [1.875, 0, 0, 0, 0, 1.5]],
+    x_hat=[[2.5625, 1.8125, 6.5625, 3.3125], [-1.15, 1.3, 0, 1], [-.15, .55, 0, 1], [.325, -.5, 0, 1.1],
+           [1.375, -1.94, .42, 2.5]],
+    fvu=0.8569175601005554)
+
+
+def test_golden_codes_of_a_sparsify_file(tmp_path):
+    (tmp_path / "cfg.json").write_text('{"expansion_factor": 32, "normalize_decoder": true, "num_latents": 6,'
+                                       ' "k": 2, "multi_topk": false, "skip_connection": false, "d_in": 4}')
+    save_file({name: torch.tensor(value).float() for name, value in GOLDEN["weights"].items()},
+              tmp_path / "sae.safetensors")
+    model, x = S.load_sae(tmp_path), torch.tensor(GOLDEN["x"])
+    assert model.encode(x).tolist() == GOLDEN["z"]
+    assert torch.allclose(model(x), torch.tensor(GOLDEN["x_hat"]), atol=1e-6)
+    assert float(model.loss(x)[1]["fvu"]) == pytest.approx(GOLDEN["fvu"], rel=1e-6)
+    S.save_sae(model, tmp_path / "again")
+    assert S.load_sae(tmp_path / "again").encode(x).tolist() == GOLDEN["z"]
+
+
+# ---- live: sparsify and schedulefree, where installed ---------------------------------------------
+
+
+def test_our_file_loads_in_sparsify_and_theirs_here(tmp_path):
+    sparsify = pytest.importorskip("sparsify")
+    model, x = make(aux_coef=0.1), data()
+    model.meta = {"site": "resid", "layer": 12}
+    S.save_sae(model, tmp_path / "ours")
+    theirs = sparsify.SparseCoder.load_from_disk(tmp_path / "ours")
+    for back in (theirs, None):
+        if back is None:  # and the other way: what they write, we read
+            theirs.save_to_disk(tmp_path / "theirs")
+            model = S.load_sae(tmp_path / "theirs")
+        values, index, _ = theirs.encode(x)
+        codes = torch.zeros(len(x), F).scatter(1, index, values)
+        assert torch.allclose(model.encode(x), codes, atol=1e-6)
+        assert torch.allclose(model(x), theirs.decode(values, index), atol=1e-6)
+        assert torch.allclose(model.loss(x)[0], theirs(x).fvu, rtol=1e-5)
+
+
+def test_ten_training_steps_equal_sparsify():
+    sparsify, schedulefree = pytest.importorskip("sparsify"), pytest.importorskip("schedulefree")
+    from sparsify.sign_sgd import SignSGD
+    torch.manual_seed(0)
+    theirs = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=F, k=K), dtype=torch.float32)
+    ours = S.build("topk", D, F, k=K, seed=0)
+    assert torch.allclose(ours.W_enc, theirs.encoder.weight) and torch.allclose(ours.W_dec, theirs.W_dec)
+    ours, theirs = ours.double(), theirs.double()
+    pairs = [(ours.W_enc, theirs.encoder.weight), (ours.b_enc, theirs.encoder.bias),
+             (ours.W_dec, theirs.W_dec), (ours.b_dec, theirs.b_dec)]
+    S.init_b_dec(ours, data(dtype=torch.float64))
+    ours.unit_rows_()
+    for mine, other in pairs:
+        other.data.copy_(mine.data)
+    opt = S.make_optimizer(ours, "signum", lr=0.01)
+    other_opt = schedulefree.ScheduleFreeWrapper(SignSGD(theirs.parameters(), lr=0.01), momentum=0.95)
+    other_opt.train()
+    for step in range(10):
+        xs = [data(seed=2 * step, dtype=torch.float64), data(seed=2 * step + 1, dtype=torch.float64)]
+        S.train_step(ours, opt, xs)
+        theirs.set_decoder_norm_to_unit_norm()
+        for x in xs:
+            (theirs(x).fvu / 2).backward()
+        theirs.remove_gradient_parallel_to_decoder_directions()
+        other_opt.step()
+        other_opt.zero_grad()
+    with opt.averaged(unit_rows=False):
+        theirs.set_decoder_norm_to_unit_norm()
+        other_opt.eval()
+        for mine, other in pairs:
+            assert torch.allclose(mine, other, atol=1e-9)

@@ -1,0 +1,640 @@
+"""Everything that learns: the SAE, the adapter, and the embedded models themselves.
+
+    python train.py --stage sae          an SAE on the activations of the source      -> out/tiny/sae
+    python train.py --stage tune         LoRA through the frozen SAE                  -> out/tiny/adapter
+    python train.py --stage sft          the baseline: LoRA on the same text          -> out/tiny/sft
+    python train.py --stage rl           LoRA by GRPO, what makes a source model      -> out/tiny/rl
+    python train.py --stage pretrain     a whole model on text                        -> out/tiny/pretrain/model
+
+Every stage is the same sequence: data -> batches -> steps -> checkpoint.  A run directory holds config.json
+(settings, versions), metrics.jsonl (one object a logged step), checkpoint.safetensors (until the run is done)
+and the artifact.  --resume continues an interrupted run; on a CPU, to the same bits.
+
+Letters in shape comments: B rows, T tokens, D width, V vocabulary, F latents, N = B*T tokens, G samples a question.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import resa
+from model import DTYPES, load_model, load_tokenizer, right_pad, save_model, stream
+from sae import Metrics, build, init_b_dec, load_sae, make_optimizer, save_sae, train_step
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Settings: one dataclass per stage, each remark is the --help of its flag
+# ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Common:
+    preset: str = "tiny"                 # bundle of defaults: tiny, resa-still-v1, resa-still-v3
+    data: str = ""                       # JSONL of problem/answer (or of text, or of problem/completion)
+    template: Literal["chat", "resa"] = "chat"      # chat: the model's own format; resa: the published plain text
+    seq_len: int = 256                   # tokens in a packed chunk; published: 2048
+    shuffle: bool = True                 # permute the chunks of each epoch, by seed; published: --no-shuffle
+    batch: int = 32                      # chunks in an optimizer step
+    steps: int = 0                       # optimizer steps; 0: as many as --epochs passes over the data
+    epochs: int = 1                      # passes over the data, when --steps is 0
+    seed: int = 0                        # of initialisation, data order and sampling
+    device: str | None = None            # cuda or cpu; default: cpu for tiny, cuda in the paper's presets
+    dtype: Literal["float32", "bfloat16"] = "float32"      # of the language models
+    out: str = ""                        # run directory; default out/PRESET/STAGE
+    resume: bool = False                 # continue the run in --out from its last checkpoint
+    log_every: int = 10                  # steps between two lines of metrics.jsonl
+    save_every: int = 100                # steps between two checkpoints
+
+
+@dataclass
+class Sae(Common):
+    """Stage I: a sparse autoencoder on the activations of the source model."""
+    source: str = ""                     # model spec whose activations are learned
+    layer: int = 1                       # decoder block, counted from 0
+    site: Literal["resid", "mlp"] = "resid"      # output of the block, or of its MLP
+    init: Literal["scratch", "finetune", "pretrained"] = "scratch"      # the three modes of the paper
+    sae_from: str = ""                   # SAE to start from, DIR_OR_HUB_ID[#HOOKPOINT], for finetune and pretrained
+    variant: str = "topk"                # kind of autoencoder
+    latents: int = 1024                  # size of the dictionary
+    k: int = 16                          # active latents a token
+    optimizer: Literal["signum", "adam"] = "adam"      # published: signum (schedule-free sign descent)
+    lr: float = 0.0                      # 0: the optimizer's rule, for signum 5e-3/sqrt(F/2^14)
+    aux_coef: float = 0.03125            # weight of AuxK, which revives dead latents; published: 0
+    dead_after: int = 100_000            # tokens without firing after which a latent counts as dead
+    micro_batch: int = 0                 # chunks in one forward pass; 0: the whole batch
+
+
+@dataclass
+class Lora(Common):
+    target: str = ""                     # model spec that the adapter is for
+    lora_r: int = 32                     # rank
+    lora_alpha: int = 128                # scale is alpha / rank
+    lora_dropout: float = 0.05           # on the adapter's input, in training
+    lr: float = 1e-4                     # published: 1e-6 (at 1.5B parameters)
+    schedule: Literal["constant", "cosine"] = "constant"      # cosine ends at a floor of a tenth of the rate
+    clip: float = 1.0                    # gradient norm
+
+
+@dataclass
+class Tune(Lora):
+    """Stage II: LoRA adapters learn to predict through the frozen SAE what the model predicts without it."""
+    sae: str = ""                        # directory or hub id of the SAE; default out/PRESET/sae
+    source: str = ""                     # model spec of the teacher, with --teacher source
+    layer: int = 1                       # decoder block, counted from 0; must be the SAE's
+    site: Literal["resid", "mlp"] = "resid"      # output of the block, or of its MLP; must be the SAE's
+    splice: Literal["sae", "random", "noise", "none"] = "sae"      # what replaces the activation; the rest are controls
+    sae_grad: Literal["off", "on"] = "off"      # off: as the code was published; on: as the text says
+    teacher: Literal["target", "source"] = "target"      # whose predictions are the aim; published: target
+    kl_reduction: Literal["token", "sequence"] = "token"      # nats per token; published: sum over the sequence
+
+
+@dataclass
+class Sft(Lora):
+    """The baseline: cross-entropy on the same trace-free text, all tokens, at the same rate."""
+
+
+@dataclass
+class Rl(Lora):
+    """GRPO with LoRA (arXiv 2402.03300), what turns a base into a source of reasoning."""
+    questions: int = 32                  # questions in a step
+    group: int = 8                       # samples of each question
+    temperature: float = 1.0             # of the samples; the Tina recipe has 0.7
+    max_new_tokens: int = 96             # length limit of a sample
+    beta: float = 0.0                    # weight of KL(policy || base), k3 estimate; the Tina recipe has 0.04
+    rewards: list[str] = field(default_factory=lambda: ["accuracy", "format"])      # of accuracy, format, length
+
+
+@dataclass
+class Pretrain(Common):
+    """Next-token training of all weights: makes the embedded models."""
+    model: str = ""                      # spec to start from, e.g. random:data/tiny/init/config.json
+    lr: float = 1e-3                     # peak; cosine to a tenth
+    warmup: int = 100                    # steps of linear warm-up
+
+
+STAGES = {"sae": Sae, "tune": Tune, "sft": Sft, "rl": Rl, "pretrain": Pretrain}
+FOLDER = {"tune": "adapter"}             # where the artifact of a stage goes, if not its own name
+
+
+def check(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def refuse_idle(args, names, where):
+    """ValueError if one of these flags was given where it could not take effect."""
+    idle = [name for name in names.split() if name in args.given]
+    check(not idle, f"--{idle[0].replace('_', '-')} has no effect with {where}" if idle else "")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Data: rows -> text -> packed chunks
+# ----------------------------------------------------------------------------------------------------------
+
+# The layout of the published text (arXiv 2506.09967, released code): the gold answer stands inside the think
+# tags and there is no reasoning.  Resa: a system paragraph, Table 1 of arXiv 2501.12948, precedes it; put it
+# into the "system" field of your rows to have it.
+RESA_TEMPLATE = "{system}User:\n {problem}\n\nAssistant:\n <think> {answer} </think>\n<answer> Answer: {answer}</answer>"
+
+
+def as_text(row, tokenizer, template):
+    """One row of a data file -> the document a model reads."""
+    if "text" in row:
+        return row["text"]
+    if "completion" not in row and template == "resa":
+        return RESA_TEMPLATE.format(system=row.get("system", ""), problem=row["problem"], answer=row["answer"])
+    prompt = tokenizer.chat([{"role": "user", "content": row["problem"]}])
+    opened = "" if prompt.rstrip().endswith("<think>") else "<think>\n"
+    return prompt + row.get("completion", f"{opened}{row.get('answer')}\n</think>\n{row.get('answer')}")
+
+
+def read_rows(path):
+    """Rows of text or problem/completion if that is what the first line has, else of problem/answer."""
+    check(path, "no --data given, and this preset has none")
+    check(Path(path).is_file(), f"{path}: no such file (--data takes a JSONL of problem/answer)")
+    with open(path, encoding="utf-8") as f:
+        first = f.readline()
+        if '"text"' not in first and '"completion"' not in first:
+            return resa.read_problems(path)
+        rows = []
+        for number, line in enumerate([first, *f], start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+            check(isinstance(rows[-1], dict) and ("text" in rows[-1] or {"problem", "completion"} <= set(rows[-1])),
+                  f'{path}:{number}: no "text" field, nor "problem" and "completion"')
+    return rows
+
+
+def pack(rows, tokenizer, template, seq_len):
+    """Documents joined by the end token, which also comes first, cut into chunks (n, seq_len) int64.
+
+    Only whole chunks are kept.  Resa: the released code drops a remainder every 2048 documents; here, once.
+    """
+    ids = [tokenizer.eos_id]
+    for row in tqdm(rows, desc="tokenize", unit="row", disable=None, leave=False):
+        ids += tokenizer.encode(as_text(row, tokenizer, template)) + [tokenizer.eos_id]
+    n = len(ids) // seq_len
+    check(n > 0, f"the data has {len(ids)} tokens, fewer than one chunk of {seq_len}: lower --seq-len or add data")
+    return torch.tensor(ids[:n * seq_len]).view(n, seq_len)                                      # (n,T)
+
+
+def batch_at(step, chunks, args):
+    """The chunks (B,T) of an optimizer step: a function of the step alone, so that resuming needs no state."""
+    n, picked = len(chunks), []
+    for i in range(step * args.batch, (step + 1) * args.batch):
+        epoch, j = divmod(i, n)
+        picked.append(order(n, args.seed + epoch)[j] if args.shuffle else j)
+    return chunks[picked].to(args.device)
+
+
+def order(n, seed, memory={}):
+    """The permutation of one epoch; the last one is kept, as every step of the epoch asks for it."""
+    if memory.get("key") != (n, seed):
+        memory["key"], memory["value"] = (n, seed), torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return memory["value"]
+
+
+def load_chunks(args, tokenizer):
+    """Packed data, and the number of steps that --steps or --epochs asks for."""
+    chunks = pack(read_rows(args.data), tokenizer, args.template, args.seq_len)
+    if not args.steps:
+        args.steps = max(1, args.epochs * len(chunks) // args.batch)
+    return chunks
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Run directory: metrics, checkpoints, progress
+# ----------------------------------------------------------------------------------------------------------
+
+def write_state(path, state):
+    """A nested dict of tensors and numbers as one safetensors file: tensors as tensors, the rest as JSON in its header."""
+    tensors = {}
+
+    def strip(value):
+        if isinstance(value, torch.Tensor):
+            tensors[str(len(tensors))] = value.detach().cpu().clone()
+            return {"tensor": len(tensors) - 1}
+        if isinstance(value, dict):
+            return {"dict": [[k, strip(v)] for k, v in value.items()]}
+        return {"list": [strip(v) for v in value]} if isinstance(value, (list, tuple)) else {"value": value}
+    skeleton = json.dumps(strip(state))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, temporary, {"state": skeleton})
+    os.replace(temporary, path)
+
+
+def read_state(path):
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            skeleton = json.loads(f.metadata()["state"])
+            tensors = {int(name): f.get_tensor(name) for name in f.keys()}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no checkpoint to resume from") from None
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint of this program ({error})") from None
+
+    def fill(node):
+        (kind, value), = node.items()
+        if kind == "dict":
+            return {k: fill(v) for k, v in value}
+        return tensors[value] if kind == "tensor" else [fill(v) for v in value] if kind == "list" else value
+    return fill(skeleton)
+
+
+class Run:
+    """The directory of a run while it is being written.
+
+    modules and optimizers are what a checkpoint holds: the trainable tensors and buffers, the optimizer
+    state, the random state (dropout), the step.  With --resume they are restored here.
+    """
+
+    def __init__(self, stage, args, modules, optimizer):
+        self.args, self.modules, self.optimizer, self.start = args, modules, optimizer, 0
+        self.out = Path(args.out)
+        self.checkpoint, self.metrics = self.out / "checkpoint.safetensors", self.out / "metrics.jsonl"
+        self.seconds, self.began, kept = 0.0, time.perf_counter(), []
+        if args.resume:
+            kept = self.restore()
+        elif self.checkpoint.exists():
+            raise ValueError(f"{self.out} holds an unfinished run: --resume continues it, another --out starts anew")
+        resa.open_run(self.out, args)
+        self.metrics.write_text("".join(kept))
+        self.bar = tqdm(total=args.steps, initial=self.start, desc=stage, unit="step", disable=None, dynamic_ncols=True)
+
+    def tensors(self):
+        found = {}
+        for name, module in self.modules.items():
+            found |= {f"{name}.{n}": p for n, p in module.named_parameters() if p.requires_grad}
+            found |= {f"{name}.{n}": b for n, b in module.named_buffers()}
+        return found
+
+    def settings(self):
+        """What must not change between a run and its continuation."""
+        changeable = {"resume", "out", "log_every", "save_every", "device"}
+        return {k: v for k, v in vars(self.args).items() if k not in changeable | {"given"}}
+
+    def restore(self):
+        state = read_state(self.checkpoint)
+        now, then = self.settings(), state["settings"]
+        changed = [k for k in now if now[k] != then.get(k)]
+        check(not changed, f"{self.out}: cannot resume with other settings ({', '.join(changed)} changed)")
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(state["tensors"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self.start, self.seconds = state["step"], state["seconds"]
+        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
+        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.start]
+
+    def steps(self):
+        return range(self.start, self.args.steps)
+
+    def elapsed(self):
+        return self.seconds + time.perf_counter() - self.began
+
+    def end_step(self, step, values, show=None):
+        """Counts the step, and at the chosen intervals logs `values()` and writes a checkpoint."""
+        done = step + 1
+        self.bar.update()
+        if done % self.args.log_every == 0 or done == self.args.steps or step == self.start:
+            row = {"step": done} | {k: float(torch.as_tensor(v).detach()) for k, v in values().items()} | {"seconds": round(self.elapsed(), 3)}
+            check(all(math.isfinite(v) for v in row.values()), f"step {done}: not a finite number: {row}; lower --lr")
+            with open(self.metrics, "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+            self.bar.set_postfix_str("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "seconds")))
+        if done % self.args.save_every == 0 and done < self.args.steps:
+            write_state(self.checkpoint, {"step": done, "seconds": self.elapsed(), "settings": self.settings(),
+                                          "tensors": self.tensors(), "optimizer": self.optimizer.state_dict(),
+                                          "rng": torch.get_rng_state()})
+
+    def finish(self, **summary):
+        """The artifact is written: note what it took, drop the checkpoint."""
+        self.bar.close()
+        record = {"steps": self.args.steps, "seconds": round(self.elapsed(), 2)} | summary
+        (self.out / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
+        self.checkpoint.unlink(missing_ok=True)
+        return record
+
+
+def rate_at(step, args, warmup=0):
+    """Learning rate of a step: linear warm-up, then constant or a cosine that ends at a tenth of the peak."""
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    if getattr(args, "schedule", "cosine") == "constant":
+        return args.lr
+    progress = (step - warmup) / max(1, args.steps - warmup)
+    return args.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def descend(loss, parameters, optimizer, rate, clip):
+    """One optimizer step on a scalar loss -> norm of the gradient before clipping."""
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --stage sae
+# ----------------------------------------------------------------------------------------------------------
+
+def run_sae(args):
+    """Trains an SAE as stage I of arXiv 2506.09967; writes cfg.json and sae.safetensors.  Returns its metrics."""
+    # 1. What cannot be meant is refused before anything is loaded.
+    check((args.init == "scratch") != bool(args.sae_from), "--sae-from goes with --init finetune and --init pretrained")
+    if args.init == "pretrained":
+        refuse_idle(args, "optimizer lr aux_coef dead_after steps epochs resume", "--init pretrained, which trains nothing")
+    if args.init != "scratch":
+        refuse_idle(args, "latents k variant", f"--init {args.init}: the SAE that is loaded decides")
+
+    # 2. Source model, data, autoencoder.
+    model, tokenizer = load_model(args.source, args.dtype, args.device), load_tokenizer(args.source)
+    resa.site_module(model, args.layer, args.site)
+    chunks = load_chunks(args, tokenizer)
+    sae = make_sae(args, model.config.hidden_size).to(args.device)
+    if args.init == "scratch":      # Resa: the released code overwrites b_dec with a mean even when fine-tuning
+        init_b_dec(sae, tokens(model, batch_at(0, chunks, args), args))
+    sae.meta |= {"site": args.site, "layer": args.layer, "model": resa.relative(args.source), "data": resa.relative(args.data),
+                 "init": args.init}
+
+    # 3. Steps.  Activations are made as they are needed, stopping the model at the hook.
+    if args.init == "pretrained":
+        args.steps = 0
+    optimizer = make_optimizer(sae, args.optimizer, args.lr or None)
+    run = Run("sae", args, {"sae": sae}, optimizer)
+    for step in run.steps():
+        ids = batch_at(step, chunks, args)                                                       # (B,T)
+        xs = [tokens(model, part, args) for part in ids.split(args.micro_batch or len(ids))]     # each (N,D)
+        parts = train_step(sae, optimizer, xs)
+        run.end_step(step, lambda: {"fvu": parts["fvu"], "l0": parts["l0"], "dead": sae.dead.float().mean(),
+                                    "tok/s": (step + 1 - run.start) * ids.numel() / (time.perf_counter() - run.began)})
+
+    # 4. Measure, save, then forget the checkpoint.  An SAE has no labels to overfit at this size; these are
+    #    training chunks all the same, and the name of the number says so.
+    with getattr(optimizer, "averaged", contextlib.nullcontext)():      # signum saves its running mean
+        picked = order(len(chunks), args.seed + 1)[:max(1, 65536 // args.seq_len)]
+        measured = sae_metrics(model, sae, chunks[picked].to(args.device), args)
+        save_sae(sae, args.out)
+    return run.finish(tokens=args.steps * args.batch * args.seq_len, **measured)
+
+
+def tokens(model, ids, args):
+    """ids (B,T) -> activations (N,D) in fp32, in which every statistic of an SAE is taken."""
+    return resa.activations(model, ids, args.layer, args.site).flatten(0, 1).float()
+
+
+@torch.no_grad()
+def sae_metrics(model, sae, ids, args):
+    """The honest definitions of sae.py on chunks ids (n,T): sums about the mean of the whole set."""
+    total = Metrics()
+    for part in ids.split(args.micro_batch or args.batch):
+        x = tokens(model, part, args)                                                            # (N,D)
+        z = sae.encode(x)                                                                        # (N,F)
+        total.update(x, sae.decode(z), z)
+    return {f"train_{k}": v for k, v in total.result().items() if not isinstance(v, torch.Tensor)}
+
+
+def make_sae(args, width):
+    if args.init == "scratch":
+        return build(args.variant, width, args.latents, k=args.k, aux_coef=args.aux_coef, dead_after=args.dead_after,
+                     seed=args.seed)
+    sae = load_sae(*args.sae_from.split("#"))
+    if args.init == "finetune":
+        sae.unit_rows_()            # published files may not have them, and the gradient projection counts on it
+    check(sae.d_in == width, f"{args.sae_from}: made for width {sae.d_in}, the model has {width}")
+    refuse_other_site(sae, args)
+    return sae
+
+
+def refuse_other_site(sae, args):
+    """An SAE used where it was not trained reconstructs nothing; the released `pretrained` arm did just that."""
+    for name in ("site", "layer"):
+        if name in sae.meta:
+            check(sae.meta[name] == getattr(args, name), f"the SAE was trained at {name} {sae.meta[name]}, not at "
+                  f"{getattr(args, name)}: pass --{name} {sae.meta[name]}, or train one there")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --stage tune, --stage sft: the same loop, two losses
+# ----------------------------------------------------------------------------------------------------------
+
+def run_tune(args):
+    """SAE-Tuning, stage II of arXiv 2506.09967; writes a PEFT adapter.  Returns the summary."""
+    check(args.teacher == "source" or "source" not in args.given, "--source has no effect without --teacher source")
+    if args.splice == "none":
+        check(args.teacher == "source", "--splice none makes teacher and student the same model: nothing to learn; "
+              "with --teacher source it is plain distillation")
+        refuse_idle(args, "sae layer site sae_grad", "--splice none")
+    model = load_model(args.target, args.dtype, args.device)
+    teacher = load_model(args.source, args.dtype, args.device) if args.teacher == "source" else None
+    inserted = None if args.splice == "none" else make_splice(args, model)
+
+    def loss(ids):
+        return resa.tuning_loss(model, inserted, args.layer, ids, args.site, args.sae_grad == "on",
+                                args.kl_reduction, teacher)
+    return lora_loop("tune", args, model, loss, "kl")
+
+
+def make_splice(args, model):
+    """What stands in for the activation: the SAE, or one of the two controls with its shape."""
+    path = args.sae or f"out/{args.preset}/sae"
+    check(args.sae or Path(path).is_dir(), f"{path}: no SAE there yet; run --stage sae first, or name one with --sae")
+    sae = load_sae(path).to(args.device, DTYPES[args.dtype]).requires_grad_(False)
+    check(sae.d_in == model.config.hidden_size,
+          f"{path}: the SAE is {sae.d_in} wide, the model {model.config.hidden_size}")
+    refuse_other_site(sae, args)
+    if args.splice == "random":
+        return build(sae.variant, sae.d_in, sae.n_latents, k=sae.k,
+                     seed=args.seed).to(args.device, DTYPES[args.dtype]).requires_grad_(False)
+    return resa.MatchedNoise(sae, args.seed) if args.splice == "noise" else sae
+
+
+def run_sft(args):
+    """The paper's baseline: cross-entropy on the packed text, every token, and nothing else changed."""
+    model = load_model(args.target, args.dtype, args.device)
+    return lora_loop("sft", args, model, lambda ids: -next_token_logprobs(model, model.run(ids), ids).mean(), "ce")
+
+
+def lora_loop(stage, args, model, loss_of, name):
+    """Trains fresh adapters on loss_of(ids (B,T)); the last step is the result, never a chosen one."""
+    torch.manual_seed(args.seed)
+    resa.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout).train()
+    chunks = load_chunks(args, load_tokenizer(args.target))
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=0.01)
+    run = Run(stage, args, {"model": model}, optimizer)
+    for step in run.steps():
+        ids = batch_at(step, chunks, args)                                                       # (B,T)
+        loss = loss_of(ids)
+        norm = descend(loss, learned, optimizer, rate_at(step, args), args.clip)
+        run.end_step(step, lambda: {name: loss, "norm": norm, "lr": rate_at(step, args),
+                                    "tok/s": (step + 1 - run.start) * ids.numel() / (time.perf_counter() - run.began)})
+    resa.save_adapter(model, args.out, resa.relative(args.target))
+    return run.finish(tokens=args.steps * args.batch * args.seq_len)
+
+
+def next_token_logprobs(model, h, ids, chunk=4096):
+    """h (B,T,D) after the last block, ids (B,T) -> log p(ids[t+1] | ids[..t]), (B,T-1), fp32.
+
+    Past one chunk the head is recomputed in the backward pass: (N,V) logits are the first thing not to fit.
+    """
+    def part(h, targets):
+        return model.head(h).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    flat, targets = h[:, :-1].flatten(0, 1), ids[:, 1:].flatten()                                # (N,D), (N,)
+    if len(flat) <= chunk:
+        return part(flat, targets).view(len(ids), -1)
+    pieces = [checkpoint(part, a, b, use_reentrant=False) for a, b in zip(flat.split(chunk), targets.split(chunk))]
+    return torch.cat(pieces).view(len(ids), -1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --stage rl
+# ----------------------------------------------------------------------------------------------------------
+
+def score(names, samples, gold):
+    """Rewards of the G samples (token ids counted, text) of one question -> list of floats.
+
+    accuracy (x2)  the graded answer;   format (x1)  exactly one end of thinking, on a line of its own;
+    length (x1)    shorter is better among the right ones, never above 0 for a wrong one (arXiv 2501.12599)
+    """
+    from eval import grade      # sideways on purpose: one grader decides what "right" means, here and in eval.py
+    right = [grade(gold, text) for _, text in samples]
+    counts = [n for n, _ in samples]
+    short = [0.5 - (n - min(counts)) / max(1, max(counts) - min(counts)) for n in counts]
+    kinds = {"accuracy": [2.0 * r for r in right],
+             "format": [float(len(re.findall(r"\n</think>\n", text)) == 1) for _, text in samples],
+             "length": [s if r else min(0.0, s) for s, r in zip(short, right)]}
+    return [sum(kinds[name][i] for name in names) for i in range(len(samples))]
+
+
+def rollout(model, tokenizer, rows, step, args):
+    """Samples G answers to each question -> prompt and answer ids per sample, rewards (Q,G)."""
+    prompts = [tokenizer.encode(tokenizer.chat([{"role": "user", "content": r["problem"]}])) for r in rows]
+    requests = [(p, (args.seed, step, i, j)) for i, p in enumerate(prompts) for j in range(args.group)]
+    answers = [None] * len(requests)
+    with torch.no_grad(), resa.adapters_folded(model):
+        for i, ids, why in stream(model, requests, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                                  top_p=1.0, stop_ids=tokenizer.eos_ids, slots=len(requests)):
+            answers[i] = ids
+    rewards = []
+    for q, row in enumerate(rows):
+        group = answers[q * args.group:(q + 1) * args.group]
+        rewards.append(score(args.rewards, [(len(ids), tokenizer.decode(ids)) for ids in group], row["answer"]))
+    return [(p, a) for (p, _), a in zip(requests, answers)], torch.tensor(rewards, device=args.device)      # (Q,G)
+
+
+def policy_loss(model, samples, advantages, beta):
+    """GRPO's objective for one on-policy update (arXiv 2402.03300 eq. 3): mean over samples of mean over tokens.
+
+    samples [(prompt ids, answer ids)], advantages (S,).  The ratio to the sampling policy is 1 in value, so
+    clipping never acts and is left out.
+    """
+    ids, lengths = right_pad([p + a for p, a in samples], device=advantages.device)              # (S,T)
+    starts = torch.tensor([len(p) for p, _ in samples], device=ids.device)
+    position = torch.arange(1, ids.shape[1], device=ids.device)                                  # of each target
+    answer = (position >= starts[:, None]) & (position < lengths[:, None])                       # (S,T-1)
+    logp = next_token_logprobs(model, model.run(ids), ids)
+    gain = (logp - logp.detach()).exp() * advantages[:, None]
+    if beta:
+        with torch.no_grad(), resa.adapters_off(model):
+            delta = next_token_logprobs(model, model.run(ids), ids)
+        delta = delta - logp
+        gain = gain - beta * (delta.exp() - delta - 1)           # k3: unbiased, never negative
+    return -((gain * answer).sum(-1) / answer.sum(-1)).mean()
+
+
+def run_rl(args):
+    """GRPO with LoRA; writes a PEFT adapter.  Returns the summary."""
+    unknown = set(args.rewards) - {"accuracy", "format", "length"}
+    check(not unknown, f"--rewards {' '.join(sorted(unknown))}: there are accuracy, format, length")
+    check(args.group > 1, "--group must be at least 2: an advantage is relative to the other samples")
+    refuse_idle(args, "seq_len batch epochs template shuffle", "--stage rl")
+    check(args.steps > 0, "--stage rl needs --steps")
+    model, tokenizer, rows = load_model(args.target, args.dtype, args.device), load_tokenizer(args.target), read_rows(args.data)
+    torch.manual_seed(args.seed)
+    resa.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout).train()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=0.01)
+    run = Run("rl", args, {"model": model}, optimizer)
+    for step in run.steps():
+        picked = order(len(rows), args.seed + step)[:args.questions]
+        samples, rewards = rollout(model, tokenizer, [rows[i] for i in picked], step, args)
+        advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)       # (Q,G)
+        loss = policy_loss(model, samples, advantages.flatten(), args.beta)
+        norm = descend(loss, learned, optimizer, rate_at(step, args), args.clip)
+        run.end_step(step, lambda: {"reward": rewards.mean(), "norm": norm, "lr": rate_at(step, args),
+                                    "length": sum(len(a) for _, a in samples) / len(samples)})
+    resa.save_adapter(model, args.out, resa.relative(args.target))
+    return run.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --stage pretrain
+# ----------------------------------------------------------------------------------------------------------
+
+def run_pretrain(args):
+    """Next-token cross-entropy on packed text, all weights; writes a model directory.  Returns the summary."""
+    check(args.model, "--stage pretrain needs --model, for example random:data/tiny/init/config.json")
+    model = load_model(args.model, args.dtype, args.device).requires_grad_(True).train()
+    chunks = load_chunks(args, load_tokenizer(args.model))
+    learned = list(model.parameters())
+    optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    run = Run("pretrain", args, {"model": model}, optimizer)
+    for step in run.steps():
+        ids = batch_at(step, chunks, args)                                                       # (B,T)
+        loss = -next_token_logprobs(model, model.run(ids), ids).mean()
+        norm = descend(loss, learned, optimizer, rate_at(step, args, args.warmup), 1.0)
+        run.end_step(step, lambda: {"loss": loss, "norm": norm, "lr": rate_at(step, args, args.warmup)})
+    save_model(model, run.out / "model")
+    return run.finish(tokens=args.steps * args.batch * args.seq_len)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------
+
+def prepare(stage, argv):
+    """argv without --stage -> the stage's settings, with the defaults that depend on other settings filled in."""
+    args = resa.parse_flags(STAGES[stage], argv, f"train.py --stage {stage}", others=STAGES)
+    args.out = args.out or f"out/{args.preset}/{FOLDER.get(stage, stage)}"
+    args.device = args.device or "cpu"
+    check(not args.device.startswith("cuda") or torch.cuda.is_available(), "--device cuda: no GPU is visible here")
+    for name in ("seq_len", "batch", "log_every", "save_every"):
+        check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+    check(args.steps >= 0, "--steps must not be negative")
+    return args
+
+
+def main(argv):
+    stage = argv[argv.index("--stage") + 1] if "--stage" in argv[:-1] else None
+    if stage not in STAGES:
+        if "-h" in argv or "--help" in argv:
+            return print(__doc__)
+        raise ValueError(f"train.py needs --stage, one of {', '.join(STAGES)}" + (f"; {stage!r} is none" if stage else ""))
+    at = argv.index("--stage")
+    args = prepare(stage, argv[:at] + argv[at + 2:])
+    summary = globals()[f"run_{stage}"](args)
+    print(f"{args.out}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items()))
+
+
+if __name__ == "__main__":
+    resa.front_door(main)
