@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from model import check_sampling, load_model, load_tokenizer, staged, stream
-from resa import PRESETS, front_door, open_run, parse_flags, read_problems
+from resa import PRESETS, front_door, open_run, parse_flags, read_problems, relative, think_prefix
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -143,9 +143,7 @@ def grade(gold, text):
 
 def mark(row):
     """A sample with its grade.  It needs nothing but the row: re-grading from disk is grading at run time."""
-    # Some templates end the prompt in <think>: the completion alone would not show that it was opened.
-    opened = "<think>" if row["prompt"].rstrip().endswith("<think>") else ""
-    answer = extract_answer(opened + row["completion"])
+    answer = extract_answer(think_prefix(row["prompt"]) + row["completion"])
     return row | {"extracted": answer, "correct": same_answer(row["gold"], answer)}
 
 
@@ -181,6 +179,7 @@ def interval(c, n, resamples=4000, seed=0):
     so each answer is one Bernoulli trial of rate E[p] whatever the spread of p, and Wilson is right for both
     sources of noise at once; what cannot be had from one sample is how they split.
     All right or all wrong: Wilson too, with P trials, as resampling equal values gives no width at all.
+    Known weakness: with Pass@1 near 0.05 from few of 40 problems the bootstrap covers about 88 %, not 95 %.
     """
     c, n = np.asarray(c), np.asarray(n)
     p, P, rng = c / n, len(n), np.random.default_rng(seed)
@@ -408,8 +407,8 @@ def report(results):
 
 def label_of(spec):
     """A model spec or path as a file name, one to one: / becomes ~, what is unusual is percent-escaped."""
-    name = spec.replace(f"{Path.cwd()}/", "")
-    name = re.sub(r"[^A-Za-z0-9._+@#=/-]", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), name)
+    spec = relative(spec)
+    name = re.sub(r"[^A-Za-z0-9._+@#=/-]", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), spec)
     name = name.replace("/", "~")
     # File systems stop at 255 bytes.
     return name if len(name) < 150 else f"{name[-120:]}-{hashlib.sha256(spec.encode()).hexdigest()[:12]}"
@@ -496,7 +495,10 @@ def main(argv):
     benches = {name: read_problems(bench_path(name))[:args.limit or None] for name in args.bench.split(",")}
     root, results = Path(args.out or f"out/{args.preset}") / "eval", {name: {} for name in benches}
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for spec in args.model or [f"{PRESETS[args.preset]['target']}+out/{args.preset}/adapter"]:
+    tuned = f"out/{args.preset}/adapter"
+    if not args.model and not Path(tuned).is_dir():
+        raise FileNotFoundError(f"{tuned}: no adapter there yet; run train.py --stage tune first, or name models with --model")
+    for spec in args.model or [f"{PRESETS[args.preset]['target']}+{tuned}"]:
         model = load_model(spec, args.dtype, device)
         tokenizer, label = load_tokenizer(spec), label_of(spec)
         for name, problems in benches.items():

@@ -290,6 +290,7 @@ def staged(directory):
     try:
         yield temporary
         for path in sorted(temporary.iterdir(), key=lambda p: (p.suffix == ".json", p.name)):
+            path.chmod(0o644)                        # save_file leaves 0600, unreadable to a colleague
             os.replace(path, directory / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

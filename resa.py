@@ -165,7 +165,7 @@ def front_door(main):
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; a run with checkpoints continues with --resume", file=sys.stderr)
+        print("\ninterrupted; train.py continues with --resume, eval.py by itself", file=sys.stderr)
         sys.exit(130)
 
 
@@ -189,6 +189,11 @@ def relative(spec):
     return str(spec).replace(f"{HERE}/", "")
 
 
+def think_prefix(prompt):
+    """"<think>" where a chat template ends a prompt in it: the completion alone would not show it was opened."""
+    return "<think>" if prompt.rstrip().endswith("<think>") else ""
+
+
 def read_problems(path):
     """JSONL with "problem" (or "question"), "answer" and maybe "id" -> list of dicts, those keys all set.
 
@@ -196,7 +201,7 @@ def read_problems(path):
     """
     rows, ids = [], set()
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")      # splitlines() also cuts at U+2028, inside a row
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     except (FileNotFoundError, IsADirectoryError):
@@ -212,7 +217,7 @@ def read_problems(path):
             raise ValueError(f"{path}:{number}: a JSON object was expected")
         row.setdefault("problem", row.get("question"))
         for name in ("problem", "answer"):
-            if not isinstance(row.get(name), (str, int, float)) or row[name] == "":
+            if isinstance(row.get(name), bool) or not isinstance(row.get(name), (str, int, float)) or row[name] == "":
                 raise ValueError(f'{path}:{number}: no "{name}" field')
         row |= {"problem": str(row["problem"]), "answer": str(row["answer"]), "id": str(row.get("id", len(rows)))}
         if row["id"] in ids:
@@ -533,7 +538,8 @@ def train_arm(words, args, out, steps):
     import train
     torch.set_num_threads(1)
     stage, *flags = words.format(out=args.out, base=PRESETS["tiny"]["target"]).split()
-    flags += ["--out", out, "--steps", str(steps), "--seed", str(args.seed), "--batch", str(args.batch)]
+    flags += ["--out", out, "--steps", str(steps), "--seed", str(args.seed), "--batch", str(args.batch),
+              "--device", "cpu"]
     flags += ["--lr", str(args.lr)] if stage != "sae" else []
     Path(out, "checkpoint.safetensors").unlink(missing_ok=True)        # of an interrupted experiment
     return getattr(train, f"run_{stage}")(train.prepare(stage, flags))
@@ -563,6 +569,9 @@ def experiment(argv):
     """`python resa.py`: three SAEs, then every arm, then the table and what it says."""
     args = parse_flags(Experiment, argv, "resa.py")
     if args.quick:
+        idle = sorted(args.given & {"questions", "sae_steps", "tune_steps"})
+        if idle:
+            raise ValueError(f"resa.py: --{idle[0].replace('_', '-')} has no effect with --quick, which sets it")
         args.questions, args.sae_steps, args.tune_steps = 100, 8, 8
     began = time.perf_counter()
     open_run(args.out, args)

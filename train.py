@@ -51,7 +51,7 @@ class Common:
     steps: int = 0                       # optimizer steps; 0: as many as --epochs passes over the data
     epochs: int = 1                      # passes over the data, when --steps is 0
     seed: int = 0                        # of initialisation, data order and sampling
-    device: str | None = None            # cuda or cpu; default: cpu for tiny, cuda in the paper's presets
+    device: str | None = None            # cpu, cuda, cuda:1, ...; default: cuda where there is one
     dtype: Literal["float32", "bfloat16"] = "float32"      # of the language models
     out: str = ""                        # run directory; default out/PRESET/STAGE
     resume: bool = False                 # continue the run in --out from its last checkpoint
@@ -157,8 +157,8 @@ def as_text(row, tokenizer, template):
     if "completion" not in row and template == "resa":
         return RESA_TEMPLATE.format(system=row.get("system", ""), problem=row["problem"], answer=row["answer"])
     prompt = tokenizer.chat([{"role": "user", "content": row["problem"]}])
-    opened = "" if prompt.rstrip().endswith("<think>") else "<think>\n"
-    return prompt + row.get("completion", f"{opened}{row.get('answer')}\n</think>\n{row.get('answer')}")
+    start = "" if resa.think_prefix(prompt) else "<think>\n"
+    return prompt + row.get("completion", f"{start}{row.get('answer')}\n</think>\n{row.get('answer')}")
 
 
 def read_rows(path):
@@ -511,7 +511,7 @@ def next_token_logprobs(model, h, ids, chunk=4096):
 # ----------------------------------------------------------------------------------------------------------
 
 def score(names, samples, gold):
-    """Rewards of the G samples (token ids counted, text) of one question -> list of floats.
+    """Rewards of the G samples (number of tokens, text) of one question -> list of floats.
 
     accuracy (x2)  the graded answer;   format (x1)  exactly one end of thinking, on a line of its own;
     length (x1)    shorter is better among the right ones, never above 0 for a wrong one (arXiv 2501.12599)
@@ -528,8 +528,8 @@ def score(names, samples, gold):
 
 def rollout(model, tokenizer, rows, step, args):
     """Samples G answers to each question -> prompt and answer ids per sample, rewards (Q,G)."""
-    prompts = [tokenizer.encode(tokenizer.chat([{"role": "user", "content": r["problem"]}])) for r in rows]
-    requests = [(p, (args.seed, step, i, j)) for i, p in enumerate(prompts) for j in range(args.group)]
+    prompts = [tokenizer.chat([{"role": "user", "content": row["problem"]}]) for row in rows]
+    requests = [(tokenizer.encode(p), (args.seed, step, i, j)) for i, p in enumerate(prompts) for j in range(args.group)]
     answers = [None] * len(requests)
     with torch.no_grad(), resa.adapters_folded(model):
         for i, ids, why in stream(model, requests, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
@@ -538,7 +538,8 @@ def rollout(model, tokenizer, rows, step, args):
     rewards = []
     for q, row in enumerate(rows):
         group = answers[q * args.group:(q + 1) * args.group]
-        rewards.append(score(args.rewards, [(len(ids), tokenizer.decode(ids)) for ids in group], row["answer"]))
+        texts = [resa.think_prefix(prompts[q]) + tokenizer.decode(ids) for ids in group]
+        rewards.append(score(args.rewards, list(zip(map(len, group), texts)), row["answer"]))
     return [(p, a) for (p, _), a in zip(requests, answers)], torch.tensor(rewards, device=args.device)      # (Q,G)
 
 
@@ -616,7 +617,7 @@ def prepare(stage, argv):
     """argv without --stage -> the stage's settings, with the defaults that depend on other settings filled in."""
     args = resa.parse_flags(STAGES[stage], argv, f"train.py --stage {stage}", others=STAGES)
     args.out = args.out or f"out/{args.preset}/{FOLDER.get(stage, stage)}"
-    args.device = args.device or "cpu"
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check(not args.device.startswith("cuda") or torch.cuda.is_available(), "--device cuda: no GPU is visible here")
     for name in ("seq_len", "batch", "log_every", "save_every"):
         check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")

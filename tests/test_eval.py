@@ -362,6 +362,37 @@ def test_an_interrupted_run_ends_in_the_same_bytes(whole, tmp_path, cut):
     assert again == rows and torn.read_bytes() == path.read_bytes()
 
 
+def test_a_torn_line_is_cut_off_before_more_is_appended(whole, tmp_path):
+    model, tok, problems, path, rows = whole
+    torn = tmp_path / "small.jsonl"
+    for size, left in ((0, 0), (10, 0), (path.stat().st_size - 1, 23)):
+        torn.write_bytes(path.read_bytes()[:size])
+        plan, _ = ev.make_plan(model, tok, problems, 3, 0, rows[0]["settings"])
+        assert len(ev.resume(torn, plan)) == left == torn.read_bytes().count(b"\n")
+        assert torn.read_bytes() == b"".join(path.read_bytes().splitlines(keepends=True)[:left])
+
+
+class Watching:
+    """The tokenizer, noting how many samples are on disk whenever the next one is decoded."""
+
+    def __init__(self, tok, path):
+        self.tok, self.path, self.seen = tok, path, []
+
+    def __getattr__(self, name):
+        return getattr(self.tok, name)
+
+    def decode(self, ids):
+        self.seen.append(len(ev.read_samples(self.path)))
+        return self.tok.decode(ids)
+
+
+def test_every_sample_is_on_disk_the_moment_it_ends(whole, tmp_path):
+    model, tok, problems, _, rows = whole
+    watching = Watching(tok, tmp_path / "small.jsonl")
+    ev.evaluate(model, watching, problems, watching.path, **SETTINGS)
+    assert watching.seen == list(range(len(rows)))
+
+
 def test_killed_for_real(whole, small, bench, tmp_path, capfd):
     """kill -9 as soon as the first samples are on disk, then the same command again."""
     flags = ["--model", small, "--bench", str(bench), "--samples", "24", "--slots", "4",
@@ -515,7 +546,7 @@ def test_labels_are_file_names_one_to_one():
              "x" * 300, "x" * 301]
     labels = [ev.label_of(spec) for spec in specs]
     assert len(set(labels)) == len(specs) and all("/" not in x and len(x) < 160 for x in labels)
-    assert ev.label_of(f"{Path.cwd()}/a+{Path.cwd()}/b/c") == "a+b~c", "no machine paths in file names"
+    assert ev.label_of(f"{HERE}/a+{HERE}/b/c") == "a+b~c", "no machine paths in file names"
 
 
 def test_table_is_aligned():

@@ -1,0 +1,1275 @@
+"""model.py against transformers, against plain twins, against a real trained model, and against bad input.
+
+    python -m pytest tests/test_model.py -q       (tests named live need transformers or peft, else they skip)
+
+Golden numbers come from transformers 5.23 on weights that any machine can rebuild (`recipe`).
+"""
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import model as model_py
+from model import (
+    Cache, Config, Tokenizer, Transformer, check_adapter, check_sampling, collect, generate, load_model,
+    load_tokenizer, merge_tensors, read_adapter, read_json, right_pad, sample, save_model, staged, stream)
+
+# ----------------------------------------------------------------------------------------------------------
+# Tiny models that any machine can rebuild
+# ----------------------------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "tied, one kv head": dict(
+        vocab_size=37, hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=5,
+        num_key_value_heads=1, tie_word_embeddings=True),
+    "untied, no sharing": dict(
+        vocab_size=41, hidden_size=24, intermediate_size=17, num_hidden_layers=3, num_attention_heads=3,
+        num_key_value_heads=3, rms_norm_eps=0.05, rope_theta=1e6),
+    "untied, two of four": dict(
+        vocab_size=53, hidden_size=22, intermediate_size=30, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=6, rope_theta=100.0),
+    "tied, wide heads": dict(
+        vocab_size=29, hidden_size=10, intermediate_size=12, num_hidden_layers=1, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=14, tie_word_embeddings=True),
+}
+TINY = CONFIGS["tied, one kv head"]
+
+IDS = [[5, 1, 20, 7, 7, 0, 13], [0, 0, 0, 9, 26, 3, 11], [0, 0, 0, 0, 0, 0, 17], [8, 4, 19, 2, 0, 16, 25]]
+MASK = [[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1]]
+INPUT = torch.tensor(IDS)
+
+# logits at [0, V//2, V-1]: row 0 of IDS alone at positions 0, 3, 6; then the last position of the other rows,
+# run together, left-padded by MASK
+GOLDEN = {
+    "tied, one kv head": [
+        [0.75111, 5.23933, -12.02632], [-5.89177, -8.01742, 1.50225], [-3.90881, -2.51408, -3.71731],
+        [6.42364, 4.27939, -8.19705], [5.6451, 6.59098, -5.30249], [-2.05324, -3.61989, -2.72014]],
+    "untied, no sharing": [
+        [1.14776, -1.90898, 0.1267], [2.59892, -2.56834, 0.52801], [2.54143, 0.11309, -1.07154],
+        [-1.3854, -2.42755, 0.4158], [3.51951, -0.99505, -0.54346], [3.42215, 1.54914, 0.54224]],
+    "untied, two of four": [
+        [-1.3279, -0.22853, -1.23764], [0.36307, 0.81152, -0.0259], [-1.86504, -0.04398, -2.42695],
+        [-1.6621, -0.67879, 0.7679], [-1.38059, -2.06901, 2.14079], [1.97344, 0.07388, 1.74986]],
+    "tied, wide heads": [
+        [-4.38812, 1.34073, 5.31107], [6.25554, 0.98372, -9.4152], [-5.96959, 7.11225, 7.7031],
+        [-1.40523, 2.65759, 3.49831], [3.9587, -2.62524, -3.72488], [-2.44019, 3.66411, 8.52111]],
+}
+
+
+def recipe(name, shape):
+    """The weights of one parameter: numpy's legacy generator is frozen, so they are the same everywhere."""
+    numbers = np.random.RandomState(zlib.crc32(name.encode()))
+    normal = torch.from_numpy(numbers.standard_normal(tuple(shape))).float()
+    if "norm" in name:
+        return 1 + 0.3 * normal
+    return normal * (0.5 if name.endswith("bias") else 1.0 if "embed" in name else 1.5 * shape[-1] ** -0.5)
+
+
+def build(dtype=torch.float32, **fields):
+    model = Transformer(Config.from_dict(TINY | fields if "vocab_size" not in fields else fields))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(recipe(name, p.shape))
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def named(name, dtype=torch.float32):
+    return build(dtype, **CONFIGS[name])
+
+
+def refused(call, *words, kind=ValueError):
+    """One line that names the thing."""
+    with pytest.raises(kind) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 3000
+    for word in words:
+        assert str(word) in text, f"{word!r} is not in {text!r}"
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Logits
+# ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_golden(name):
+    model, ids = named(name), INPUT
+    V = model.config.vocab_size
+    alone = model(ids[:1])[0, [0, 3, 6]]
+    padded = model(ids, mask=torch.tensor(MASK))[1:, -1]
+    got = torch.cat((alone, padded))[:, [0, V // 2, V - 1]]
+    assert (got - torch.tensor(GOLDEN[name])).abs().max() < 1e-4
+
+
+def hf(name, **fields):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**CONFIGS[name] | fields)).eval()
+    with torch.no_grad():
+        for n, p in theirs.named_parameters():
+            p.copy_(recipe(n, p.shape))
+    return theirs.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_live(name):
+    theirs, ours, ids = hf(name), named(name), INPUT
+    for mask in (None, torch.tensor(MASK), torch.tensor(MASK).flip(-1)):       # no, left and right padding
+        real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+        got, want = ours(ids, mask=mask), theirs(ids, attention_mask=mask).logits
+        assert (got - want)[real].abs().max() < 1e-4
+    assert want.abs().mean() > 0.5         # else the tolerance would mean nothing
+
+
+def test_logits_live_at_far_positions():
+    ids = torch.from_numpy(np.random.RandomState(0).randint(29, size=(1, 2500)))
+    got, want = named("tied, wide heads")(ids), hf("tied, wide heads")(ids).logits
+    assert (got - want).abs().max() < 1e-4
+
+
+def test_rope_angles_are_the_published_ones_to_the_bit():
+    """theta ** -x and 1 / theta ** x differ in the last bit; position 30,000 makes 30,000 of it."""
+    config = Config.from_dict(TINY | {"head_dim": 128, "rope_theta": 1e6})
+    positions = torch.tensor([[0, 1, 30_000]])
+    angle = positions[0, :, None].float() * (1.0 / 1e6 ** (torch.arange(0, 128, 2).float() / 128))
+    cos, sin = model_py.rope_table(config, positions)
+    assert cos.shape == (1, 1, 3, 128) and cos.dtype == torch.float32
+    assert torch.equal(cos[0, 0], torch.cat((angle, angle), -1).cos())
+    assert torch.equal(sin[0, 0], torch.cat((angle, angle), -1).sin())
+
+
+def test_bf16_keeps_its_dtype_and_stays_near_fp32():
+    for name in CONFIGS:
+        got, want = named(name, torch.bfloat16)(INPUT), named(name)(INPUT)
+        assert got.dtype == torch.bfloat16
+        assert (got.float() - want).norm() < 0.05 * want.norm()
+
+
+def test_every_parameter_gets_a_gradient():
+    model = named("untied, no sharing").requires_grad_(True)
+    model(INPUT).logsumexp(-1).sum().backward()
+    # a key bias shifts all scores of a query alike only without rotation; with rotation it matters
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# run: parts of the stack, padding
+# ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mask", [None, torch.tensor(MASK)])
+def test_run_in_parts_equals_whole(mask):
+    model, ids = named("untied, no sharing"), INPUT
+    whole = model.run(ids, mask=mask)
+    for k in range(4):
+        h = model.run(ids, stop=k, mask=mask)
+        assert torch.equal(model.run(h, start=k, mask=mask) if k else model.run(ids, mask=mask), whole)
+    assert torch.equal(model.run(ids, stop=0), model.model.embed_tokens(ids))
+    assert not torch.allclose(model.run(ids, stop=2, mask=mask), whole, atol=0.1)
+    assert torch.equal(model.head(whole), model(ids, mask=mask))
+
+
+def test_padding_on_either_side_changes_nothing():
+    model = named("untied, two of four", torch.float64)
+    rows = [[5, 1, 20], [7], [9, 26, 3, 11, 40], [2, 2]]
+    T = 8
+    for fill in (0, 31):
+        left = torch.tensor([[fill] * (T - len(r)) + r for r in rows])
+        right = torch.tensor([r + [fill] * (T - len(r)) for r in rows])
+        mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows])
+        got_left, got_right = model(left, mask=mask), model(right, mask=mask.flip(-1))
+        bare = model(right)                           # causal attention never looks to the right
+        for i, r in enumerate(rows):
+            want = model(torch.tensor([r]))[0]
+            for got in (got_left[i, T - len(r):], got_right[i, :len(r)], bare[i, :len(r)]):
+                assert torch.allclose(got, want, atol=1e-6, rtol=0)      # rotary tables are fp32
+    assert model(left, mask=torch.zeros_like(mask)).isfinite().all()     # a row of nothing but padding
+
+
+def test_right_pad():
+    ids, lengths = right_pad([[3, 4], [5], []], fill=9)
+    assert ids.tolist() == [[3, 4], [5, 9], [9, 9]] and lengths.tolist() == [2, 1, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints: what is written and read
+# ----------------------------------------------------------------------------------------------------------
+
+def checkpoint(directory, name="tied, one kv head", dtype=torch.float32):
+    save_model(named(name, dtype), directory)
+    return directory
+
+
+def edit_config(directory, drop=(), **fields):
+    raw = read_json(directory / "config.json") | fields
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in drop}))
+
+
+def edit_weights(directory, change):
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {n: t.clone() for n, t in tensors.items()}
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def shard(directory, factor=1.0, keep_single=False):
+    """Splits model.safetensors in two files and an index, as large models come."""
+    tensors = {n: t * factor for n, t in load_file(directory / "model.safetensors").items()}
+    names, files = list(tensors), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    place = {n: files[i % 2] for i, n in enumerate(names)}
+    for file in files:
+        save_file({n: tensors[n] for n in names if place[n] == file}, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    if not keep_single:
+        (directory / "model.safetensors").unlink()
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_save_then_load(tmp_path, name, dtype):
+    directory = checkpoint(tmp_path / "a" / "b", name, dtype)
+    assert sorted(p.name for p in directory.iterdir()) == ["config.json", "model.safetensors"]
+    assert [p.name for p in directory.parent.iterdir()] == ["b"]             # no temporary left
+    assert ("lm_head.weight" in load_file(directory / "model.safetensors")) != CONFIGS[name].get(
+        "tie_word_embeddings", False)
+    loaded = load_model(str(directory))
+    assert same_weights(loaded, named(name, dtype)) and not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == loaded.config.tie_word_embeddings
+    assert Config.from_dict(loaded.config.to_dict()) == loaded.config
+    if dtype == torch.float32:
+        again = load_model(str(directory), dtype="bfloat16", device="cpu")
+        assert again.lm_head.weight.dtype == torch.bfloat16 and again.config.dtype == "bfloat16"
+        assert same_weights(load_model(str(directory), dtype=torch.float64), named(name).double())
+
+
+def test_sharded_checkpoint(tmp_path):
+    directory = checkpoint(tmp_path / "m", "untied, no sharing")
+    shard(directory)
+    assert same_weights(load_model(str(directory)), named("untied, no sharing"))
+    shutil.copy(directory / "model-00001-of-00002.safetensors", tmp_path / "spare")
+    (directory / "model-00001-of-00002.safetensors").unlink()
+    refused(lambda: load_model(str(directory)), "model-00001-of-00002.safetensors", kind=FileNotFoundError)
+
+
+def test_saving_over_a_sharded_checkpoint_replaces_it(tmp_path):
+    directory = checkpoint(tmp_path / "m")
+    shard(directory, factor=3.0)
+    save_model(named("tied, one kv head"), directory)
+    assert same_weights(load_model(str(directory)), named("tied, one kv head"))
+
+
+def test_redundant_tensors_of_old_checkpoints_are_read(tmp_path):
+    """A tied head stored once more, and the rotary table that old releases saved."""
+    directory = checkpoint(tmp_path / "m")
+    edit_weights(directory, lambda t: t.update({
+        "lm_head.weight": t["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
+    loaded = load_model(str(directory))
+    assert same_weights(loaded, named("tied, one kv head"))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    edit_weights(directory, lambda t: t["lm_head.weight"].add_(0.01))
+    refused(lambda: load_model(str(directory)), directory, "lm_head.weight", "tie_word_embeddings")
+
+
+def test_changing_a_loaded_model_leaves_its_file_alone(tmp_path):
+    directory = checkpoint(tmp_path / "m")
+    before = (directory / "model.safetensors").read_bytes()
+    model = load_model(str(directory))
+    model.model.embed_tokens.weight.mul_(2)
+    assert (directory / "model.safetensors").read_bytes() == before
+    assert same_weights(load_model(str(directory)), named("tied, one kv head"))
+    save_model(model, directory)                        # over the file that it is mapped from
+    assert same_weights(load_model(str(directory)), model)
+    reader = load_model(str(directory))                 # nor does a new save change a model that is in use
+    save_model(build(vocab_size=30, **{k: v for k, v in TINY.items() if k != "vocab_size"}), directory)
+    assert same_weights(reader, model)
+
+
+def test_random_spec(tmp_path):
+    path = tmp_path / "config.json"
+    for name, fields in CONFIGS.items():
+        path.write_text(json.dumps(fields))
+        a, b, c = (load_model(f"random:{path}{seed}") for seed in ("", "@0", "@1"))
+        assert same_weights(a, b) and not same_weights(a, c)
+        assert not any(p.requires_grad for p in a.parameters()) and not a.training
+        q = a.model.layers[0].self_attn.q_proj
+        assert 0.015 < q.weight.std() < 0.025 and not q.bias.any() and (a.model.norm.weight == 1).all()
+        assert (a.lm_head.weight is a.model.embed_tokens.weight) == a.config.tie_word_embeddings
+    path.write_text(json.dumps(TINY | {"torch_dtype": "bfloat16"}))
+    assert load_model(f"random:{path}").lm_head.weight.dtype == torch.bfloat16
+    assert load_model(f"random:{path}", dtype="float64").lm_head.weight.dtype == torch.float64
+    refused(lambda: load_model(f"random:{path}@one"), "one", "seed")
+    refused(lambda: load_model(f"random:{tmp_path}/none.json"), "none.json", kind=FileNotFoundError)
+
+
+def test_random_tied_model_survives_a_save(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    model = load_model(f"random:{tmp_path}/config.json")
+    save_model(model, tmp_path / "out")
+    assert torch.equal(load_model(str(tmp_path / "out"))(INPUT), model(INPUT))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_loads_what_we_save_live(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    for dtype in (torch.float32, torch.bfloat16):
+        checkpoint(tmp_path / "m", name, dtype)
+        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "m", dtype="auto", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert theirs.dtype == dtype
+        assert theirs.config.rope_parameters["rope_theta"] == CONFIGS[name].get("rope_theta", 1e4)
+        got = named(name, dtype).float()(INPUT)
+        assert (theirs.eval().float()(INPUT).logits - got).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", ["1GB", "3KB"])
+def test_we_load_what_transformers_saves_live(tmp_path, size, dtype):
+    for name in CONFIGS:
+        theirs, directory = hf(name).to(dtype), tmp_path / name
+        theirs.save_pretrained(directory, max_shard_size=size)
+        assert (directory / "model.safetensors.index.json").exists() == (size == "3KB")
+        ours = load_model(str(directory))
+        assert same_weights(ours, named(name, dtype))
+        again = type(theirs).from_pretrained(directory, dtype=torch.float32).eval()
+        assert (ours.float()(INPUT) - again(INPUT).logits).abs().max() < 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoints: what is refused
+# ----------------------------------------------------------------------------------------------------------
+
+def test_wrong_tensors_are_all_named_at_once(tmp_path):
+    directory = checkpoint(tmp_path / "m")
+
+    def spoil(t):
+        del t["model.norm.weight"], t["model.layers.1.self_attn.k_proj.bias"]
+        t["model.layers.0.mlp.up_proj.weight"] = torch.zeros(28, 21)
+        t["model.layers.1.input_layernorm.weight"] = torch.zeros(20, 1)
+        t["model.layers.7.mlp.up_proj.weight"] = torch.zeros(28, 20)
+        t["visual.patch.weight"] = torch.zeros(())
+    edit_weights(directory, spoil)
+    refused(lambda: load_model(str(directory)), directory, "missing model.norm.weight",
+            "missing model.layers.1.self_attn.k_proj.bias", "unexpected model.layers.7.mlp.up_proj.weight",
+            "unexpected visual.patch.weight", "(28, 20)",
+            "model.layers.0.mlp.up_proj.weight has shape (28, 21)",
+            "model.layers.1.input_layernorm.weight has shape (20, 1)")
+
+
+def test_an_untied_head_that_is_missing_is_named(tmp_path):
+    directory = checkpoint(tmp_path / "m")
+    edit_config(directory, tie_word_embeddings=False)
+    refused(lambda: load_model(str(directory)), "missing lm_head.weight")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200, -1])
+def test_truncated_file(tmp_path, keep):
+    path = checkpoint(tmp_path / "m") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(lambda: load_model(str(tmp_path / "m")), path)
+
+
+def test_shapes_are_checked_before_anything_is_allocated(tmp_path):
+    """A sparse file that claims 16 GiB, and a config that claims 80 TB, cost a header each."""
+    directory = checkpoint(tmp_path / "m")
+    claim = {"dtype": "F32", "shape": [1 << 16, 1 << 16], "data_offsets": [0, 1 << 34]}
+    header = json.dumps({"model.embed_tokens.weight": claim}).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 34))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(lambda: load_model(str(directory)), "missing model.layers.0")
+    checkpoint(tmp_path / "n")
+    edit_config(tmp_path / "n", vocab_size=1 << 40)
+    refused(lambda: load_model(str(tmp_path / "n")), "model.embed_tokens.weight", "(37, 20)", (1 << 40, 20))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000      # KiB
+
+
+def test_missing_files(tmp_path):
+    directory = checkpoint(tmp_path / "m")
+    (directory / "model.safetensors").rename(tmp_path / "w")
+    refused(lambda: load_model(str(directory)), directory / "model.safetensors", kind=FileNotFoundError)
+    (directory / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    refused(lambda: load_model(str(directory)), "pytorch_model.bin", "pickle", kind=FileNotFoundError)
+    (directory / "config.json").unlink()
+    refused(lambda: load_model(str(directory)), directory / "config.json", kind=FileNotFoundError)
+
+
+@pytest.mark.parametrize("index, word", [
+    ({"weight_map": {"model.norm.weight": "../w.safetensors"}}, "../w.safetensors"),
+    ({"weight_map": {"model.norm.weight": "/etc/passwd"}}, "/etc/passwd"),
+    ({"weight_map": {"model.norm.weight": ".."}}, ".."),
+    ({"weight_map": {"model.norm.weight": 5}}, "weight_map"),
+    ({"weight_map": ["model.safetensors"]}, "weight_map"),
+    ({"weight_map": {}}, "weight_map"),
+    ({}, "weight_map"),
+])
+def test_bad_index(tmp_path, index, word):
+    directory = checkpoint(tmp_path / "m")
+    (directory / "model.safetensors").rename(tmp_path / "w.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(lambda: load_model(str(directory)), directory, word)
+
+
+@pytest.mark.parametrize("text, word", [(b"{", "not JSON"), (b"", "not JSON"), (b"[1]", "list"),
+                                        (b"[" * 10**5, "not JSON"), (b"\xff\xfe{}", "not JSON")])
+def test_malformed_json(tmp_path, text, word):
+    directory = checkpoint(tmp_path / "m")
+    (directory / "config.json").write_bytes(text)
+    refused(lambda: load_model(str(directory)), directory / "config.json", word)
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(model_type="llama"), ["model_type", "llama"]),
+    (dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
+    (dict(use_sliding_window=True), ["use_sliding_window"]),
+    (dict(rope_scaling={"type": "yarn", "factor": 4.0}), ["rope_scaling", "yarn"]),
+    (dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
+    (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), ["rope_parameters", "dynamic"]),
+    (dict(layer_types=["full_attention", "sliding_attention"]), ["layer_types"]),
+    (dict(quantization_config={"bits": 4}), ["quantization_config"]),
+    (dict(attention_dropout=0.1), ["attention_dropout"]),
+    (dict(num_experts=8), ["num_experts"]),
+    (dict(use_mrope=True), ["use_mrope"]),
+    (dict(vocab_size=0), ["vocab_size"]),
+    (dict(hidden_size="20"), ["hidden_size"]),
+    (dict(num_hidden_layers=2.5), ["num_hidden_layers"]),
+    (dict(num_key_value_heads=2), ["5", "2"]),
+    (dict(head_dim=3), ["head_dim", "3"]),
+    (dict(torch_dtype="int8"), ["dtype", "int8"]),
+    (dict(dtype="float8_e4m3fn"), ["dtype", "float8_e4m3fn"]),
+])
+def test_config_fields_refused_by_name(tmp_path, fields, words):
+    directory = checkpoint(tmp_path / "m")
+    edit_config(directory, drop=["torch_dtype"] if "dtype" in fields else [], **fields)
+    refused(lambda: load_model(str(directory)), directory / "config.json", *words)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("rope_theta", None), ("rope_theta", "1e4"), ("rope_theta", 0), ("rope_parameters", "default"),
+    ("rope_scaling", "yarn"), ("num_key_value_heads", "1"), ("num_key_value_heads", -1), ("head_dim", -2),
+    ("head_dim", 6.0), ("rms_norm_eps", "1e-6"), ("torch_dtype", ["float32"]),
+    ("tie_word_embeddings", "false"), ("num_attention_heads", True),
+])
+def test_config_fields_of_a_wrong_type(field, value):
+    """Python's own TypeError says neither the file nor the field."""
+    try:
+        model = Transformer(Config.from_dict(TINY | {field: value}, "here/config.json"))
+    except ValueError as error:
+        assert field in str(error) and "here/config.json" in str(error)
+    else:                                      # or it has an obvious meaning and is honoured
+        assert (field, value) == ("rope_theta", None) and model.config.rope_theta == 1e4
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                   "num_attention_heads"])
+def test_missing_config_field(tmp_path, field):
+    directory = checkpoint(tmp_path / "m")
+    edit_config(directory, drop=[field])
+    refused(lambda: Config.from_pretrained(str(directory)), directory / "config.json", field)
+
+
+def test_published_configs_are_understood(shared):
+    config = Config.from_pretrained(str(shared / "tokenizers" / "deepseek-r1-distill-qwen"))
+    assert (config.hidden_size, config.num_key_value_heads, config.head_dim) == (1536, 2, 128)
+    assert config.dtype == "bfloat16" and not config.tie_word_embeddings and config.rope_theta == 10000
+    assert config.eos_token_id == 151643 and config.to_dict()["torch_dtype"] == "bfloat16"
+    both = dict(TINY, rope_theta=1e4, rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+                layer_types=["full_attention"] * 2, sliding_window=None, eos_token_id=[3, 4])
+    config = Config.from_dict(both)
+    assert config.rope_theta == 1e6 and config.eos_token_id == [3, 4] and config.head_dim == 4
+    assert Config.from_dict(TINY | {"num_key_value_heads": None}).num_key_value_heads == 5
+
+
+def test_bookkeeping_fields_of_saved_configs_are_no_reason_to_refuse():
+    """Releases 4.46 to 4.51 of transformers wrote the first into every config.json they saved."""
+    Config.from_dict(TINY | {"_attn_implementation_autoset": True, "_name_or_path": "x", "use_cache": True})
+
+
+@pytest.mark.parametrize("dtype", ["float33", "bf16", torch.int8])
+def test_bad_dtype(tmp_path, dtype):
+    directory = checkpoint(tmp_path / "m")
+    refused(lambda: load_model(str(directory), dtype=dtype), str(dtype).removeprefix("torch."), "bfloat16")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Specs
+# ----------------------------------------------------------------------------------------------------------
+
+def test_spec_names_directories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / "runs" / "m")
+    checkpoint(tmp_path / "a+b@c#d")                     # a directory of that very name comes first
+    for spec in ("runs/m", "./runs/m", f"{tmp_path}/runs/m", "runs#m", "runs/#m", "runs#./m", "a+b@c#d"):
+        assert same_weights(load_model(spec), named("tied, one kv head")), spec
+    refused(lambda: load_model("runs/m@main"), "runs/m", "revision")
+    refused(lambda: load_model("runs#../a+b@c#d"), "leads out")
+    refused(lambda: load_model("runs/m#../../a+b@c#d"), "leads out")
+    refused(lambda: load_model("runs#/etc"), "leads out")
+    refused(lambda: load_model("runs#none"), "none", kind=FileNotFoundError)
+    for spec in ("nothing", "./nothing", "/nothing/here", "a/b/c", "../x", "a b/c", ".hidden/x"):
+        refused(lambda: load_model(spec), spec, kind=FileNotFoundError)
+
+
+@pytest.mark.parametrize("spec", ["runs/m@", "runs/m#", "owner/name@", "owner/name@#sub", "@main", "#sub",
+                                  "a@b@c#"])
+def test_unfinished_specs(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / "runs" / "m")
+    refused(lambda: load_model(spec), spec, kind=(ValueError, FileNotFoundError))
+
+
+def test_hub_id_offline_is_one_clear_line_at_once():
+    start = time.monotonic()
+    for spec in ("someone/something", "someone/something@v1#sub", "out/tiny"):
+        refused(lambda: load_model(spec), spec.split("@")[0], "offline", kind=FileNotFoundError)
+    assert time.monotonic() - start < 5
+
+
+def test_hub_cache_is_used_offline(tmp_path):
+    """Hub id, revision and subfolder from a cache filled before; HF_HOME is read once, so by a new process."""
+    repo = tmp_path / "hub" / "models--someone--something"
+    for commit, branch, name in (("a" * 40, "main", "tied, one kv head"),
+                                 ("b" * 40, "v2", "untied, two of four")):
+        checkpoint(repo / "snapshots" / commit, name)
+        checkpoint(repo / "snapshots" / commit / "sub", "tied, wide heads")
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / branch).write_text(commit)
+    code = ("from model import load_model\n"
+            "for spec in ('', '@v2', '#sub', '@v2#sub'):\n"
+            "    print(load_model('someone/something' + spec).config.vocab_size)")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         cwd=Path(model_py.__file__).parent,
+                         env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    assert run.stdout.split() == ["37", "53", "29", "29"], run.stderr[-500:]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Interrupted writes
+# ----------------------------------------------------------------------------------------------------------
+
+def listing(root):
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*"))
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_interrupted_block_leaves_the_old_files(tmp_path, stop):
+    directory = checkpoint(tmp_path / "m")
+    before = listing(tmp_path)
+    with pytest.raises(stop), staged(directory) as temporary:
+        (temporary / "model.safetensors").write_bytes(b"half")
+        (temporary / "config.json").write_text("{")
+        raise stop
+    assert listing(tmp_path) == before
+    assert same_weights(load_model(str(directory)), named("tied, one kv head"))
+
+
+def test_save_that_fails_half_way_leaves_the_old_model(tmp_path):
+    directory = checkpoint(tmp_path / "m")
+    before = listing(tmp_path)
+    model = named("untied, no sharing")
+    model.source = tmp_path / "source"
+    (model.source / "tokenizer.json").mkdir(parents=True)         # cannot be copied: fails after the weights
+    with pytest.raises(OSError):
+        save_model(model, directory)
+    assert [n for n in listing(tmp_path) if not n.startswith("source")] == before
+    assert same_weights(load_model(str(directory)), named("tied, one kv head"))
+
+
+def test_staged_moves_all_and_keeps_other_files(tmp_path):
+    (tmp_path / "keep.txt").write_text("kept")
+    (tmp_path / "b.json").write_text("old")
+    with staged(tmp_path) as temporary:
+        assert temporary.parent == tmp_path.parent                # a rename must not cross file systems
+        for name in ("a.safetensors", "b.json"):
+            (temporary / name).write_text(name)
+        assert (tmp_path / "b.json").read_text() == "old"
+    assert listing(tmp_path) == ["a.safetensors", "b.json", "keep.txt"]
+    assert (tmp_path / "b.json").read_text() == "b.json" and not temporary.exists()
+
+
+def test_config_is_written_last(tmp_path):
+    """A save that stops between two files must not leave a new config over old weights."""
+    directory = checkpoint(tmp_path / "m")
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").mkdir()                     # a rename onto a folder fails
+    before = (directory / "config.json").read_text()
+    with pytest.raises(OSError):
+        save_model(named("untied, no sharing"), directory)
+    assert (directory / "config.json").read_text() == before and listing(tmp_path) == [
+        "m", "m/config.json", "m/model.safetensors"]
+
+
+def test_save_refuses_attached_adapters(tmp_path):
+    model = named("tied, one kv head")
+    model.model.layers[0].mlp.lora_A = nn.Linear(2, 2)
+    refused(lambda: save_model(model, tmp_path / "m"), "LoRA")
+    assert listing(tmp_path) == []
+
+
+def test_the_tokenizer_travels_with_a_save(tmp_path):
+    word_tokenizer(checkpoint(tmp_path / "a"))
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    save_model(load_model(str(tmp_path / "a")), tmp_path / "b")
+    assert load_tokenizer(str(tmp_path / "b")).chat([{"role": "user", "content": "one"}]) == "one!"
+    assert load_tokenizer(str(tmp_path / "b")).encode("two one") == [2, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# PEFT adapters
+# ----------------------------------------------------------------------------------------------------------
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+def adapter(directory, r=2, tensors=None, **fields):
+    """A PEFT directory for the model of TINY, written by hand."""
+    directory.mkdir(parents=True, exist_ok=True)
+    raw = {"peft_type": "LORA", "r": r, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | fields
+    (directory / "adapter_config.json").write_text(json.dumps(raw))
+    shapes = {f"{Q}.lora_A": (2, 20), f"{Q}.lora_B": (20, 2),
+              f"{DOWN}.lora_A": (2, 28), f"{DOWN}.lora_B": (20, 2)}
+    own = {f"base_model.model.{n}.weight": recipe(n, s) for n, s in shapes.items()} | (tensors or {})
+    save_file({n: t for n, t in own.items() if t is not None}, directory / "adapter_model.safetensors")
+    return str(directory)
+
+
+def tensor_name(module, side):
+    return f"base_model.model.{module}.lora_{side}.weight"
+
+
+def test_merge_is_base_plus_scaled_product(tmp_path):
+    spec = adapter(tmp_path / "ad", lora_dropout=0.1, bias="none", inference_mode=True, rank_pattern={},
+                   init_lora_weights=True, use_dora=False, base_model_name_or_path="x", task_type="CAUSAL_LM")
+    read = read_adapter(spec)
+    assert (read["r"], read["lora_alpha"], read["lora_dropout"], read["scale"]) == (2, 6, 0.1, 3.0)
+    assert set(read["pairs"]) == {Q, DOWN}
+    base = checkpoint(tmp_path / "m")
+    merged, want = load_model(f"{base}+{spec}"), named("tied, one kv head").state_dict()
+    for module in (Q, DOWN):
+        A = recipe(f"{module}.lora_A", (2, 28 if module == DOWN else 20))
+        B = recipe(f"{module}.lora_B", (20, 2))
+        want[f"{module}.weight"] = want[f"{module}.weight"] + 3.0 * B @ A
+    for name, tensor in merged.state_dict().items():
+        assert torch.allclose(tensor, want[name], atol=1e-6), name
+    assert not torch.allclose(merged(INPUT), named("tied, one kv head")(INPUT), atol=0.1)
+    twice, (A, B) = load_model(f"{base}+{spec}+{spec}").get_submodule(Q).weight, read["pairs"][Q]
+    assert torch.allclose(twice - want[f"{Q}.weight"], 3.0 * B @ A, atol=1e-5)
+    config = base / "config.json"
+    assert load_model(f"random:{config}@3+{spec}").get_submodule(Q).weight.std() > 0.1
+    assert same_weights(load_model(str(base)), named("tied, one kv head"))      # the base file is as it was
+
+
+def test_merge_sums_in_fp32_for_a_bf16_model(tmp_path):
+    read = read_adapter(adapter(tmp_path / "ad"))
+    model = named("tied, one kv head", torch.bfloat16)
+    base = model.get_submodule(Q).weight.clone()
+    merge_tensors(model, read)
+    A, B = read["pairs"][Q]
+    assert torch.equal(model.get_submodule(Q).weight, (base.float() + 3.0 * (B @ A)).bfloat16())
+
+
+@pytest.mark.parametrize("fields, word", [
+    (dict(peft_type="IA3"), "IA3"), (dict(r=0), "'r'"), (dict(r="2"), "'r'"), (dict(r=3), "rank 3"),
+    (dict(lora_alpha=None), "lora_alpha"), (dict(use_dora=True), "use_dora"), (dict(bias="lora_only"), "bias"),
+    (dict(use_rslora=True), "use_rslora"), (dict(lora_bias=True), "lora_bias"),
+    (dict(fan_in_fan_out=True), "fan_in_fan_out"), (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+    (dict(rank_pattern={"q_proj": 4}), "rank_pattern"), (dict(alpha_pattern={"q_proj": 4}), "alpha_pattern"),
+    (dict(layer_replication=[[0, 1]]), "layer_replication"), (dict(target_parameters=["w"]), "target_parameters"),
+    (dict(trainable_token_indices=[1]), "trainable_token_indices"),
+    # these leave plain-looking matrices that belong to a changed base, or act on some tokens only
+    (dict(init_lora_weights="pissa"), "init_lora_weights"), (dict(init_lora_weights="olora"), "init_lora"),
+    (dict(alora_invocation_tokens=[5, 6]), "alora_invocation_tokens"), (dict(use_qalora=True), "use_qalora"),
+    (dict(use_bdlora={"nblocks": 2}), "use_bdlora"),
+])
+def test_adapter_settings_refused_by_name(tmp_path, fields, word):
+    spec = adapter(tmp_path / "ad", **fields)
+    refused(lambda: read_adapter(spec), spec, word)
+
+
+@pytest.mark.parametrize("name, tensor, words", [
+    (tensor_name(Q, "A"), None, [Q, "only lora_B"]),
+    (tensor_name(Q, "B"), None, [Q, "only lora_A"]),
+    (tensor_name(Q, "A"), torch.zeros(3, 20), [Q, "rank 2"]),
+    (tensor_name(Q, "B"), torch.zeros(20, 4), [Q, "rank 2"]),
+    (tensor_name(Q, "A"), torch.zeros(2), [Q]),
+    (tensor_name(Q, "A"), torch.zeros(()), [Q]),
+    (tensor_name(Q, "A"), torch.zeros(2, 20, 1), [Q]),
+    (f"base_model.model.{Q}.lora_magnitude_vector.weight", torch.zeros(2), ["lora_magnitude_vector"]),
+    ("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(2, 37), ["lora_embedding_A"]),
+    ("something.else", torch.zeros(2, 2), ["something.else"]),
+])
+def test_adapter_tensors_refused_by_name(tmp_path, name, tensor, words):
+    spec = adapter(tmp_path / "ad", tensors={name: tensor})
+    refused(lambda: read_adapter(spec), "adapter_model.safetensors", *words)
+
+
+@pytest.mark.parametrize("module, a, b, word", [
+    ("model.layers.9.self_attn.q_proj", 20, 20, "does not have"),
+    ("model.layers.0.input_layernorm", 20, 20, "does not have"),
+    (Q, 24, 20, "(20, 24)"), (Q, 20, 22, "(22, 20)"),
+])
+def test_adapter_that_does_not_fit_the_model(tmp_path, module, a, b, word):
+    spec = adapter(tmp_path / "ad", tensors={tensor_name(module, "A"): torch.ones(2, a),
+                                             tensor_name(module, "B"): torch.ones(b, 2)})
+    base, model = checkpoint(tmp_path / "m"), named("tied, one kv head")
+    refused(lambda: load_model(f"{base}+{spec}"), spec, module, word)
+    refused(lambda: check_adapter(model, read_adapter(spec), "here"), "here", module)
+    with pytest.raises(ValueError):
+        merge_tensors(model, read_adapter(spec))
+    assert same_weights(model, named("tied, one kv head"))          # refused before the first change
+
+
+def test_adapter_of_a_tied_head_does_not_touch_the_embedding(tmp_path):
+    """Attached, it changes the head alone; merged into the shared matrix, it would change the input too."""
+    spec = adapter(tmp_path / "ad", tensors={tensor_name("lm_head", "A"): torch.ones(2, 20),
+                                             tensor_name("lm_head", "B"): torch.ones(37, 2)})
+    refused(lambda: load_model(f"{checkpoint(tmp_path / 'm')}+{spec}"), "lm_head", "tie")
+
+
+def test_adapter_files_missing_or_damaged(tmp_path):
+    base, spec = checkpoint(tmp_path / "m"), adapter(tmp_path / "ad")
+    refused(lambda: load_model(f"{base}+{tmp_path}/none"), "none", kind=FileNotFoundError)
+    refused(lambda: load_model(f"{base}+{base}"), "adapter_config.json", kind=FileNotFoundError)
+    (tmp_path / "ad" / "adapter_model.safetensors").rename(tmp_path / "ad" / "adapter_model.bin")
+    refused(lambda: load_model(f"{base}+{spec}"), "adapter_model.safetensors", kind=FileNotFoundError)
+    (tmp_path / "ad" / "adapter_model.safetensors").write_bytes(b"nonsense")
+    refused(lambda: load_model(f"{base}+{spec}"), "adapter_model.safetensors")
+    (tmp_path / "ad" / "adapter_config.json").write_text("{")
+    refused(lambda: load_model(f"{base}+{spec}"), "adapter_config.json")
+
+
+def test_we_load_what_peft_saves_live(tmp_path):
+    peft = pytest.importorskip("peft")
+    for name in ("tied, one kv head", "untied, two of four"):
+        theirs = peft.get_peft_model(hf(name), peft.LoraConfig(
+            r=3, lora_alpha=7, target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]))
+        with torch.no_grad():
+            for n, p in theirs.named_parameters():
+                if "lora_" in n:
+                    p.copy_(recipe(n, p.shape))
+        theirs.save_pretrained(tmp_path / "ad")
+        ours = load_model(f"{checkpoint(tmp_path / 'm', name)}+{tmp_path / 'ad'}")
+        want = theirs.eval()(INPUT).logits
+        assert (ours(INPUT) - want).abs().max() < 1e-4
+        assert (named(name)(INPUT) - want).abs().max() > 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tokenizers and chat
+# ----------------------------------------------------------------------------------------------------------
+
+NAMES = ["deepseek-r1-distill-qwen", "qwen2.5-1.5b-instruct", "qwen2.5-math-1.5b"]
+TEXTS = ["Hello  world\n\n x = 1.50", "<think>\nso 12+3=15\n</think>\n\n\\boxed{15}",
+         " naïve ½ 🦙\t\r\n  if x:\n\n\n",
+         "<|im_start|>user\nhi<|im_end|>\n<｜User｜>ho<｜Assistant｜>", "", "e\u0301 \u00a0 \u200b中文字 12345678"]
+
+
+@lru_cache
+def real_tokenizer(directory):
+    return load_tokenizer(str(directory))
+
+
+@pytest.mark.parametrize("name, vectors", zip(NAMES, ["deepseek-r1-qwen", "qwen2", "qwen2"]))
+def test_encodings_equal_published_vectors(shared, name, vectors):
+    path = shared / "tokenizers" / "test_vectors" / f"ggml-vocab-{vectors}.gguf"
+    texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    wanted = [[int(i) for i in line.split()] for line in Path(f"{path}.out").read_text().splitlines()]
+    tokenizer = real_tokenizer(shared / "tokenizers" / name)
+    assert texts.pop() == "" and len(texts) == len(wanted) > 40
+    for text, ids in zip(texts, wanted):
+        assert tokenizer.encode(text) == ids, repr(text)
+    for text in TEXTS:      # Qwen normalises to NFC, so a letter and its accent come back as one
+        assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text.replace("e\u0301", "é")
+
+
+@pytest.mark.parametrize("name, eos, eos_id, bos", [(NAMES[0], {151643}, 151643, 151646),
+                                                    (NAMES[1], {151645, 151643}, 151645, None),
+                                                    (NAMES[2], {151643}, 151643, None)])
+def test_end_tokens_are_the_union(shared, name, eos, eos_id, bos):
+    tokenizer = real_tokenizer(shared / "tokenizers" / name)
+    assert (tokenizer.eos_ids, tokenizer.eos_id, tokenizer.bos_id) == (eos, eos_id, bos)
+    assert tokenizer.encode("a", bos=True) == ([bos] if bos else []) + tokenizer.encode("a")
+
+
+USER = {"role": "user", "content": "What is 2 + 3?"}
+TALK = [{"role": "system", "content": "Be brief."}, USER,
+        {"role": "assistant", "content": "<think>\neasy\n</think>\n\n5"},
+        {"role": "user", "content": " Twice that?\n"}]
+QWEN_TALK = ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n"
+             "<|im_start|>assistant\n<think>\neasy\n</think>\n\n5<|im_end|>\n"
+             "<|im_start|>user\n Twice that?\n<|im_end|>\n")
+CHATS = {       # one question, a conversation, both without the generation prompt; the generation prompt
+    NAMES[0]: ("<｜begin▁of▁sentence｜><｜User｜>What is 2 + 3?",
+               "<｜begin▁of▁sentence｜>Be brief.<｜User｜>What is 2 + 3?<｜Assistant｜>\n\n5<｜end▁of▁sentence｜>"
+               "<｜User｜> Twice that?\n", "<｜Assistant｜><think>\n"),
+    NAMES[1]: ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+               "<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n", QWEN_TALK, "<|im_start|>assistant\n"),
+    NAMES[2]: ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
+               "<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n", QWEN_TALK, "<|im_start|>assistant\n"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chat_strings_golden(shared, name):
+    tokenizer, (question, talk, prompt) = real_tokenizer(shared / "tokenizers" / name), CHATS[name]
+    for messages, text in (([USER], question), (TALK, talk)):
+        assert tokenizer.chat(messages, add_generation_prompt=False) == text
+        assert tokenizer.chat(messages) == text + prompt
+    # one BOS, and the markers of the template are single tokens
+    ids = tokenizer.encode(tokenizer.chat([USER]))
+    assert ids.count(151646 if name == NAMES[0] else 151644) == (1 if name == NAMES[0] else 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokenizers_live(shared, name):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+    ours = real_tokenizer(shared / "tokenizers" / name)
+    lines = (shared / "bench" / "math500.jsonl").read_text(encoding="utf-8").splitlines()[:25]
+    for text in TEXTS + [json.loads(line)["solution"] for line in lines]:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    for messages in ([USER], TALK, TALK[:2], TALK[1:3]):
+        for add in (True, False):
+            want = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=add)
+            assert ours.chat(messages, add_generation_prompt=add) == want
+
+
+def word_tokenizer(directory, files=(), **settings):
+    """A tokenizer of four words, with a template and end tokens as given."""
+    from tokenizers import Tokenizer as Fast, models, pre_tokenizers, processors
+    fast = Fast(models.WordLevel({"<end>": 0, "one": 1, "two": 2, "<s>": 3, "?": 4}, unk_token="?"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast.add_special_tokens(["<end>", "<s>"])       # and one that the file would put in front by itself
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    directory.mkdir(parents=True, exist_ok=True)
+    fast.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    for name, content in dict(files).items():
+        (directory / name).write_text(content)
+    return str(directory)
+
+
+def test_end_tokens_from_three_files(tmp_path):
+    spec = word_tokenizer(tmp_path / "t", eos_token={"content": "<end>"}, bos_token="<s>", files={
+        "config.json": '{"eos_token_id": 7}', "generation_config.json": '{"eos_token_id": [8, 9]}'})
+    tokenizer = load_tokenizer(spec)
+    assert tokenizer.eos_ids == {0, 7, 8, 9} and tokenizer.eos_id == 0 and tokenizer.bos_id == 3
+    assert tokenizer.encode("one two", bos=True) == [3, 1, 2] and tokenizer.decode([3, 1, 2, 0]) == "one two"
+    none = word_tokenizer(tmp_path / "u", files={"config.json": '{"eos_token_id": null}'})
+    tokenizer = load_tokenizer(none)
+    assert tokenizer.eos_ids == set()
+    refused(lambda: tokenizer.eos_id, "end-of-text")
+
+
+def test_saved_truncation_and_padding_do_not_touch_the_text(tmp_path):
+    """Trainers leave both in tokenizer.json; transformers clears them on use."""
+    from tokenizers import Tokenizer as Fast
+    spec = word_tokenizer(tmp_path / "t")
+    fast = Fast.from_file(spec + "/tokenizer.json")
+    fast.enable_truncation(4)
+    fast.enable_padding(length=8)
+    fast.save(spec + "/tokenizer.json")
+    assert load_tokenizer(spec).encode("one two one two one two") == [1, 2, 1, 2, 1, 2]
+
+
+def test_where_the_template_comes_from(tmp_path):
+    plain, other = "{{ messages[0].content }}{{ eos_token }}", "{{ bos_token }}other"
+    one = dict(eos_token="<end>", bos_token={"content": "<s>", "lstrip": False})
+    word_tokenizer(tmp_path, chat_template=plain, **one)
+    assert load_tokenizer(str(tmp_path)).chat([USER]) == "What is 2 + 3?<end>"
+    several = [{"name": "tool_use", "template": other}, {"name": "default", "template": plain}]
+    word_tokenizer(tmp_path, chat_template=several, **one)
+    assert load_tokenizer(str(tmp_path)).chat([USER]) == "What is 2 + 3?<end>"
+    (tmp_path / "chat_template.jinja").write_text(other)
+    assert load_tokenizer(str(tmp_path)).chat([USER]) == "<s>other"
+    (tmp_path / "chat_template.jinja").unlink()
+    word_tokenizer(tmp_path)
+    refused(lambda: load_tokenizer(str(tmp_path)).chat([USER]), "chat_template")
+
+
+def test_tokenizer_refusals(tmp_path):
+    refused(lambda: Tokenizer(tmp_path), tmp_path / "tokenizer.json", kind=FileNotFoundError)
+    word_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    refused(lambda: Tokenizer(tmp_path), tmp_path / "tokenizer_config.json")
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    refused(lambda: Tokenizer(tmp_path), tmp_path / "tokenizer.json")
+
+
+def test_templates_use_the_conventions_of_the_hub(tmp_path):
+    """trim_blocks, lstrip_blocks, loop controls, plain tojson, raise_exception, tools = none."""
+    text = ("{%- for m in messages %}\n    {% if m.role == 'system' %}\n{% continue %}\n    {% endif %}\n"
+            "{{ m | tojson }}\n{% endfor %}\n{% if tools is not none %}tools{% endif %}")
+    word_tokenizer(tmp_path, chat_template=text)
+    chat = load_tokenizer(str(tmp_path)).chat([TALK[0], {"role": "user", "content": "é<"}])
+    assert chat == '{"role": "user", "content": "é<"}\n'
+    word_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
+    refused(lambda: load_tokenizer(str(tmp_path)).chat([USER]), "roles must alternate")
+
+
+@pytest.mark.parametrize("template", [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{% for c in ().__class__.__base__.__subclasses__() %}{{ c.__init__.__globals__ }}{% endfor %}",
+    "{{ cycler.__init__.__globals__.os.system('touch hacked') }}",
+    "{{ self.__init__.__globals__['__builtins__'].open('hacked', 'w') }}",
+    "{{ raise_exception.__globals__['os'].system('touch hacked') }}",
+    "{{ ('%s' | attr('format'))|attr('__globals__') + 1 }}",
+    "{{ messages.append(messages[0]) }}", "{{ messages[0].update({'role': 'x'}) }}",
+    "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
+    "{{ messages[0].content + 1 }}", "{{ 1 / 0 }}", "{{ range(10 ** 9) | list }}",
+    "{% for i in 5 %}{% endfor %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% if %}", "{{ unknown.field }}", "{{ 'a' | nofilter }}",
+])
+def test_hostile_and_broken_templates(tmp_path, monkeypatch, template):
+    monkeypatch.chdir(tmp_path)
+    word_tokenizer(tmp_path / "t", chat_template=template)
+    messages = [dict(USER)]
+    refused(lambda: load_tokenizer("t").chat(messages), "template")
+    assert messages == [USER] and listing(tmp_path) == ["t", "t/tokenizer.json", "t/tokenizer_config.json"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# sample: from logits to a token
+# ----------------------------------------------------------------------------------------------------------
+
+HALVES = torch.tensor([0.125, 0.5, 0.125, 0.25]).log()      # exact in binary: thresholds can be hit exactly
+
+
+def drawn(logits, n=4096, **settings):
+    """Frequencies over an even grid of u: exact up to one count a token."""
+    u = (torch.arange(n) + 0.5) / n
+    tokens = sample(logits.expand(n, -1), u, **settings)
+    return torch.bincount(tokens, minlength=logits.numel()) / n
+
+
+@pytest.mark.parametrize("top_p, kept", [
+    (0.01, [1]), (0.5, [1]), (0.51, [1, 3]), (0.75, [1, 3]), (0.76, [0, 1, 3]), (0.875, [0, 1, 3]),
+    (0.9, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])])
+def test_top_p_keeps_the_token_that_crosses(top_p, kept):
+    p = HALVES.exp() * torch.tensor([float(i in kept) for i in range(4)])
+    assert torch.allclose(drawn(HALVES, top_p=top_p), p / p.sum(), atol=2e-3)
+
+
+@pytest.mark.parametrize("top_k, kept", [
+    (1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
+def test_top_k_keeps_k_and_the_earlier_of_equals(top_k, kept):
+    p = HALVES.exp() * torch.tensor([float(i in kept) for i in range(4)])
+    assert torch.allclose(drawn(HALVES, top_k=top_k), p / p.sum(), atol=2e-3)
+
+
+def test_token_i_owns_the_interval_from_the_sum_before_it_up_to_its_own():
+    u = torch.tensor([0.0, 0.4999, 0.5, 0.7499, 0.75, 0.8749, 0.875, 0.9999])
+    assert sample(HALVES.expand(8, -1), u).tolist() == [1, 1, 3, 3, 0, 0, 2, 2]
+
+
+def test_top_p_and_top_k_together_keep_the_smaller_set():
+    assert drawn(HALVES, top_p=0.6, top_k=1).tolist() == [0, 1, 0, 0]
+    assert drawn(HALVES, top_p=0.4, top_k=3).tolist() == [0, 1, 0, 0]
+
+
+def test_frequencies_match_the_distribution():
+    logits = torch.from_numpy(np.random.RandomState(1).standard_normal(50)).float() * 2
+    for temperature in (0.3, 1.0, 2.5):
+        got = drawn(logits, n=40_000, temperature=temperature)
+        assert torch.allclose(got, torch.softmax(logits / temperature, -1), atol=2e-4)
+    n = 40_000      # and with the noise that the sampler uses: chi-square of 49 degrees, 99.99 % below 96
+    u = torch.from_numpy(np.random.default_rng([3, 1, 4]).random(n, dtype=np.float32))
+    p = torch.softmax(logits, -1)
+    counts = torch.bincount(sample(logits.expand(n, -1), u), minlength=50)
+    assert ((counts - n * p) ** 2 / (n * p)).sum() < 96
+
+
+def test_extremes_of_u_stay_in_the_kept_set():
+    logits = torch.tensor([[1.0, 5.0, -float("inf"), 4.0, -200.0]])
+    for u in (0.0, 1 - 2 ** -24):
+        for settings in (dict(), dict(top_p=0.9), dict(top_k=2), dict(top_p=1.0, temperature=0.01)):
+            assert int(sample(logits, torch.tensor([u]), **settings)) in (0, 1, 3)
+    assert sample(logits, torch.tensor([1 - 2 ** -24]), top_k=2).item() == 3
+    big = torch.from_numpy(np.random.RandomState(2).standard_normal((64, 5000))).float()
+    tokens = sample(big, torch.full((64,), 1 - 2 ** -24), top_p=0.5)
+    order = big.argsort(-1, descending=True)
+    rank = (order == tokens[:, None]).int().argmax(-1)
+    p = torch.softmax(big.double(), -1).gather(-1, order).cumsum(-1)
+    last = (p < 0.5).sum(-1)                               # the rank of the token that crosses one half
+    assert ((rank - last).abs() <= 1).all() and (rank == last).float().mean() > 0.9
+
+
+def test_temperature_zero_is_argmax_and_small_temperatures_go_there():
+    logits = torch.from_numpy(np.random.RandomState(3).standard_normal((20, 30))).float() * 5
+    u = torch.rand(20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sample(logits, u, temperature=0), logits.argmax(-1))
+    for temperature in (1e-3, 1e-6, 1e-30, 1e-40):
+        assert torch.equal(sample(logits, u, temperature=temperature), logits.argmax(-1)), temperature
+    assert torch.equal(sample(logits, u, temperature=5.0, top_k=1), logits.argmax(-1))
+
+
+def test_a_row_depends_on_itself_alone():
+    logits = torch.from_numpy(np.random.RandomState(4).standard_normal((6, 40))).float()
+    u = torch.linspace(0.05, 0.95, 6)
+    whole = sample(logits, u, temperature=0.8, top_p=0.9, top_k=20)
+    assert [int(sample(logits[i:i + 1], u[i:i + 1], 0.8, 0.9, 20)) for i in range(6)] == whole.tolist()
+
+
+def test_top_p_and_top_k_live():
+    generation = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.from_numpy(np.random.RandomState(5).standard_normal((8, 60))).float() * 3
+    for top_p, top_k in ((0.3, 0), (0.8, 0), (0.95, 7), (1.0, 5), (0.999, 60)):
+        want = generation.TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+        # theirs applies top-p to what top-k left, ours to the whole: the same where top-p is the tighter
+        want = generation.TopPLogitsWarper(top_p)(None, logits).isfinite() & want.isfinite()
+        for row, kept in zip(logits, want):
+            seen = drawn(row, n=200_000, top_p=top_p, top_k=top_k) > 0
+            assert torch.equal(seen, kept & (row > row.max() - 11))       # rarer than that is never drawn
+
+
+# ----------------------------------------------------------------------------------------------------------
+# generate: against a plain twin
+# ----------------------------------------------------------------------------------------------------------
+
+def plain_sample(logits, u, temperature, top_p, top_k):
+    """One row, in numpy, as the papers say it."""
+    if temperature == 0:
+        return int(np.argmax(logits))
+    p = np.exp((logits - logits.max()) / temperature)
+    p, kept = p / p.sum(), []
+    for token in np.argsort(-p, kind="stable"):
+        kept.append(token)
+        if p[kept].sum() >= top_p or len(kept) == top_k:
+            break
+    return int(kept[min(int((np.cumsum(p[kept]) <= u * p[kept].sum()).sum()), len(kept) - 1)])
+
+
+@torch.no_grad()
+def plain_generate(model, prompt, key, max_new_tokens, temperature=0.6, top_p=0.95, top_k=0, stop_ids=()):
+    """No cache, no batch: the whole text through the whole model for every token."""
+    ids, noise = list(prompt), np.random.default_rng(list(key)).random(max_new_tokens, dtype=np.float32)
+    for t in range(max_new_tokens):
+        logits = model(torch.tensor([ids]))[0, -1].double().numpy()
+        ids.append(plain_sample(logits, float(noise[t]), temperature, top_p, top_k))
+        if ids[-1] in stop_ids:
+            return ids[len(prompt):], "stop"
+    return ids[len(prompt):], "length"
+
+
+def some_ids(length, seed, vocab=37):
+    return np.random.RandomState(seed).randint(vocab, size=length).tolist()
+
+
+@lru_cache
+def exact():
+    """In float64 two orders of summation cannot flip a token; logits are cooled so that tokens vary."""
+    model = named("tied, one kv head", torch.float64)
+    model.model.norm.weight.mul_(0.25)
+    return model
+
+
+LENGTHS = (1, 130, 2, 63, 64, 65, 3, 17, 128, 1, 90, 5)
+REQUESTS = [(some_ids(n, i), (7, i, 2)) for i, n in enumerate(LENGTHS)]
+REQUESTS += [([4, 4], (7, 50 + j)) for j in range(6)]
+STOP = (0, 1, 2, 3)
+SETTINGS = [dict(temperature=0), dict(temperature=1.0, top_p=1.0), dict(temperature=0.8, top_p=0.7, top_k=9)]
+
+
+@lru_cache
+def plain_answers(setting, max_new_tokens, stop_ids):
+    return [plain_generate(exact(), *request, max_new_tokens, stop_ids=stop_ids, **SETTINGS[setting])
+            for request in REQUESTS]
+
+
+@pytest.mark.parametrize("setting", range(len(SETTINGS)))
+def test_cached_and_batched_equals_plain_at_any_number_of_slots(setting):
+    want = plain_answers(setting, 14, STOP)
+    if setting:
+        assert {why for _, why in want} == {"stop", "length"} and len({len(ids) for ids, _ in want}) > 4
+    for slots in (1, 2, 3, 16, 64):
+        got = collect(exact(), REQUESTS, max_new_tokens=14, stop_ids=set(STOP), slots=slots, **SETTINGS[setting])
+        assert got == want, slots
+    backwards = collect(exact(), REQUESTS[::-1], max_new_tokens=14, stop_ids=STOP, slots=5, **SETTINGS[setting])
+    assert backwards[::-1] == want
+
+
+def test_each_alone_equals_each_in_company():
+    want = plain_answers(1, 14, STOP)
+    for request, answer in zip(REQUESTS, want):
+        assert collect(exact(), [request], max_new_tokens=14, stop_ids=STOP, **SETTINGS[1]) == [answer]
+
+
+def test_long_run_through_several_buckets():
+    for prompt in (some_ids(1, 1), some_ids(61, 2)):
+        want = plain_generate(exact(), prompt, (3, 1), 140, temperature=1.0)
+        company = [(prompt, (3, 1)), (some_ids(9, 5), (3, 2))]
+        assert collect(exact(), company, max_new_tokens=140, temperature=1.0)[0] == want
+        assert len(want[0]) == 140 and len(set(want[0])) > 10
+
+
+@pytest.mark.parametrize("length", [Cache.BUCKET - 1, Cache.BUCKET, Cache.BUCKET + 1, 2 * Cache.BUCKET - 1])
+def test_prompt_at_a_bucket_boundary(length):
+    prompt = some_ids(length, length)
+    assert collect(exact(), [(prompt, (1,))], max_new_tokens=4, temperature=1.0) == [
+        plain_generate(exact(), prompt, (1,), 4, temperature=1.0)]
+
+
+def test_cache_gives_the_logits_of_a_full_pass():
+    """Rows of different lengths, in steps of different sizes, past a bucket's end."""
+    model, rows = exact(), [some_ids(150, 1), some_ids(150, 2)]
+    whole, cache = model(torch.tensor(rows)), Cache(model, 2)
+    at = [0, 0]
+    for steps in ((3, 3), (1, 1), (60, 60), (1, 1), (64, 64), (2, 2)):
+        positions = torch.tensor([list(range(a, a + n)) for a, n in zip(at, steps)])
+        cache.seek(positions)
+        ids = torch.tensor([row[a:a + n] for row, a, n in zip(rows, at, steps)])
+        got = model.head(model.run(ids, cache=cache))
+        assert torch.allclose(got, torch.stack([whole[i, p] for i, p in enumerate(positions)]), atol=1e-6)
+        assert cache.used % Cache.BUCKET == 0 and cache.used - Cache.BUCKET <= positions.max() < cache.used
+        at = [a + n for a, n in zip(at, steps)]
+
+
+def test_generate_is_by_prompt_and_sample():
+    prompts, settings = [[5, 6, 7], [9], some_ids(70, 3)], dict(temperature=1.0, top_p=0.9, stop_ids=[2])
+    got = generate(exact(), prompts, 6, samples=4, seed=11, **settings)
+    assert [len(samples) for samples in got] == [4, 4, 4]
+    for i, prompt in enumerate(prompts):
+        for j in range(4):
+            assert got[i][j] == plain_generate(exact(), prompt, (11, i, j), 6, **settings)[0]
+    assert got == generate(exact(), prompts, 6, samples=4, seed=11, slots=1, **settings)
+    assert got != generate(exact(), prompts, 6, samples=4, seed=12, **settings)
+    assert generate(exact(), [], 6) == [] and generate(exact(), [[1]], 6, samples=0) == [[]]
+    fewer = generate(exact(), prompts, 6, samples=2, seed=11, **settings)
+    assert fewer == [samples[:2] for samples in got]
+    shorter = generate(exact(), prompts, 3, samples=4, seed=11, **settings)
+    assert shorter == [[ids[:3] for ids in samples] for samples in got]
+
+
+def test_samples_differ_from_their_first_token_on():
+    same = [[4, 4]] * 3                                    # equal prompts are still different problems
+    got = generate(exact(), same, 3, samples=16, temperature=1.0, top_p=1.0)
+    first = [[ids[0] for ids in samples] for samples in got]
+    assert all(len(set(row)) >= 6 for row in first) and first[0] != first[1] != first[2]
+    p = torch.softmax(exact()(torch.tensor([[4, 4]]))[0, -1], -1)
+    many = generate(exact(), [[4, 4]], 1, samples=3000, temperature=1.0, top_p=1.0, slots=3000)
+    counts = torch.bincount(torch.tensor([ids[0] for ids in many[0]]), minlength=37)
+    large = 3000 * p > 5
+    z = (counts - 3000 * p) / (3000 * p * (1 - p)).sqrt()
+    assert z[large].abs().max() < 4.5
+    greedy = generate(exact(), [[4, 4]], 5, samples=4, temperature=0)[0]
+    assert greedy == [greedy[0]] * 4
+
+
+def test_stop_token_is_returned_and_ends_the_text():
+    request, exactly = ([5, 6], (0, 0, 0)), dict(temperature=1.0)
+    free, _ = plain_generate(exact(), *request, 12, **exactly)
+    for token in set(free):
+        n = free.index(token) + 1
+        got = collect(exact(), [request], max_new_tokens=12, stop_ids={token, 999}, **exactly)
+        assert got == [(free[:n], "stop")]
+        assert got == collect(exact(), [request], max_new_tokens=n, stop_ids={token}, **exactly)    # and just in time
+        if n > 1:
+            short = collect(exact(), [request], max_new_tokens=n - 1, stop_ids={token}, **exactly)
+            assert short == [(free[:n - 1], "length")]
+
+
+def test_stream_yields_each_as_it_ends():
+    with torch.no_grad():
+        seen = list(stream(exact(), REQUESTS, max_new_tokens=14, slots=4, stop_ids=STOP, **SETTINGS[1]))
+    want = plain_answers(1, 14, STOP)
+    assert sorted(i for i, _, _ in seen) == list(range(len(REQUESTS))) != [i for i, _, _ in seen]
+    assert all((ids, why) == want[i] for i, ids, why in seen)
+
+
+def batches(call):
+    """What passes through the embedding while `call` runs: the shape of each batch."""
+    shapes = []
+    hook = exact().model.embed_tokens.register_forward_hook(lambda m, x, y: shapes.append(tuple(x[0].shape)))
+    try:
+        call()
+    finally:
+        hook.remove()
+    return shapes
+
+
+def test_prompt_is_prefilled_once_for_its_samples():
+    shapes = batches(lambda: generate(exact(), [[5, 6, 7], [9]], 4, samples=8, temperature=1.0))
+    assert shapes == [(2, 3)] + [(16, 1)] * 3
+
+
+def test_slots_are_bounded_refilled_and_compacted():
+    settings = dict(max_new_tokens=60, stop_ids=STOP, temperature=1.0)
+    lengths = [len(ids) for ids, _ in collect(exact(), REQUESTS, **settings)]
+    shapes = batches(lambda: collect(exact(), REQUESTS, slots=4, **settings))
+    assert max(rows for rows, _ in shapes) == 4
+    # slots refilled at once: at most the even share plus the longest; in groups of four it would be 86
+    busy = sum(shape == (4, 1) for shape in shapes)
+    assert busy <= sum(n - 1 for n in lengths) / 4 + max(lengths)
+    shapes = batches(lambda: collect(exact(), REQUESTS, slots=64, **settings))
+    steps = [rows for rows, T in shapes[1:]]
+    alive = [sum(n > t + 1 for n in lengths) for t in range(max(lengths) - 1)]
+    assert len(steps) == len(alive) and steps == sorted(steps, reverse=True)
+    assert all(a <= rows <= max(2 * a, 1) for rows, a in zip(steps, alive)) and steps[-1] < steps[0] // 2
+
+
+@pytest.mark.parametrize("settings", [
+    dict(max_new_tokens=0), dict(temperature=-0.1), dict(temperature=float("nan")), dict(temperature=float("inf")),
+    dict(top_p=0), dict(top_p=1.01), dict(top_p=float("nan")), dict(top_k=-1)])
+def test_sampling_settings_out_of_range(settings):
+    good = dict(max_new_tokens=3, temperature=1.0, top_p=0.9, top_k=0)
+    check_sampling([([1], (0,))], **good)
+    refused(lambda: collect(exact(), [([1], (0,))], **(good | settings)), *settings)
+
+
+def test_requests_that_cannot_be_run():
+    refused(lambda: generate(exact(), [[1], []], 3), "prompt 1", "empty")
+    refused(lambda: generate(exact(), [[1, 37]], 3), "prompt 0", "37")
+    refused(lambda: generate(exact(), [[1], [2, -1]], 3), "prompt 1", "-1")
+    refused(lambda: generate(exact(), [[1]], 3, slots=0), "slots")
+    refused(lambda: generate(exact(), [[1]], 3, seed=-1), "seed")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A real trained model
+# ----------------------------------------------------------------------------------------------------------
+
+def test_stories_greedy_text(shared):
+    golden = json.loads((shared / "stories260k" / "golden_greedy.json").read_text())
+    ids, prompt = golden["greedy_ids"], golden["prompt_ids"]
+    assert prompt == [1] and len(ids) == 201
+    model = load_model(str(shared / "stories260k"))
+    assert prompt + generate(model, [prompt], 200, temperature=0)[0][0] == ids
+    # in company: others of other lengths, and continuations of the same story, more than there are slots
+    prompts = [some_ids(30, 1, 512), ids[:64], prompt, some_ids(3, 2, 512), ids[:150], prompt, ids[:7]]
+    mixed = generate(model, prompts, 200, temperature=0, slots=4)
+    assert prompt + mixed[2][0] == ids == prompt + mixed[5][0]
+    for i, n in ((1, 64), (4, 150), (6, 7)):
+        assert ids[:n] + mixed[i][0][:201 - n] == ids
+    tokenizer = load_tokenizer(str(shared / "stories260k"))
+    assert tokenizer.decode(ids).strip().startswith("Once upon a time, there was a little girl named Lily")
+    assert tokenizer.eos_ids == {2}
+
+
+def test_stories_sampled_text_does_not_depend_on_slots(shared):
+    model = load_model(str(shared / "stories260k"))
+    want = generate(model, [[1], [1, 403]], 20, samples=4, temperature=1.0, seed=5, slots=8)
+    assert len({tuple(ids) for samples in want for ids in samples}) == 8
+    for slots in (1, 3):
+        assert generate(model, [[1], [1, 403]], 20, samples=4, temperature=1.0, seed=5, slots=slots) == want

@@ -1,0 +1,1336 @@
+"""
+Tests of resa.py, the method: LoRA, splice, the tuning objective, its controls, and the command line.
+
+    python -m pytest tests/test_resa.py
+
+The numbers under "golden" were computed once by transformers 5.23.0 and peft 0.21.2 from weights that are
+arithmetic, not random; where both are installed, the last section compares with them directly.
+"""
+import functools
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import resa
+from model import Config, Transformer, generate, load_model, rope_table, save_model
+from sae import build
+
+ROOT = Path(resa.__file__).resolve().parent
+D, V, L, R, ALPHA = 16, 37, 4, 4, 6          # width, vocabulary, blocks, rank, alpha (not the rank)
+CONFIG = dict(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=L, num_attention_heads=4,
+              num_key_value_heads=2)
+LAYER = 1                                    # where most tests splice
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5], [35, 8, 9, 7, 9, 3, 2, 3, 8]])                  # (2, 9)
+
+
+def numbers(shape, seed):
+    """Numbers in [-0.5, 0.5) by integer arithmetic: the same with any release of torch, on any machine."""
+    h = torch.arange(torch.Size(shape).numel()) + seed * 100_003
+    for _ in range(2):
+        h = ((h ^ (h >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return (((h ^ (h >> 16)) >> 8).double() / 2**24 - 0.5).float().view(shape)
+
+
+def toy(seed=0, dtype=torch.float32, **changes):
+    """A frozen model of four blocks, none of whose parameters (biases, norms) are at their defaults."""
+    model = Transformer(Config(**{**CONFIG, **changes}))
+    with torch.no_grad():
+        for i, (name, p) in enumerate(sorted(model.named_parameters())):
+            n = numbers(p.shape, 1000 * seed + i)
+            p.copy_(1 + n / 2 if "norm" in name else n)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def toy_sae(seed=0, dtype=torch.float32):
+    sae = build("topk", D, 48, k=6)
+    with torch.no_grad():
+        for i, p in enumerate((sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)):
+            p.copy_(numbers(p.shape, 5000 + 10 * seed + i))
+    sae.unit_rows_()
+    return sae.to(dtype).requires_grad_(False)
+
+
+def adapted(model=None, above=None, dropout=0.0, **kwargs):
+    """The toy with adapters; those of blocks > `above` get a B that is not zero (None: all B stay zero)."""
+    torch.manual_seed(0)
+    model = resa.add_lora(toy() if model is None else model, R, ALPHA, dropout, **kwargs).eval()
+    return model if above is None else scramble(model, above)
+
+
+@torch.no_grad()
+def scramble(model, above=-1, seed=7):
+    for i, (name, layer) in enumerate(sorted(resa.lora_layers(model).items())):
+        if block_of(name) > above:
+            layer.lora_B.copy_(numbers(layer.lora_B.shape, 100 * seed + i) / 2)
+    return model
+
+
+def block_of(name):
+    return int(name.split(".")[2])           # model.layers.I.self_attn.q_proj
+
+
+def grads(model, loss):
+    """{name: gradient, zeros where there is none} of every parameter that learns."""
+    model.zero_grad()
+    loss.backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for n, p in model.named_parameters() if p.requires_grad}
+
+
+def adamw(model, **settings):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **settings)
+
+
+def bits(model):
+    return {n: t.clone() for n, t in model.state_dict().items()}
+
+
+def close(a, b, tol=1e-5):
+    error = float((a.detach().double() - b.detach().double()).abs().max())
+    assert error <= tol, f"differs by {error:.3g}"
+
+
+def naive_kl(student, teacher, reduction="batchmean"):
+    """Logits (B,T,V) -> the published loss: KL(teacher || student), summed over positions, mean over B."""
+    return F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction=reduction)
+
+
+def known_fault(reason):
+    """What the code does not do yet; strict, so whoever mends it is told to remove the mark."""
+    return pytest.mark.xfail(reason=reason, strict=True)
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------
+
+
+def test_a_fresh_adapter_is_the_base_exactly_even_in_training():
+    model = adapted(dropout=0.5)
+    assert len(resa.lora_layers(model)) == 7 * L
+    assert torch.equal(model(IDS), toy()(IDS)) and torch.equal(model.train()(IDS), toy()(IDS))
+
+
+def test_initialisation_is_pefts():
+    """A uniform within 1/sqrt(in) (kaiming with a = sqrt 5), B zero, both fp32."""
+    for layer in resa.lora_layers(adapted(toy(dtype=torch.bfloat16))).values():
+        bound = layer.in_features**-0.5
+        assert layer.lora_A.abs().max() <= bound and layer.lora_A.std() > bound / 3
+        assert layer.lora_B.abs().max() == 0 and layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+        assert layer.lora_A.shape == (R, layer.in_features) and layer.lora_B.shape == (layer.out_features, R)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_is_the_weight_plus_alpha_over_r_times_b_a(bias):
+    base = nn.Linear(5, 3, bias=bias)
+    layer = resa.LoRALinear(base, r=2, alpha=8)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 4, 5)
+    close(layer(x), x @ (base.weight + 4 * layer.lora_B @ layer.lora_A).T + (base.bias if bias else 0))
+
+
+def test_dropout_acts_on_the_adapters_input_and_only_in_training():
+    layer = resa.LoRALinear(nn.Linear(8, 8), r=2, alpha=4, dropout=0.5)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(6, 8)
+    base, delta = F.linear(x, layer.weight, layer.bias), 2 * layer.lora_A.T @ layer.lora_B.T
+    torch.manual_seed(3)
+    got = layer.train()(x)
+    torch.manual_seed(3)
+    close(got, base + F.dropout(x, 0.5) @ delta)
+    close(layer.eval()(x), base + x @ delta)
+
+
+def test_only_adapters_learn_and_a_step_changes_nothing_else():
+    model, sae = adapted(toy().requires_grad_(True)), toy_sae()
+    learn = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert learn == {f"{n}.lora_{s}" for n in resa.lora_layers(model) for s in "AB"}
+    before, sae_before = bits(model), bits(sae)
+    optimizer = adamw(model, lr=0.1)
+    for _ in range(2):                       # in the first, B is zero and so is the gradient of A
+        optimizer.zero_grad()
+        resa.tuning_loss(model, sae, LAYER, IDS, grad=True).backward()
+        optimizer.step()
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == learn and all(torch.equal(t, sae_before[n]) for n, t in sae.state_dict().items())
+
+
+def test_targets_choose_layers_by_their_last_name():
+    model = resa.add_lora(toy(), 2, 4, targets=("q_proj", "down_proj"))
+    assert {n.rpartition(".")[2] for n in resa.lora_layers(model)} == {"q_proj", "down_proj"}
+    assert len(resa.lora_layers(model)) == 2 * L
+    for other in "c_attn", "proj", "mlp":    # whole names, and of linear layers
+        with pytest.raises(ValueError, match=other):
+            resa.add_lora(toy(), targets=(other,))
+
+
+def test_adapters_off_is_the_base_whatever_they_hold_and_they_come_back():
+    model = adapted(above=-1).train()
+    y = model(IDS)
+    with resa.adapters_off(model):
+        assert torch.equal(model(IDS), toy()(IDS))
+    assert torch.equal(model(IDS), y) and (y - toy()(IDS)).abs().max() > 0.1
+    with pytest.raises(KeyError), resa.adapters_off(model):
+        raise KeyError
+    assert torch.equal(model(IDS), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folding_equals_the_attached_adapters_and_restores_the_bits(dtype):
+    model = adapted(toy(dtype=dtype), above=-1)
+    before, weights = bits(model), {n: m.weight for n, m in resa.lora_layers(model).items()}
+    y = model(IDS)
+    with resa.adapters_folded(model):
+        if dtype == torch.float32:
+            close(model(IDS), y)
+        assert not any(torch.equal(m.weight, weights[n]) for n, m in resa.lora_layers(model).items())
+        assert not any(m.weight.requires_grad for m in resa.lora_layers(model).values())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(m.weight is weights[n] for n, m in resa.lora_layers(model).items())
+    with pytest.raises(KeyError), resa.adapters_folded(model):
+        raise KeyError
+    assert torch.equal(model(IDS), y)
+
+
+def test_folded_sampling_costs_no_adapter_and_gives_the_attached_text():
+    model, prompts = adapted(above=-1), IDS.tolist()
+    attached = generate(model, prompts, 8, temperature=0)
+    with resa.adapters_folded(model):
+        assert generate(model, prompts, 8, temperature=0) == attached
+        for layer in resa.lora_layers(model).values():          # not even multiplied
+            layer.lora_A.data, layer.kept = torch.empty(0), layer.lora_A.data
+        assert generate(model, prompts, 8, temperature=0) == attached
+        for layer in resa.lora_layers(model).values():
+            layer.lora_A.data = layer.kept
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merging_equals_the_attached_adapters_and_leaves_a_plain_model(tmp_path, tied):
+    model = adapted(toy(tie_word_embeddings=tied), above=-1)
+    y = model(IDS)
+    with pytest.raises(ValueError, match="LoRA"):
+        save_model(model, tmp_path / "no")
+    merged = resa.merge_adapter(model)
+    close(merged(IDS), y)
+    assert not resa.lora_layers(merged) and not any("lora" in n for n in merged.state_dict())
+    assert not any(p.requires_grad for p in merged.parameters())
+    assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
+    save_model(merged, tmp_path / "merged")
+    again = load_model(str(tmp_path / "merged")).state_dict()
+    assert all(torch.equal(t, again[n]) for n, t in bits(merged).items())
+
+
+def test_merging_sums_in_fp32_before_it_rounds_to_bf16():
+    layer = resa.LoRALinear(nn.Linear(16, 16).bfloat16(), r=2, alpha=1)
+    nn.init.normal_(layer.lora_B, std=0.02)
+    exact = layer.weight.double() + 0.5 * layer.lora_B.double() @ layer.lora_A.double()
+    assert torch.equal(resa.folded(layer), exact.bfloat16())
+
+
+def test_save_and_load_round_trip_by_logits(tmp_path):
+    save_model(toy(), tmp_path / "base")
+    model = adapted(above=-1, dropout=0.25)
+    y, learned = model(IDS), {n for n, p in model.named_parameters() if p.requires_grad}
+    resa.save_adapter(model, tmp_path / "adapter", base="some/base")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["adapter_config.json",
+                                                                       "adapter_model.safetensors"]
+    again = resa.load_adapter(toy().requires_grad_(True), str(tmp_path / "adapter")).eval()
+    assert torch.equal(again(IDS), y) and all(m.dropout == 0.25 for m in resa.lora_layers(again).values())
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == learned
+    merged = load_model(f"{tmp_path}/base+{tmp_path}/adapter")
+    close(merged(IDS), y, 3e-5)
+    again = resa.merge_adapter(again).state_dict()                     # the two ways of merging, to the bit
+    assert all(torch.equal(t, again[n]) for n, t in merged.state_dict().items())
+
+
+def test_the_adapter_files_are_pefts(tmp_path):
+    resa.save_adapter(resa.add_lora(toy(), 3, 7.5, 0.1, ("v_proj", "k_proj")), tmp_path, base="some/base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config == {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 7.5,
+                      "lora_dropout": 0.1, "bias": "none", "inference_mode": True,
+                      "target_modules": ["k_proj", "v_proj"], "base_model_name_or_path": "some/base"}
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * L
+    assert tensors["base_model.model.model.layers.3.self_attn.v_proj.lora_A.weight"].shape == (3, D)
+    assert tensors["base_model.model.model.layers.3.self_attn.v_proj.lora_B.weight"].shape == (D // 2, 3)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    with pytest.raises(ValueError, match="no adapters"):
+        resa.save_adapter(toy(), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_adapter_of_another_model_is_refused_and_the_model_is_left_as_it_was(tmp_path):
+    resa.save_adapter(adapted(), tmp_path / "a")
+    for changes, message in (dict(num_hidden_layers=2), "does not have"), (dict(intermediate_size=20), "20"):
+        model = toy(**changes)
+        with pytest.raises(ValueError, match=message):
+            resa.load_adapter(model, str(tmp_path / "a"))
+        assert not resa.lora_layers(model)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        resa.load_adapter(toy(), str(tmp_path / "nowhere"))
+
+
+def test_a_bf16_base_has_fp32_adapters_that_a_rate_of_1e_6_moves(tmp_path):
+    model = adapted(toy(dtype=torch.bfloat16))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model(IDS).dtype == torch.bfloat16 and torch.equal(model(IDS), toy(dtype=torch.bfloat16)(IDS))
+    scramble(model)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in learned]
+    loss = resa.tuning_loss(model, toy_sae(dtype=torch.bfloat16), LAYER, IDS, grad=True)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in learned)
+    torch.optim.AdamW(learned, lr=1e-6, weight_decay=0).step()
+    assert all(not torch.equal(p, q) for p, q in zip(learned, before))      # in bf16 most would have stayed
+    resa.save_adapter(model, tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+    assert torch.equal(resa.load_adapter(toy(dtype=torch.bfloat16), str(tmp_path))(IDS), model(IDS))
+
+
+@known_fault("leaving one context switches adapters on that an outer one had switched off")
+@pytest.mark.parametrize("outer", [resa.adapters_off, resa.adapters_folded])
+@pytest.mark.parametrize("inner", [resa.adapters_off, resa.adapters_folded])
+def test_contexts_nest(outer, inner):
+    model = adapted(above=-1)
+    with outer(model):
+        y = model(IDS)
+        with inner(model):
+            pass
+        assert torch.equal(model(IDS), y)
+
+
+@known_fault("a second adapter silently takes the place of the first, trained one")
+def test_a_second_adapter_is_refused(tmp_path):
+    model = adapted(above=-1)
+    resa.save_adapter(model, tmp_path)
+    y = model(IDS)
+    for add in (lambda: resa.add_lora(model), lambda: resa.load_adapter(model, str(tmp_path))):
+        with pytest.raises(ValueError, match="adapter"):
+            add()
+    assert torch.equal(model(IDS), y)
+
+
+@known_fault("new modules start in training mode, whatever the model's: dropout is alive in an eval model")
+def test_an_adapter_takes_over_the_mode_of_the_model(tmp_path):
+    resa.save_adapter(adapted(above=-1, dropout=0.5), tmp_path)
+    model = resa.load_adapter(toy(), str(tmp_path))
+    assert not any(m.training for m in model.modules()) and torch.equal(model(IDS), model(IDS))
+
+
+@known_fault("a misspelt target beside a good one, a rank below 1, lm_head (the loss reads it bare) all pass")
+@pytest.mark.parametrize("settings", [dict(targets=("q_proj", "kproj")), dict(r=0), dict(r=-1),
+                                      dict(targets=("lm_head",))], ids=str)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_settings_that_cannot_work_are_refused(settings):
+    with pytest.raises(ValueError):
+        resa.add_lora(toy(), **settings)
+
+
+# ---- splice ---------------------------------------------------------------------------------------
+
+
+class Recorder(nn.Module):
+    """Returns a fixed tensor, or its input, and keeps what it was given."""
+
+    def __init__(self, value=None):
+        super().__init__()
+        self.value, self.seen = value, []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return x if self.value is None else self.value.expand_as(x)
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def mlp_output(model, layer):
+    """The MLP output of block `layer` and the residual stream it is added to, written out by hand."""
+    block, h = model.model.layers[layer], model.run(IDS, stop=layer)
+    positions = torch.arange(IDS.shape[1]).expand(len(IDS), -1)
+    rope = rope_table(model.config, positions)
+    h = h + block.self_attn(block.input_layernorm(h), rope, None, None, layer)
+    n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * block.post_attention_layernorm.weight
+    gate, up, down = (getattr(block.mlp, f"{p}_proj").weight for p in ("gate", "up", "down"))
+    return (F.silu(n @ gate.T) * (n @ up.T)) @ down.T, h
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("site", ["resid", "mlp"])
+@pytest.mark.parametrize("layer", range(L))
+def test_an_identity_sae_leaves_the_logits_unchanged(layer, site, grad):
+    model = adapted(above=-1)
+    with resa.splice(model, nn.Identity(), layer, site, grad):
+        assert torch.equal(model(IDS), scramble(adapted())(IDS))
+
+
+@pytest.mark.parametrize("layer", range(L))
+def test_the_layer_index_means_the_output_of_that_block(layer):
+    model, put, spy = toy(), numbers((D,), 1), Recorder()
+    with resa.splice(model, spy, layer):
+        model(IDS)
+    assert len(spy.seen) == 1 and torch.equal(spy.seen[0], model.run(IDS, stop=layer + 1))
+    with resa.splice(model, Recorder(put), layer):
+        assert torch.equal(model(IDS), model.head(model.run(put.expand(2, 9, D), start=layer + 1)))
+    if layer:                                # and the blocks before it run as ever
+        with resa.splice(model, Recorder(put), layer):
+            assert torch.equal(model.run(IDS, stop=layer), toy().run(IDS, stop=layer))
+
+
+@pytest.mark.parametrize("layer", range(L))
+def test_site_mlp_replaces_the_mlp_output_only(layer):
+    model, put, spy = toy(), numbers((D,), 1), Recorder()
+    out, before = mlp_output(model, layer)
+    with resa.splice(model, spy, layer, "mlp"):
+        model(IDS)
+    close(spy.seen[0], out)
+    with resa.splice(model, Recorder(put), layer, "mlp"):
+        close(model.run(IDS, stop=layer + 1), before + put)                # the residual path is kept
+        close(model(IDS), model.head(model.run(before + put, start=layer + 1)))
+
+
+@pytest.mark.parametrize("layer", range(L))
+def test_activations_equal_the_hand_computation(layer):
+    model, (out, before) = toy(), mlp_output(toy(), layer)
+    close(resa.activations(model, IDS, layer, "mlp"), out)
+    close(resa.activations(model, IDS, layer), before + out)
+    assert torch.equal(resa.activations(model, IDS, layer), model.run(IDS, stop=layer + 1))
+
+
+@pytest.mark.parametrize("site", ["resid", "mlp"])
+def test_activations_compute_nothing_above_and_have_no_graph(site):
+    model = toy()
+    want = resa.activations(model, IDS, LAYER, site)
+    for i in range(LAYER + 1, L):
+        model.model.layers[i] = None         # would raise if it were called
+    model.model.norm = model.lm_head = None
+    model.model.embed_tokens.weight.requires_grad_(True)
+    got = resa.activations(model, IDS, LAYER, site)
+    assert torch.equal(got, want) and not got.requires_grad and hooks(model) == 0
+
+
+def test_hooks_are_gone_afterwards_exception_or_not():
+    model, y = toy(), toy()(IDS)
+
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise KeyError("broken")
+
+    for site in ("resid", "mlp"):
+        with pytest.raises(KeyError), resa.splice(model, Broken(), LAYER, site):
+            model(IDS)
+        assert hooks(model) == 0 and torch.equal(model(IDS), y)
+        with pytest.raises(IndexError):
+            resa.activations(model, IDS + V, LAYER, site)
+        assert hooks(model) == 0
+        with pytest.raises(KeyError):
+            resa.tuning_loss(adapted(model := toy()), Broken(), LAYER, IDS, site)
+        assert hooks(model) == 0 and torch.equal(model(IDS), y) and torch.is_grad_enabled()
+        assert all(layer.on for layer in resa.lora_layers(model).values())
+
+
+def test_without_gradients_the_splice_makes_none():
+    model, sae = toy(), toy_sae().requires_grad_(True)
+    with torch.no_grad(), resa.splice(model, sae, LAYER, grad=True):
+        assert not model(IDS).requires_grad
+
+
+@pytest.mark.parametrize("layer", [-1, L, 99])
+def test_a_layer_that_is_not_there_is_refused(layer):
+    for call in (lambda m: resa.activations(m, IDS, layer),
+                 lambda m: resa.tuning_loss(m, toy_sae(), layer, IDS),
+                 lambda m: resa.tuning_loss(m, toy_sae(), layer, IDS, "mlp"),
+                 lambda m: resa.splice(m, toy_sae(), layer).__enter__()):
+        model = adapted()
+        with pytest.raises(ValueError, match=f"layer {layer} is out of range.* 0 .. {L - 1}"):
+            call(model)
+        assert hooks(model) == 0
+
+
+def test_an_sae_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="12.*16"):
+        resa.tuning_loss(adapted(), build("topk", 12, 48, k=6), LAYER, IDS)
+
+
+@known_fault("an unknown site is a KeyError, an unknown reduction silently means 'sequence'")
+@pytest.mark.parametrize("settings", [dict(site="res"), dict(site="attn"), dict(reduction="tokens"),
+                                      dict(reduction="mean")])
+def test_an_unknown_site_or_reduction_is_refused(settings):
+    with pytest.raises(ValueError):
+        resa.tuning_loss(adapted(), toy_sae(), LAYER, IDS, **settings)
+
+
+# ---- which adapters learn -------------------------------------------------------------------------
+
+
+def learning(loss_of, **settings):
+    """{adapter name} with a gradient that is not zero, and {adapter name} with none or zero."""
+    model = adapted(above=-1)
+    g = grads(model, loss_of(model, toy_sae(), LAYER, IDS, **settings))
+    alive = {n.rpartition(".")[0] for n, t in g.items() if t.any()}
+    for n, t in g.items():                   # A and B agree: B was scrambled, so A is not held at zero by it
+        assert bool(t.any()) == (n.rpartition(".")[0] in alive), n
+    return alive, set(resa.lora_layers(model)) - alive
+
+
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+def test_resid_grad_off_only_blocks_above_the_hook_learn(loss_of):
+    alive, still = learning(loss_of, site="resid", grad=False)
+    assert {block_of(n) for n in alive} == set(range(LAYER + 1, L)) and len(alive) == 7 * (L - LAYER - 1)
+    assert {block_of(n) for n in still} == set(range(LAYER + 1))
+
+
+@pytest.mark.parametrize("site", ["resid", "mlp"])
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+def test_grad_on_every_block_learns(loss_of, site):
+    assert learning(loss_of, site=site, grad=True)[1] == set()
+
+
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+def test_mlp_grad_off_the_residual_path_still_teaches_all_but_the_mlp_that_is_replaced(loss_of):
+    """At this site "off" cuts one branch only: blocks below and the block's own attention learn through the
+    residual stream; the adapters of the MLP whose output is thrown away cannot."""
+    _, still = learning(loss_of, site="mlp", grad=False)
+    assert still == {f"model.layers.{LAYER}.mlp.{p}_proj" for p in ("gate", "up", "down")}
+
+
+def test_mlp_grad_off_and_on_differ_below():
+    model, name = adapted(above=-1), "model.layers.0.mlp.down_proj.lora_B"
+    off, on = (grads(model, resa.tuning_loss(model, toy_sae(), LAYER, IDS, "mlp", g)) for g in (False, True))
+    assert (off[name] - on[name]).abs().max() > 1e-3 * on[name].abs().max()
+
+
+def test_adapters_below_the_hook_keep_their_bits_under_weight_decay():
+    """No gradient is None, not zero: AdamW would shrink A where the gradient is a tensor of zeros."""
+    model = adapted()
+    before = bits(model)
+    optimizer = adamw(model, lr=0.05, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        resa.tuning_loss(model, toy_sae(), LAYER, IDS).backward()
+        optimizer.step()
+    for name, tensor in model.state_dict().items():
+        if "lora" in name:
+            assert torch.equal(tensor, before[name]) == (block_of(name) <= LAYER), name
+
+
+def test_a_gradient_through_the_sae_does_not_change_the_loss():
+    losses = [resa.plain_tuning_loss(adapted(above=-1), toy_sae(), LAYER, IDS, grad=g) for g in (False, True)]
+    assert torch.equal(*losses)
+
+
+@known_fault("above the last block nothing can learn: backward() ends in torch's RuntimeError, a traceback")
+def test_the_last_block_without_gradient_is_refused():
+    with pytest.raises(ValueError, match="layer 3"):
+        resa.tuning_loss(adapted(), toy_sae(), L - 1, IDS).backward()
+
+
+# ---- chunked KL -----------------------------------------------------------------------------------
+
+
+def hidden(n=10, dtype=torch.float64, spread=3.0, vocab=23):
+    """h_s (N,6), h_t (N,4), W_s (V,6), W_t (V,4): a teacher may be wider or narrower than its student."""
+    shapes = (n, 6), (n, 4), (vocab, 6), (vocab, 4)
+    h_s, h_t, W_s, W_t = (spread * numbers(shape, i).to(dtype) for i, shape in enumerate(shapes))
+    return h_s.requires_grad_(), h_t, W_s, W_t
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 9, 10, 11, 1000])
+def test_chunked_kl_equals_the_naive_one_in_value_and_gradient(chunk, dtype, tol):
+    h_s, h_t, W_s, W_t = hidden(dtype=dtype)
+    want = naive_kl(h_s @ W_s.T, h_t @ W_t.T, "sum")
+    want_grad, = torch.autograd.grad(3 * want, h_s)
+    want = want.detach()
+    got = resa.ChunkedKL.apply(h_s, h_t, W_s, W_t, chunk)
+    got_grad, = torch.autograd.grad(3 * got, h_s)
+    assert got.dtype == got_grad.dtype == dtype and got > 1
+    close(got, want, tol * float(want))
+    close(got_grad, want_grad, tol * float(want_grad.abs().max()))
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_gradcheck(chunk):
+    h_s, h_t, W_s, W_t = hidden(5)
+    assert torch.autograd.gradcheck(lambda h: resa.ChunkedKL.apply(h, h_t, W_s, W_t, chunk), (h_s,))
+
+
+@pytest.mark.parametrize("B, T", [(1, 7), (3, 5)])
+def test_sequence_is_the_published_loss_and_token_is_that_over_t(B, T):
+    student, teacher = toy(dtype=torch.float64), toy(seed=1, dtype=torch.float64)
+    h_s = 3 * numbers((B, T, D), 1).double().requires_grad_()
+    h_t = 3 * numbers((B, T, D), 2).double()
+    published = naive_kl(student.head(h_s), teacher.head(h_t))
+    want, = torch.autograd.grad(published, h_s)
+    for reduction, scale in ("sequence", 1), ("token", T):
+        loss = resa.kl_loss(student, teacher, h_s, h_t, reduction, chunk=4)
+        close(loss, published / scale, 1e-12)
+        close(torch.autograd.grad(loss, h_s)[0], want / scale, 1e-12)
+    per_token = naive_kl(student.head(h_s), teacher.head(h_t), "none").sum(-1)                   # (B,T)
+    close(resa.kl_loss(student, teacher, h_s, h_t), per_token.mean(), 1e-12)    # the default: nats per token
+
+
+def test_no_gradient_reaches_the_teacher_or_a_head():
+    student, teacher = toy().requires_grad_(True), toy(seed=1).requires_grad_(True)
+    h_s, h_t = (numbers((2, 3, D), i).requires_grad_() for i in (1, 2))
+    resa.kl_loss(student, teacher, h_s, h_t).backward()
+    assert h_t.grad is None and all(p.grad is None for p in teacher.parameters()) and h_s.grad.abs().max() > 0
+
+
+def test_extreme_logits_stay_finite():
+    """Certain and contradictory: the teacher gives probability 1 to what the student gives e^-10000."""
+    W = torch.eye(4) * 1e4
+    h_t, h_s = torch.eye(4)[[0, 1, 2]], torch.eye(4)[[0, 2, 3]].requires_grad_()
+    loss = resa.ChunkedKL.apply(h_s, h_t, W, W, 2)
+    loss.backward()
+    close(loss, torch.tensor(2e4), 1e-2)     # token 0 agrees, tokens 1 and 2 cost 10,000 nats each
+    assert h_s.grad.isfinite().all() and h_s.grad[0].abs().max() == 0
+    for scale in (1e10, 1e20, 1e30):
+        loss = resa.ChunkedKL.apply(h_s, h_t, W * scale, W * scale, 2)
+        assert loss.isfinite() and loss > 0
+
+
+def test_kl_is_not_negative_and_is_zero_for_equals():
+    W = numbers((1000, D), 0)
+    for seed in range(5):
+        h = 4 * numbers((20, D), seed + 1)
+        for step in (1.0, 1e-1, 1e-2):
+            assert resa.ChunkedKL.apply(h + step * numbers((20, D), 99), h, W, W, 7) > 0
+        # Where the truth is 1e-10, fp32 logarithms leave noise of either sign, below 1e-6 nats a token.
+        assert resa.ChunkedKL.apply(h + 1e-5 * numbers((20, D), 99), h, W, W, 7) > -1e-6 * 20
+        assert resa.ChunkedKL.apply(h, h, W, W, 7) == 0
+
+
+def test_bf16_hidden_states_give_an_fp32_loss_and_a_bf16_gradient():
+    h_s, h_t, W_s, W_t = hidden(dtype=torch.bfloat16)
+    want = naive_kl((h_s @ W_s.T).float(), (h_t @ W_t.T).float(), "sum")
+    loss = resa.ChunkedKL.apply(h_s, h_t, W_s, W_t, 4)
+    assert loss.dtype == torch.float32
+    close(loss, want, 1e-4)
+    close(torch.autograd.grad(loss, h_s)[0], torch.autograd.grad(want, h_s)[0], 0.05)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+def test_no_tensor_of_tokens_by_vocabulary_is_ever_held(loss_of):
+    vocab, ids = 4000, torch.arange(600).view(4, 150)
+    model = adapted(toy(vocab_size=vocab))
+    with Largest() as spy:
+        loss_of(model, toy_sae(), LAYER, ids).backward()
+    assert 256 * vocab <= spy.elements < ids.numel() * vocab / 2       # one chunk of 256 tokens, not 600
+    with Largest() as plain:
+        naive_kl(model(ids), model(ids)).backward()
+    assert plain.elements >= ids.numel() * vocab                       # the spy does see such a tensor
+
+
+# ---- the tuning objective -------------------------------------------------------------------------
+
+
+def published(model, sae, layer, site="resid", grad=False, teacher=None):
+    """The loss with whole logits and nothing shared: a clean teacher, and a student put together by hand."""
+    y = (teacher or toy(dtype=model.lm_head.weight.dtype))(IDS)
+    with resa.splice(model, sae, layer, site, grad) if sae is not None else nullcontext():
+        return naive_kl(model(IDS), y)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("site", ["resid", "mlp"])
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_tuning_loss_is_kl_of_the_clean_target_to_the_spliced_student(site, grad, reduction):
+    """The adapters above the hook hold something, and the teacher must not see it."""
+    model = adapted(toy(dtype=torch.float64), above=LAYER).double()
+    sae, scale = toy_sae(dtype=torch.float64), 1 if reduction == "sequence" else IDS.shape[1]
+    want = published(model, sae, LAYER, site, grad)
+    want_grads = grads(model, want / scale)
+    got = resa.tuning_loss(model, sae, LAYER, IDS, site, grad, reduction)
+    close(got, want / scale, 1e-12)
+    assert got > 0.01
+    for name, g in grads(model, got).items():
+        close(g, want_grads[name], 1e-12)
+
+
+@pytest.mark.parametrize("layer", range(L - 1))
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_the_shared_prefix_equals_two_whole_passes(layer, dtype, tol):
+    """From a fresh adapter through some steps of training: all that the prefix is ever used for."""
+    model, sae = adapted(toy(dtype=dtype)).to(dtype).train(), toy_sae(dtype=dtype)
+    optimizer = adamw(model, lr=0.01)
+    for _ in range(3):
+        plain = resa.plain_tuning_loss(model, sae, layer, IDS)
+        want = grads(model, plain)
+        shared = resa.tuning_loss(model, sae, layer, IDS)
+        close(shared, plain, tol)
+        for name, g in grads(model, shared).items():
+            close(g, want[name], tol)
+        optimizer.step()
+    assert (model(IDS) - toy(dtype=dtype)(IDS)).abs().max() > 0.01
+
+
+def test_the_shared_prefix_runs_once_and_without_a_graph():
+    model, calls = adapted(), [0] * L
+    for i, block in enumerate(model.model.layers):
+        def count(module, inputs, i=i):
+            calls[i] += 1
+            assert torch.is_grad_enabled() <= (i > LAYER)
+        block.register_forward_pre_hook(count)
+    resa.tuning_loss(model, toy_sae(), LAYER, IDS)
+    assert calls == [1 if i <= LAYER else 2 for i in range(L)]
+    calls[:] = [0] * L
+    with torch.no_grad():
+        resa.plain_tuning_loss(model, toy_sae(), LAYER, IDS)
+    assert calls == [2] * L
+
+
+@known_fault("with adapters that are not zero below the hook (a loaded one), the shared prefix drops them")
+def test_the_shared_prefix_equals_two_passes_whatever_the_adapters_hold():
+    model = adapted(above=-1)
+    shared = resa.tuning_loss(model, toy_sae(), LAYER, IDS)
+    close(shared, resa.plain_tuning_loss(model, toy_sae(), LAYER, IDS))
+
+
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+def test_neither_adapters_nor_their_dropout_reach_the_teacher(loss_of):
+    """In training mode: with B = 0 dropout has nothing to act on, and the pair is undisturbed."""
+    quiet, noisy = adapted(), adapted(dropout=0.5).train()
+    assert torch.equal(loss_of(quiet, toy_sae(), LAYER, IDS), loss_of(noisy, toy_sae(), LAYER, IDS))
+    scramble(noisy, LAYER)
+    seen = []
+    noisy.model.layers[-1].register_forward_hook(lambda module, inputs, h: seen.append(h))
+    for _ in range(2):
+        loss_of(noisy, toy_sae(), LAYER, IDS)
+    teacher, student, again, other = seen
+    assert torch.equal(teacher, toy().run(IDS)) and torch.equal(again, teacher) and not teacher.requires_grad
+    assert not torch.equal(student, other)   # the student's dropout is alive
+
+
+@pytest.mark.parametrize("site", ["resid", "mlp"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+def test_an_identity_sae_gives_exactly_zero_and_no_gradient(loss_of, grad, site):
+    model = adapted()
+    loss = loss_of(model, nn.Identity(), LAYER, IDS, site, grad)
+    assert loss.item() == 0.0
+    assert all(not g.any() for g in grads(model, loss).values())
+
+
+@pytest.mark.parametrize("width", [D, pytest.param(24, marks=known_fault("kl_loss takes the student's"))])
+@pytest.mark.parametrize("sae, grad", [("sae", False), ("sae", True), (None, False)])
+def test_another_model_as_the_teacher(sae, grad, width):
+    """--teacher source, with and without an SAE; its weights, depth and head are its own."""
+    model = adapted(toy(dtype=torch.float64), above=-1).double()
+    teacher = toy(seed=3, dtype=torch.float64, hidden_size=width, num_hidden_layers=2)
+    sae = toy_sae(dtype=torch.float64) if sae else None
+    want = published(model, sae, LAYER, grad=grad, teacher=teacher)
+    want_grads = grads(model, want)
+    got = resa.tuning_loss(model, sae, LAYER, IDS, grad=grad, reduction="sequence", teacher=teacher)
+    close(got, want, 1e-11)
+    for name, g in grads(model, got).items():
+        close(g, want_grads[name], 1e-11)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_source_that_differs_from_the_target_by_its_adapter_has_something_to_teach():
+    """teacher=source, no SAE: the loss is zero for a student that holds the source's adapter."""
+    source = resa.merge_adapter(adapted(above=-1))
+    fresh, same = adapted(), adapted(above=-1)
+    assert resa.tuning_loss(fresh, None, LAYER, IDS, teacher=source) > 0.1
+    close(resa.tuning_loss(same, None, LAYER, IDS, teacher=source), torch.tensor(0.0), 1e-6)
+    assert resa.tuning_loss(adapted(), None, LAYER, IDS) == 0          # no SAE, no other teacher: no lesson
+
+
+@pytest.mark.parametrize("site, grad", [("resid", False), ("mlp", True)])
+def test_kl_falls_on_a_fixed_batch(site, grad):
+    model, sae, losses = adapted(), toy_sae(), []
+    optimizer = adamw(model, lr=0.01)
+    for _ in range(50):
+        loss = resa.tuning_loss(model, sae, LAYER, IDS, site, grad)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 2 and min(losses) > 0, losses[::10]
+
+
+# ---- matched noise --------------------------------------------------------------------------------
+
+
+def test_noise_has_the_norm_of_the_saes_error_at_every_token_but_another_direction():
+    sae, x = toy_sae(), 2 * numbers((3, 50, D), 0)
+    e = x - sae(x)                                                                               # (3,50,D)
+    d = noise(0)(x) - x
+    close(d.norm(dim=-1) / e.norm(dim=-1), torch.ones(3, 50), 1e-4)
+    cosine = F.cosine_similarity(d, e, dim=-1)                                                   # (3,50)
+    assert cosine.mean().abs() < 4 / (150 * D)**0.5 and 0.5 < cosine.std() * D**0.5 < 2
+    between = F.cosine_similarity(d[0, :-1], d[0, 1:], dim=-1)              # and each token has its own
+    assert between.abs().max() < 0.95 and between.mean().abs() < 4 / (49 * D)**0.5
+
+
+def noise(seed):
+    torch.manual_seed(seed)
+    return resa.MatchedNoise(toy_sae(), seed)
+
+
+def test_noise_is_reproducible_by_seed_and_new_at_every_call():
+    x, one = numbers((2, 5, D), 0), noise(5)
+    first, second = one(x), one(x)
+    other = noise(5)
+    assert torch.equal(other(x), first) and torch.equal(other(x), second) and not torch.equal(first, second)
+    assert not torch.equal(noise(6)(x), first)
+
+
+@known_fault("its generator is in no checkpoint: a resumed run draws the first noise again, so it is another run")
+def test_what_a_checkpoint_holds_restores_the_noise():
+    """A checkpoint holds buffers and the state of torch's generator."""
+    x, one = numbers((2, 5, D), 0), noise(5)
+    one(x)
+    buffers, state = one.state_dict(), torch.get_rng_state()
+    want, again = one(x), noise(5)
+    again.load_state_dict(buffers)
+    torch.set_rng_state(state)
+    assert torch.equal(again(x), want)
+
+
+def test_noise_keeps_the_dtype_and_leaves_a_perfect_reconstruction_alone():
+    x, sae = numbers((2, 5, D), 0), toy_sae(dtype=torch.bfloat16)
+    assert torch.equal(resa.MatchedNoise(nn.Identity())(x), x)
+    x = x.bfloat16()
+    noisy = resa.MatchedNoise(sae)(x)
+    assert noisy.dtype == torch.bfloat16
+    close((noisy - x).float().norm(dim=-1) / (sae(x) - x).float().norm(dim=-1), torch.ones(2, 5), 0.02)
+
+
+def test_noise_goes_where_the_sae_goes():
+    model = adapted()
+    loss = resa.tuning_loss(model, noise(0), LAYER, IDS)
+    again = resa.tuning_loss(model, noise(0), LAYER, IDS)
+    plain = resa.plain_tuning_loss(model, noise(0), LAYER, IDS)
+    assert torch.equal(loss, again) and loss > 0
+    close(loss, plain)
+    assert {block_of(n) for n, g in grads(model, loss).items() if g.any()} == set(range(LAYER + 1, L))
+
+
+# ---- command line ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Toy:
+    """A command with one flag of each kind."""
+    preset: str = "small"                # bundle of defaults
+    lr: float = 0.1                      # the rate, 100 % of it
+    steps: int = 3                       # how many
+    seq_len: int = 7                     # tokens
+    shuffle: bool = True                 # permute
+    models: list[str] = field(default_factory=lambda: ["m"])      # one or several
+    widths: list[int] = field(default_factory=list)               # numbers
+    device: str | None = None            # where
+    site: Literal["resid", "mlp"] = "resid"      # which
+    k: Literal[1, 2] = 1                 # a choice of numbers
+    out: str = ""                        # a directory
+
+
+@dataclass
+class Other:
+    """Another stage."""
+    momentum: float = 0.9                # belongs there
+    lr: float = 1.0                      # belongs to both
+
+
+READ = functools.cache(resa.remarks)         # it parses this whole file; once is enough
+
+
+@pytest.fixture(autouse=True)
+def presets(monkeypatch):
+    monkeypatch.setattr(resa, "remarks", READ)
+    monkeypatch.setitem(resa.PRESETS, "small", {"seq_len": 11, "not_a_field": 1})
+    monkeypatch.setitem(resa.PRESETS, "large", {"seq_len": 99, "steps": 1000, "shuffle": False, "lr": 1})
+
+
+def parse(*argv):
+    return resa.parse_flags(Toy, list(argv), "prog", others={"toy": Toy, "other": Other})
+
+
+def config(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return "--config", str(path)
+
+
+def refused(message, *argv):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse(*argv)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("prog: ")
+
+
+def test_every_field_is_a_typed_flag():
+    args = parse("--lr", "1", "--steps", "5", "--seq-len", "9", "--no-shuffle", "--models", "a", "b",
+                 "--widths", "1", "2", "--device", "cuda", "--site", "mlp", "--k", "2", "--out", "x y")
+    want = dict(preset="small", lr=1.0, steps=5, seq_len=9, shuffle=False, models=["a", "b"], widths=[1, 2],
+                device="cuda", site="mlp", k=2, out="x y")
+    assert {n: v for n, v in vars(args).items() if n != "given"} == want
+    assert type(args.lr) is float and type(args.steps) is type(args.k) is int              # "1" is a rate too
+    assert parse("--lr=1e-6").lr == 1e-6 and parse("--lr", "-1").lr == -1.0
+    assert parse("--preset", "large", "--shuffle").shuffle is True
+
+
+def test_defaults_then_preset_then_config_file_then_flags(tmp_path):
+    assert (parse().seq_len, parse().steps, parse().models) == (11, 3, ["m"])      # the preset of the default
+    large = parse("--preset", "large")
+    assert (large.seq_len, large.steps, large.shuffle, large.site) == (99, 1000, False, "resid")
+    file = config(tmp_path, {"preset": "large", "steps": 20, "models": ["x", "y"], "shuffle": True, "lr": 1,
+                             "device": None})
+    args = parse(*file, "--steps", "30")
+    assert (args.seq_len, args.steps, args.models, args.shuffle) == (99, 30, ["x", "y"], True)
+    assert args.device is None and args.lr == 1.0 and type(args.lr) is float
+    assert parse("--steps", "30", *file).steps == 30                               # wherever the flag stands
+    assert parse(*file, "--preset", "small").seq_len == 11
+    assert parse(*file, "--no-shuffle").shuffle is False
+
+
+def test_given_holds_what_file_and_flags_set_and_nothing_else(tmp_path):
+    assert parse().given == set()
+    assert parse("--preset", "large", "--steps", "3").given == {"preset", "steps"}       # 3 is the default
+    file = config(tmp_path, {"lr": 2, "shuffle": False})
+    assert parse(*file, "--steps", "1").given == {"lr", "shuffle", "steps"}
+
+
+def test_lists_are_not_shared_between_two_calls():
+    parse().models.append("z")
+    assert parse().models == ["m"]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--stepz", "4"], "no flag --stepz; did you mean --steps"),
+    pytest.param(["--seq_len", "4"], "did you mean --seq-len", marks=known_fault(
+        "underscores: said to belong to another stage, when it is this one's")),
+    (["--stepz=4"], "no flag --stepz; did you mean --steps"),
+    (["--step", "4"], "no flag --step; did you mean --steps"),                     # no abbreviations
+    (["--qqqqqqqq"], "no flag --qqqqqqqq; see --help"),
+    (["--no-lr"], "no flag --no-lr"),
+    (["--momentum", "0.5"], "--momentum belongs to --stage other"),
+    (["--momentum=0.5"], "--momentum belongs to --stage other"),
+    (["steps"], "'steps' is not a flag"),
+    (["-s"], "'-s' is not a flag"),
+    (["--steps", "1", "2"], "'2' is not a flag"),
+    (["--steps", "many"], "--steps.*'many'"),
+    (["--steps", "1.5"], "--steps.*'1.5'"),
+    (["--lr", "fast"], "--lr.*'fast'"),
+    (["--lr"], "--lr.*expected one argument"),
+    (["--models"], "--models.*expected at least one"),
+    (["--widths", "1", "x"], "--widths.*'x'"),
+    (["--site", "attn"], "--site.*'attn'.*resid.*mlp"),
+    (["--k", "3"], "--k.*3"),
+    (["--shuffle=yes"], "--shuffle.*'yes'"),
+    (["--preset", "huge"], "no preset 'huge'.*small.*large"),
+])
+def test_bad_flags_are_one_clear_line(argv, message):
+    refused(message, *argv)
+
+
+def test_a_bad_config_file_is_named(tmp_path):
+    for content, message in ("{", "not JSON"), ("[1]", "a JSON object was expected"), ("", "not JSON"):
+        with pytest.raises(ValueError, match=f"config.json: {message}"):
+            parse(*config(tmp_path, content))
+    with pytest.raises(FileNotFoundError, match="nowhere.json: no such file"):
+        parse("--config", str(tmp_path / "nowhere.json"))
+    refused("no flag --stepz; did you mean --steps", *config(tmp_path, {"stepz": 1}))
+    refused("--momentum belongs to --stage other", *config(tmp_path, {"momentum": 1}))
+    refused("no preset 'huge'", *config(tmp_path, {"preset": "huge"}))
+    refused("--config", *config(tmp_path, {"config": "another.json"}))
+
+
+@known_fault("the file's values have a second parse; nobody catches its errors: traceback, or usage text")
+@pytest.mark.parametrize("content", [{"lr": "fast"}, {"lr": True}, {"lr": False}, {"steps": [1, 2]},
+                                     {"shuffle": "yes"}, {"site": "attn"}, {"models": []}], ids=str)
+def test_a_bad_value_in_a_config_file_is_one_clear_line(tmp_path, content):
+    refused(f"--(no-)?{next(iter(content))}", *config(tmp_path, content))
+
+
+@known_fault("a value that begins with a dash is taken for a flag")
+@pytest.mark.parametrize("value", ["-x", "--lr"])
+def test_a_config_file_may_hold_values_that_look_like_flags(tmp_path, value):
+    assert parse(*config(tmp_path, {"out": value})).out == value
+
+
+@known_fault("a key spelt like its flag is refused with itself as the suggestion")
+def test_a_config_key_spelt_like_its_flag_is_understood(tmp_path):
+    assert parse(*config(tmp_path, {"seq-len": 5})).seq_len == 5
+
+
+def test_a_configuration_can_be_written_out_and_read_again(tmp_path):
+    args = parse("--lr", "1e-7", "--no-shuffle", "--models", "a", "b", "--site", "mlp", "--out", "x y=z")
+    settings = {n: v for n, v in vars(args).items() if n != "given" and v not in (None, [])}
+    again = parse(*config(tmp_path, settings))
+    assert {n: getattr(again, n) for n in settings} == settings
+
+
+def test_help_shows_every_flag_with_its_remark_and_default(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0 and "A command with one flag of each kind." in text
+    for part in "--seq-len", "--no-shuffle", "rate, 100 % of it (default: 0.1)", "{resid,mlp}", "--config":
+        assert part in text
+
+
+@known_fault("the default of a list field is printed as <dataclasses._MISSING_TYPE object at 0x...>")
+def test_help_shows_the_default_of_a_list():
+    assert "object at" not in resa.make_parser(Toy, "prog").format_help()
+
+
+# ---- front door -----------------------------------------------------------------------------------
+
+
+def test_a_mistake_on_the_real_command_line_is_one_line_and_exit_code_2(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "RESA_TRACEBACK"}
+    argv = [sys.executable, str(ROOT / "resa.py"), "merge", "--modle", "x", "--out", "merged"]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: resa.py merge: no flag --modle; did you mean --model?\n"
+    assert list(tmp_path.iterdir()) == []    # and nothing half-written
+
+
+def test_the_front_door_hides_mistakes_of_the_user_but_not_of_the_program(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prog", "--a", "b"])
+    monkeypatch.delenv("RESA_TRACEBACK", raising=False)
+    seen = []
+
+    def main(error):
+        def run(argv):
+            seen.append(argv)
+            if error:
+                raise error
+        return run
+    resa.front_door(main(None))
+    assert seen == [["--a", "b"]]
+    for error, code in ((ValueError("two\n  lines"), 2), (FileNotFoundError("x: no such file"), 2),
+                        (PermissionError(13, "denied", "x"), 2), (KeyboardInterrupt(), 130)):
+        with pytest.raises(SystemExit) as done:
+            resa.front_door(main(error))
+        assert done.value.code == code
+    err = capsys.readouterr().err
+    assert "error: two lines\n" in err and "--resume" in err
+    for error in KeyError("bug"), RuntimeError("bug"), TypeError("bug"):
+        with pytest.raises(type(error)):
+            resa.front_door(main(error))
+    monkeypatch.setenv("RESA_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        resa.front_door(main(ValueError("where did it arise?")))
+
+
+# ---- files of problems ----------------------------------------------------------------------------
+
+
+def problems(tmp_path, *lines, encoding="utf-8"):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes("\n".join(lines).encode(encoding))
+    return resa.read_problems(path)
+
+
+def test_problems_are_read_with_their_defaults(tmp_path):
+    rows = problems(tmp_path, '{"problem": "a", "answer": "1"}', "",
+                    '{"question": "b", "answer": 0, "x": [1]}',
+                    '{"id": 7, "problem": "ü", "answer": 2.5}', "")
+    assert [(r["id"], r["problem"], r["answer"]) for r in rows] == [("0", "a", "1"), ("1", "b", "0"),
+                                                                    ("7", "ü", "2.5")]
+    assert rows[1]["x"] == [1]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{not json", ":3: not JSON"), ("[1, 2]", ":3: a JSON object"), ('"text"', ":3: a JSON object"),
+    ('{"problem": "b"}', ':3: no "answer"'), ('{"answer": "2"}', ':3: no "problem"'),
+    ('{"problem": "", "answer": "2"}', ':3: no "problem"'),
+    ('{"problem": "b", "answer": ""}', ':3: no "answer"'),
+    ('{"problem": "b", "answer": null}', ':3: no "answer"'),
+    ('{"problem": "b", "answer": [2]}', ':3: no "answer"'),
+    ('{"problem": "b", "answer": true}', ':3: no "answer"'),
+    ('{"problem": "b", "answer": "2", "id": "0"}', ":3: id '0' occurs twice"),
+    pytest.param("[" * 100_000, ":3: not JSON", id="nested")])
+def test_a_bad_line_is_named_by_its_number_blank_lines_counted(tmp_path, line, message):
+    with pytest.raises(ValueError, match=r"p\.jsonl" + message) as caught:
+        problems(tmp_path, '{"problem": "a", "answer": "1"}', "", line, '{"problem": "c", "answer": "3"}')
+    assert "\n" not in str(caught.value)
+
+
+def test_files_without_problems_are_named(tmp_path):
+    with pytest.raises(ValueError, match="p.jsonl: no problems"):
+        problems(tmp_path, "", " ")
+    with pytest.raises(ValueError, match="p.jsonl: not UTF-8"):
+        problems(tmp_path, '{"problem": "ü", "answer": "1"}', encoding="latin-1")
+    for path in tmp_path / "nowhere.jsonl", tmp_path:
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            resa.read_problems(path)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path, separator):
+    """JSON allows these inside a string, and str.splitlines() cuts at them."""
+    row, other = problems(tmp_path, f'{{"problem": "a{separator}b", "answer": "1"}}\r',
+                          '{"problem": "c", "answer": "2"}\r')
+    assert row["problem"] == f"a{separator}b" and other["answer"] == "2"
+
+
+# ---- golden: transformers and PEFT, without either ------------------------------------------------
+
+# adapter_config.json as peft 0.21.2 wrote it (save_pretrained) for r 4, alpha 6, all seven projections.
+PEFT_CONFIG = """
+{"alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "auto_mapping": null,
+"base_model_name_or_path": "base", "bias": "none", "corda_config": null, "ensure_weight_tying": false,
+"eva_config": null, "exclude_modules": null, "fan_in_fan_out": false, "inference_mode": true,
+"init_lora_weights": true, "kasa_config": null, "layer_replication": null, "layers_pattern": null,
+"layers_to_transform": null, "loftq_config": {}, "lora_alpha": 6, "lora_bias": false, "lora_dropout":
+0.0, "lora_ga_config": null, "megatron_config": null, "megatron_core": "megatron.core",
+"modules_to_save": null, "monteclora_config": null, "peft_type": "LORA", "peft_version": "0.21.2",
+"qalora_group_size": 16, "r": 4, "rank_pattern": {}, "revision": null, "target_modules": ["v_proj",
+"k_proj", "down_proj", "gate_proj", "q_proj", "up_proj", "o_proj"], "target_parameters": null,
+"task_type": "CAUSAL_LM", "trainable_token_indices": null, "use_bdlora": null, "use_dora": false,
+"use_qalora": false, "use_rslora": false, "velora_config": null}"""
+
+SHOWN = ("model.layers.0.self_attn.q_proj.lora_A", "model.layers.1.self_attn.v_proj.lora_B",
+         "model.layers.2.mlp.gate_proj.lora_A", "model.layers.3.mlp.down_proj.lora_B")
+GOLDEN = {  # logits; then, for each reading of the method, the published loss and gradient norms of SHOWN
+    "logits": [0.31952, 2.71096, -1.17278, 2.35142, -0.09397, 0.26541,
+               -1.2707, -1.0867, 0.60265, -2.43811, 1.71519, 0.39072],
+    "code": [12.80326, 0.0, 0.0, 1.98854, 1.74528],
+    "text": [12.11276, 10.20149, 3.1971, 1.88634, 1.43758]}
+
+
+def golden_adapter(directory, **changes):
+    """The files PEFT writes for an adapter of arithmetic numbers -> the directory."""
+    pairs, linears = {}, {n: m for n, m in toy().named_modules() if isinstance(m, nn.Linear)}
+    for i, name in enumerate(sorted(linears.keys() - {"lm_head"}), start=1):
+        key = f"base_model.model.{name}.lora_"
+        pairs |= {f"{key}A.weight": numbers((R, linears[name].in_features), 3000 + i),
+                  f"{key}B.weight": numbers((linears[name].out_features, R), 4000 + i)}
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(pairs, directory / "adapter_model.safetensors", {"format": "pt"})
+    (directory / "adapter_config.json").write_text(json.dumps({**json.loads(PEFT_CONFIG), **changes}))
+    return directory
+
+
+def measured(logits_of, loss_of, gradients_of):
+    """The numbers of GOLDEN, from functions that either side provides."""
+    logits = logits_of()
+    found = {"logits": logits[[0, 0, 1, 1], [0, 8, 4, 8]][:, [0, 17, 36]].flatten().tolist()}
+    for label, site, grad in ("code", "resid", False), ("text", "mlp", True):
+        loss = loss_of(site, grad)
+        g = gradients_of(loss)
+        found[label] = [float(loss.detach()), *(float(g[n].double().norm()) for n in SHOWN)]
+    return found
+
+
+def agree(found, want, tol=2e-4):
+    for name in "logits", "code", "text":
+        for a, b in zip(found[name], want[name], strict=True):
+            assert abs(a - b) <= tol * max(1, abs(b)), (name, a, b)
+
+
+def test_logits_losses_and_gradients_equal_those_of_transformers_and_peft(tmp_path):
+    model, sae = resa.load_adapter(toy(), str(golden_adapter(tmp_path / "adapter"))), toy_sae()
+
+    def loss_of(site, grad):
+        return resa.plain_tuning_loss(model, sae, LAYER, IDS, site, grad, "sequence")
+    agree(measured(lambda: model(IDS), loss_of, lambda loss: grads(model, loss)), GOLDEN)
+
+
+def test_an_adapter_in_pefts_files_merges_to_the_same_logits(tmp_path):
+    save_model(toy(), tmp_path / "base")
+    model = load_model(f"{tmp_path}/base+{golden_adapter(tmp_path / 'adapter')}")
+    found = model(IDS)[[0, 0, 1, 1], [0, 8, 4, 8]][:, [0, 17, 36]].flatten()
+    close(found, torch.tensor(GOLDEN["logits"]), 2e-4)
+
+
+REFUSED = [dict(use_dora=True), dict(use_rslora=True), dict(fan_in_fan_out=True), dict(bias="all"),
+           dict(lora_bias=True), dict(modules_to_save=["lm_head"]), dict(rank_pattern={"q_proj": 2}),
+           dict(alpha_pattern={"q_proj": 2}), dict(layer_replication=[[0, 2]]),
+           dict(trainable_token_indices=[1]), dict(target_parameters=["x"]), dict(peft_type="LOHA")]
+# Each of these changes the base weights or the forward pass: PEFT restores it, here logits would be wrong.
+SILENT = [pytest.param(change, marks=known_fault("model.read_adapter lets it pass")) for change in (
+          dict(init_lora_weights="pissa"), dict(init_lora_weights="pissa_niter_4"),
+          dict(init_lora_weights="olora"), dict(init_lora_weights="loftq"), dict(init_lora_weights="corda"),
+          dict(alora_invocation_tokens=[1, 2]), dict(use_qalora=True), dict(use_bdlora={"a": 1}))]
+
+
+@pytest.mark.parametrize("change", REFUSED + SILENT, ids=str)
+def test_what_pefts_file_asks_for_and_we_do_not_compute_is_refused_by_name(tmp_path, change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        resa.load_adapter(toy(), str(golden_adapter(tmp_path / "adapter", **change)))
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_a_start_that_leaves_the_base_alone_is_accepted(tmp_path, start):
+    assert resa.load_adapter(toy(), str(golden_adapter(tmp_path / "adapter", init_lora_weights=start)))
+
+
+# ---- transformers and PEFT, live ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The toy as a directory that both sides load."""
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("live") / "base"
+    save_model(toy(), directory)
+    return directory
+
+
+def hugging(base, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager").eval()
+
+
+def attach(base, adapter, dtype=torch.float32, **kwargs):
+    from peft import PeftModel
+    return PeftModel.from_pretrained(hugging(base, dtype), adapter, **kwargs).eval()
+
+
+def new_peft(base, **settings):
+    from peft import LoraConfig, get_peft_model
+    defaults = dict(r=R, lora_alpha=ALPHA, target_modules=list(resa.TARGETS), task_type="CAUSAL_LM")
+    model = get_peft_model(hugging(base), LoraConfig(**{**defaults, **settings}))
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if "lora_" in name:
+                p.add_(numbers(p.shape, 9000 + i))
+    return model.eval()
+
+
+def test_our_adapter_loads_in_peft(base, tmp_path):
+    model = adapted(above=-1, dropout=0.1)
+    resa.save_adapter(model, tmp_path, base=str(base))
+    close(attach(base, tmp_path)(IDS).logits, model(IDS), 1e-4)
+    close(attach(base, tmp_path).merge_and_unload()(IDS).logits, resa.merge_adapter(model)(IDS), 1e-4)
+
+
+def test_our_adapter_of_some_layers_loads_in_peft(base, tmp_path):
+    model = scramble(resa.add_lora(toy(), 3, 1, 0.0, ("q_proj", "down_proj")))
+    resa.save_adapter(model, tmp_path)
+    close(attach(base, tmp_path)(IDS).logits, model(IDS), 1e-4)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(r=3, lora_alpha=16), dict(target_modules="all-linear"),
+                                      dict(layers_to_transform=[1, 3]), dict(lora_dropout=0.1),
+                                      dict(target_modules=["q_proj", "o_proj"])], ids=str)
+def test_an_adapter_that_peft_saved_loads_here_attached_and_merged(base, tmp_path, settings):
+    peft = new_peft(base, **settings)
+    peft.save_pretrained(tmp_path / "adapter")
+    y = peft(IDS).logits
+    assert (y - toy()(IDS)).abs().max() > 0.1
+    attached = resa.load_adapter(load_model(str(base)), str(tmp_path / "adapter")).eval()
+    close(attached(IDS), y, 1e-4)
+    close(load_model(f"{base}+{tmp_path}/adapter")(IDS), y, 1e-4)
+    resa.save_adapter(attached, tmp_path / "again")                    # and back
+    close(attach(base, tmp_path / "again")(IDS).logits, y, 1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(use_dora=True), dict(use_rslora=True), dict(rank_pattern={"q_proj": 2}), dict(bias="lora_only"),
+    dict(target_modules=["embed_tokens"]), dict(modules_to_save=["lm_head"]),
+    *(pytest.param(s, marks=known_fault("model.read_adapter lets it pass"))
+      for s in (dict(init_lora_weights="pissa"), dict(init_lora_weights="olora"),
+                dict(alora_invocation_tokens=[1, 2])))], ids=str)
+def test_an_adapter_that_peft_saved_and_we_cannot_compute_is_refused(base, tmp_path, settings):
+    new_peft(base, **settings).save_pretrained(tmp_path)
+    with pytest.raises(ValueError):
+        resa.load_adapter(load_model(str(base)), str(tmp_path))
+    with pytest.raises(ValueError):
+        load_model(f"{base}+{tmp_path}")
+
+
+def peft_grads(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {n.removeprefix("base_model.model.").removesuffix(".default.weight"):
+            torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for n, p in model.named_parameters() if p.requires_grad}
+
+
+def published_with_peft(model, sae, site, grad):
+    """The published step on PEFT's model: disable_adapter, a forward hook, kl_div with batchmean."""
+    block = model.base_model.model.model.layers[LAYER]
+
+    def swap(module, inputs, output):
+        x = output[0] if isinstance(output, tuple) else output
+        with torch.set_grad_enabled(grad):
+            x_hat = sae(x)
+        return (x_hat, *output[1:]) if isinstance(output, tuple) else x_hat
+    with torch.no_grad(), model.disable_adapter():
+        y = model(IDS).logits
+    handle = (block if site == "resid" else block.mlp).register_forward_hook(swap)
+    try:
+        return naive_kl(model(IDS).logits, y)
+    finally:
+        handle.remove()
+
+
+def test_gradients_equal_pefts_on_the_same_loss(base, tmp_path):
+    peft = attach(base, golden_adapter(tmp_path), is_trainable=True)
+    model = resa.load_adapter(toy(), str(tmp_path))
+
+    def cross_entropy(logits):
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    want, got = peft_grads(peft, cross_entropy(peft(IDS).logits)), grads(model, cross_entropy(model(IDS)))
+    assert want.keys() == got.keys()
+    for name in want:
+        assert want[name].abs().max() > 0
+        close(got[name], want[name], 1e-4 * float(want[name].abs().max()))
+
+
+@pytest.mark.parametrize("site", ["resid", "mlp"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_published_loss_and_its_gradients_on_pefts_model(base, tmp_path, site, grad):
+    peft = attach(base, golden_adapter(tmp_path), is_trainable=True)
+    model, sae = resa.load_adapter(toy(), str(tmp_path)), toy_sae()
+    with torch.no_grad():                    # zero below the hook, as in a real run: the prefix may be shared
+        for n, p in [*peft.named_parameters(), *model.named_parameters()]:
+            if "lora_B" in n and int(n.split("layers.")[1][0]) <= LAYER:
+                p.zero_()
+    want = published_with_peft(peft, sae, site, grad)
+    got = resa.tuning_loss(model, sae, LAYER, IDS, site, grad, "sequence")
+    close(got, want, 1e-4 * float(want.detach()))
+    want, got = peft_grads(peft, want), grads(model, got)
+    for name in want:
+        close(got[name], want[name], 1e-4 * max(1, float(want[name].abs().max())))
+
+
+def test_the_golden_numbers_are_still_those_of_transformers_and_peft(base, tmp_path):
+    peft, sae = attach(base, golden_adapter(tmp_path), is_trainable=True), toy_sae()
+
+    def loss_of(site, grad):
+        return published_with_peft(peft, sae, site, grad)
+    agree(measured(lambda: peft(IDS).logits, loss_of, lambda loss: peft_grads(peft, loss)), GOLDEN)
+    peft.save_pretrained(tmp_path / "saved")
+    ours, theirs = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "saved"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
+
+
+def test_in_bf16_a_layer_is_within_a_rounding_of_pefts(base, tmp_path):
+    peft = attach(base, golden_adapter(tmp_path), torch.bfloat16).base_model.model
+    peft = peft.model.layers[0].self_attn.q_proj
+    layer = resa.load_adapter(toy(dtype=torch.bfloat16), str(tmp_path)).model.layers[0].self_attn.q_proj
+    x = numbers((500, D), 0).bfloat16()
+    assert ((layer(x).float() - peft(x).float()).abs() <= 2**-7 * peft(x).float().abs() + 2**-8).all()
