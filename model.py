@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +39,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Fields that do not change what the forward pass computes.  Sliding-window sizes matter only with
 # use_sliding_window, which is refused below; published Qwen2 configs carry the sizes all the same.
 HARMLESS = """architectures transformers_version torch_dtype dtype use_cache initializer_range pad_token_id
-    _name_or_path sliding_window max_window_layers max_position_embeddings model_type hidden_act
-    rope_theta rope_scaling rope_parameters layer_types""".split()
+    _name_or_path _attn_implementation_autoset return_dict sliding_window max_window_layers
+    max_position_embeddings model_type hidden_act rope_theta rope_scaling rope_parameters layer_types""".split()
 
 
 @dataclass
@@ -61,29 +61,37 @@ class Config:
     eos_token_id: int | list | None = None
     dtype: str = "float32"
     extra: dict = field(default_factory=dict, repr=False)      # harmless fields, kept for saving
+    where: InitVar[str] = "config.json"                        # what errors should name
 
-    def __post_init__(self):
+    def __post_init__(self, where):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"config.json: {self.num_attention_heads} query heads cannot share "
+            raise ValueError(f"{where}: {self.num_attention_heads} query heads cannot share "
                              f"{self.num_key_value_heads} key/value heads")
         if self.head_dim % 2:
-            raise ValueError(f"config.json: head_dim {self.head_dim} is odd; rotary positions need pairs")
+            raise ValueError(f"{where}: head_dim {self.head_dim} is odd; rotary positions need pairs")
 
     @classmethod
     def from_dict(cls, raw, where="config.json"):
         """The Config of a parsed config.json.  ValueError names the field that is missing or not understood."""
         refuse_unsupported(raw, where)
-        known = {k: v for k, v in raw.items() if k in cls.__dataclass_fields__ and v is not None and k != "extra"}
-        known["rope_theta"] = (raw.get("rope_parameters") or {}).get("rope_theta", raw.get("rope_theta", 1e4))
+        known = {k: v for k, v in raw.items() if k in cls.__dataclass_fields__ and v is not None and k not in ("extra", "where")}
+        theta = (raw.get("rope_parameters") or {}).get("rope_theta") or raw.get("rope_theta")
+        known["rope_theta"] = 1e4 if theta is None else theta
         known["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if not isinstance(raw.get(name), int) or raw[name] < 1:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in sizes + ("num_key_value_heads", "head_dim"):
+            if (name in sizes or name in known) and (type(known.get(name)) is not int or known[name] < 1):
                 raise ValueError(f"{where}: {name!r} should be a positive integer, it is {raw.get(name)!r}")
-        if known["dtype"] not in DTYPES:
-            raise ValueError(f"{where}: dtype {known['dtype']!r} is not one of {', '.join(DTYPES)}")
-        return cls(**known, extra={k: v for k, v in raw.items() if k in HARMLESS and k not in known})
+        for name in ("rope_theta", "rms_norm_eps"):
+            if name in known and (type(known[name]) not in (int, float) or not known[name] > 0):
+                raise ValueError(f"{where}: {name!r} should be a positive number, it is {known[name]!r}")
+        if not isinstance(known.get("tie_word_embeddings", False), bool):
+            raise ValueError(f"{where}: 'tie_word_embeddings' should be true or false, it is {raw['tie_word_embeddings']!r}")
+        if not isinstance(known["dtype"], str) or known["dtype"] not in DTYPES:
+            raise ValueError(f"{where}: torch_dtype {known['dtype']!r} is not one of {', '.join(DTYPES)}")
+        return cls(**known, where=where, extra={k: v for k, v in raw.items() if k in HARMLESS and k not in known})
 
     @classmethod
     def from_pretrained(cls, spec):
@@ -106,6 +114,8 @@ def refuse_unsupported(raw, where):
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
     for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise ValueError(f"{where}: {name} should be an object, it is {raw[name]!r}")
         kind = (raw.get(name) or {}).get("rope_type", (raw.get(name) or {}).get("type", "default"))
         if kind != "default":
             raise ValueError(f"{where}: {name} of type {kind!r} is not supported; it would change every position")
@@ -134,7 +144,7 @@ class RMSNorm(nn.Module):
 def rope_table(config, positions):
     """positions (B,T) int -> cos, sin (B,1,T,C), fp32: angle of pair i at position t is t / theta^(2i/C)."""
     C = config.head_dim
-    inv_freq = config.rope_theta ** -(torch.arange(0, C, 2, device=positions.device).float() / C)      # (C/2,)
+    inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, C, 2, device=positions.device).float() / C)   # (C/2,)
     angle = positions[:, None, :, None].float() * inv_freq                                             # (B,1,T,C/2)
     angle = torch.cat((angle, angle), dim=-1)                                                          # (B,1,T,C)
     return angle.cos(), angle.sin()
@@ -308,7 +318,10 @@ def locate(spec):
     """The local directory of PATH_OR_HUB_ID[@REVISION][#SUBFOLDER]; hub ids are fetched once and cached."""
     if Path(spec).is_dir():
         return Path(spec)
-    name, revision, subfolder = re.fullmatch(r"([^@#]*)(?:@([^#]+))?(?:#(.+))?", spec).groups()
+    match = re.fullmatch(r"([^@#]+)(?:@([^#]+))?(?:#(.+))?", spec)
+    if not match:
+        raise ValueError(f"{spec}: not of the form PATH_OR_HUB_ID[@REVISION][#SUBFOLDER]")
+    name, revision, subfolder = match.groups()
     root = Path(name)
     if not root.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")) or len(root.parts) != 2:
@@ -330,7 +343,8 @@ def fetch(repo, revision=None, subfolder=None):
     folder = f"{subfolder}/" if subfolder else ""
     patterns = [f"{folder}{p}" for p in ("*.json", "*.safetensors", "*.jinja")]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns,
+                                      ignore_patterns=f"{folder}*/*"))      # '*' crosses '/', else all subfolders come
     except Exception as error:      # the hub client raises a dozen kinds; all of them mean the same here
         raise FileNotFoundError(f"{repo}: no local directory of that name, and the hub did not give it "
                                 f"({type(error).__name__}); offline, download it and pass its path") from None
@@ -345,11 +359,12 @@ def config_path(spec):
 
 def weight_files(directory):
     """The safetensors files of a checkpoint: single, or named by its sharded index."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        names = {"model.safetensors"}
-    else:
-        names = set(read_json(index).get("weight_map", {}).values())
+    index, names = directory / "model.safetensors.index.json", {"model.safetensors"}
+    if index.exists() and not (directory / "model.safetensors").exists():      # as transformers: a single file first
+        places = read_json(index).get("weight_map")
+        if not places or not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+            raise ValueError(f"{index}: 'weight_map' should say which file holds which tensor")
+        names = set(places.values())
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{index}: file name {name!r} leads out of the directory")
@@ -382,7 +397,7 @@ def check_tensors(found, wanted, where):
     wrong += [f"{n} has shape {tuple(found[n].get_shape())}, the config needs {tuple(wanted[n].shape)}"
               for n in wanted if n in found and tuple(found[n].get_shape()) != tuple(wanted[n].shape)]
     if wrong:
-        raise ValueError(f"{where}: {'; '.join(wrong[:20])}" + (f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""))
+        raise ValueError(f"{where}: {'; '.join(wrong)}")
 
 
 def load_model(spec, dtype=None, device=None):
@@ -395,15 +410,21 @@ def load_model(spec, dtype=None, device=None):
     config = Config.from_pretrained(base)
     if dtype is not None:
         config.dtype = str(dtype).removeprefix("torch.")
+        if config.dtype not in DTYPES:
+            raise ValueError(f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
     with torch.device("meta"):                       # shapes without memory
         model = Transformer(config)
     if base.startswith("random:"):
-        seed = int(base.split("@")[1]) if "@" in base else 0
-        model = init_weights(model.to_empty(device="cpu").float(), seed).to(device, DTYPES[config.dtype])
+        seed = base.partition("@")[2] or "0"
+        if not seed.isdecimal():
+            raise ValueError(f"{base}: the seed after '@' should be a whole number, it is {seed!r}")
+        model = init_weights(model.to_empty(device="cpu").float(), int(seed)).to(device, DTYPES[config.dtype])
         model.source = config_path(base).parent
     else:
         model.source = locate(base)
         load_weights(model, model.source, DTYPES[config.dtype], device)
+    if config.tie_word_embeddings:                   # replacing the meta parameters has cut the tie
+        model.lm_head.weight = model.model.embed_tokens.weight
     for adapter in adapters:
         merge_tensors(model, read_adapter(adapter), adapter)
     return model.eval().requires_grad_(False)
@@ -420,8 +441,6 @@ def load_weights(model, directory, dtype, device=None):
             set_parameter(model, name, slice_[:].to(device=device, dtype=dtype))
         if tied is not None and not torch.equal(tied[:].to(device=device, dtype=dtype), model.model.embed_tokens.weight):
             raise ValueError(f"{directory}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding")
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def set_parameter(model, name, tensor):
@@ -447,7 +466,8 @@ def save_model(model, directory):
 
 # What PEFT can put into adapter_config.json and we do not compute; each would silently change the result.
 PEFT_REFUSED = """use_dora use_rslora fan_in_fan_out modules_to_save lora_bias rank_pattern alpha_pattern
-    layer_replication trainable_token_indices target_parameters""".split()
+    layer_replication trainable_token_indices target_parameters alora_invocation_tokens use_qalora use_bdlora
+    velora_config monteclora_config kasa_config arrow_config""".split()
 
 
 def read_adapter(spec):
@@ -464,6 +484,8 @@ def read_adapter(spec):
     for name in PEFT_REFUSED:
         if raw.get(name):
             raise ValueError(f"{path}: {name} = {raw[name]!r} is not supported")
+    if raw.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):   # others move the base
+        raise ValueError(f"{path}: init_lora_weights = {raw['init_lora_weights']!r} is not supported")
     if raw.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias = {raw['bias']!r} is not supported, only 'none'")
     r, alpha = raw.get("r"), raw.get("lora_alpha")
@@ -473,9 +495,9 @@ def read_adapter(spec):
     with open_tensors([directory / "adapter_model.safetensors"]) as found:
         for name, slice_ in found.items():
             match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
-            rank = slice_.get_shape()[0 if match and match[2] == "A" else -1]
-            if not match or rank != r:
-                raise ValueError(f"{directory}/adapter_model.safetensors: {name} of shape {slice_.get_shape()} "
+            shape = slice_.get_shape()
+            if not match or len(shape) != 2 or shape["AB".index(match[2])] != r:
+                raise ValueError(f"{directory}/adapter_model.safetensors: {name} of shape {shape} "
                                  f"is not a LoRA matrix of rank {r}")
             pairs.setdefault(match[1], {})[match[2]] = slice_[:]
     for module, pair in pairs.items():
@@ -491,6 +513,8 @@ def check_adapter(model, adapter, where):
     for name, (A, B) in adapter["pairs"].items():
         if name not in linears:
             raise ValueError(f"{where}: the adapter changes {name}, which this model does not have")
+        if name == "lm_head" and model.config.tie_word_embeddings:
+            raise ValueError(f"{where}: the adapter changes lm_head, which tie_word_embeddings shares with the embedding")
         shape = (linears[name].out_features, linears[name].in_features)
         if (B.shape[0], A.shape[1]) != shape:
             raise ValueError(f"{where}: {name} of the adapter is {(B.shape[0], A.shape[1])}, the model's is {shape}")
@@ -529,6 +553,8 @@ class Tokenizer:
             self.fast = Fast.from_file(str(path))
         except Exception as error:
             raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
+        self.fast.no_truncation()       # a trainer's limits, left in the file, must not cut our text
+        self.fast.no_padding()
         optional = {name: read_json(directory / f"{name}.json") if (directory / f"{name}.json").exists() else {}
                     for name in ("config", "generation_config", "tokenizer_config")}
         settings = optional["tokenizer_config"]
@@ -566,7 +592,8 @@ class Tokenizer:
         """[{"role", "content"}, ...] -> the string the checkpoint was trained on, by its own template."""
         if not self.template:
             raise ValueError("this tokenizer has no chat_template; add chat_template.jinja to its directory")
-        return render(self.template, messages=messages, add_generation_prompt=add_generation_prompt, **self.special)
+        return render(self.template, messages=messages, tools=None, documents=None,
+                      add_generation_prompt=add_generation_prompt, **self.special)
 
 
 def render(template, **values):
@@ -581,8 +608,8 @@ def render(template, **values):
     env.globals["raise_exception"] = raise_exception
     try:
         return env.from_string(template).render(**values)
-    except jinja2.exceptions.TemplateError as error:
-        raise ValueError(f"chat template: {error}") from None
+    except Exception as error:      # whatever a stranger's program may raise, it is the template's fault
+        raise ValueError(f"chat template: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def load_tokenizer(spec):
@@ -645,11 +672,13 @@ def sample(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     """logits (B,V), u (B,) uniform in [0,1) -> token ids (B,).  Temperature 0 is argmax.
 
     Inverse CDF over the sorted, truncated distribution: one number a token, so that the token of a row
-    is a function of its own logits and its own u.  Top-p keeps the token that crosses p (arXiv 1904.09751).
+    is a function of its own logits and its own u.  Top-p keeps the token that crosses p (arXiv 1904.09751)
+    and is taken before top-k; transformers takes it after, which differs when both bind.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p, ids = torch.softmax(logits.float() / temperature, -1).sort(dim=-1, descending=True, stable=True)   # (B,V)
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)        # a tiny temperature must not overflow
+    p, ids = torch.softmax(logits / temperature, -1).sort(dim=-1, descending=True, stable=True)   # (B,V)
     keep = p.cumsum(-1) - p < top_p
     if top_k:
         keep[:, top_k:] = False
@@ -689,7 +718,7 @@ def stream(model, requests, *, max_new_tokens, temperature=0.6, top_p=0.95, top_
     A slot that ends is refilled from the queue while the others go on.
     ValueError: an empty prompt, or settings out of range.
     """
-    check_sampling(requests, max_new_tokens, temperature, top_p, top_k)
+    check_sampling(requests, max_new_tokens, temperature, top_p, top_k, slots, model.config.vocab_size)
     device, stop_ids = model.lm_head.weight.device, set(stop_ids)
     queue = list(range(len(requests)))[::-1]
     S = min(slots, len(queue))
@@ -729,16 +758,23 @@ def stream(model, requests, *, max_new_tokens, temperature=0.6, top_p=0.95, top_
             ended = drawn[s] in stop_ids
             if ended or len(out[s]) == max_new_tokens:
                 yield owner[s], out[s], "stop" if ended else "length"
-                owner[s], out[s], length[s] = None, [], 0       # an idle slot idles at position 0
+                owner[s], out[s], length[s] = None, [], 0       # an idle slot starts over
 
 
-def check_sampling(requests, max_new_tokens, temperature, top_p, top_k):
+def check_sampling(requests, max_new_tokens, temperature, top_p, top_k, slots=1, vocab_size=math.inf):
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or not math.isfinite(temperature):
         raise ValueError(f"sampling: max_new_tokens {max_new_tokens} should be >= 1, temperature {temperature} >= 0, "
                          f"top_p {top_p} in (0, 1], top_k {top_k} >= 0")
-    for i, (prompt, _) in enumerate(requests):
+    if slots < 1:
+        raise ValueError(f"sampling: slots {slots} should be >= 1")
+    for i, (prompt, key) in enumerate(requests):
         if len(prompt) == 0:
             raise ValueError(f"sampling: prompt {i} is empty")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ValueError(f"sampling: prompt {i} has token ids {min(prompt)} .. {max(prompt)}, the model knows "
+                             f"0 .. {vocab_size - 1}: is the tokenizer another model's?")
+        if min(key) < 0:
+            raise ValueError(f"sampling: the seed {key} of prompt {i} should be >= 0")
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ import sys
 import time
 import types
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -48,21 +48,26 @@ HERE = Path(__file__).resolve().parent
 # Command line: a dataclass is the parser
 # ----------------------------------------------------------------------------------------------------------
 
-# Bundles of defaults, by --preset; each command takes the fields it has.  Flags override them.
+# Bundles of defaults, by --preset; each command takes the fields it has, and those under its own name.
 TINY = HERE / "data" / "tiny"
 PRESETS = {
     "tiny": dict(source=f"{TINY}/distill+{TINY}/rl", target=f"{TINY}/distill", data=f"{TINY}/train.jsonl",
                  bench="tiny", template="chat", layer=1, latents=1024, k=16, seq_len=256, dtype="float32",
                  max_new_tokens=96),
-    # arXiv 2506.09967, Table 7 and section 2.1, with the released code's values where the two differ.
+    # arXiv 2506.09967, Table 7 and section 2.1, with the released code's values where the two differ; its two
+    # GPUs took a batch each, here one process takes both.
     "resa-still-v1": dict(source="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B+"
                                  "Tina-Yi/R1-Distill-Qwen-1.5B-STILL#checkpoint-2000",
-                          target="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", data="still.jsonl", bench="aime24",
-                          template="resa", layer=12, latents=65536, k=32, seq_len=2048, dtype="bfloat16",
-                          device="cuda", init="finetune", batch=16, steps=0, epochs=1, shuffle=False,
-                          sae_from="EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k#layers.12.mlp"),
+                          target="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", data="still.jsonl", template="resa",
+                          layer=12, seq_len=2048, shuffle=False, dtype="bfloat16", device="cuda",
+                          sae=dict(init="finetune", batch=32, micro_batch=1, optimizer="signum", aux_coef=0.0,
+                                   dead_after=10_000_000,
+                                   sae_from="EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k#layers.12.mlp"),
+                          tune=dict(batch=2, epochs=2, lr=1e-6, kl_reduction="sequence"),
+                          sft=dict(batch=32, epochs=3, lr=1e-5)),
 }
-PRESETS["resa-still-v3"] = {k: v for k, v in PRESETS["resa-still-v1"].items() if k != "sae_from"} | {"init": "scratch"}
+PRESETS["resa-still-v3"] = PRESETS["resa-still-v1"] | {"sae": PRESETS["resa-still-v1"]["sae"] | dict(
+    init="scratch", sae_from="", latents=65536, k=32)}
 
 
 def remarks(cls):
@@ -84,7 +89,8 @@ def make_parser(cls, prog):
     hints, notes = typing.get_type_hints(cls), remarks(cls)
     for f in fields(cls):
         flag, kind = "--" + f.name.replace("_", "-"), hints[f.name]
-        options = {"help": (f"{notes.get(f.name, '')} (default: {f.default})").replace("%", "%%")}
+        default = f.default if f.default is not MISSING else " ".join(map(str, f.default_factory()))
+        options = {"help": f"{notes.get(f.name, '')} (default: {default})".replace("%", "%%")}
         if isinstance(kind, types.UnionType):                      # X | None
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         if kind is bool:
@@ -106,27 +112,39 @@ def parse_flags(cls, argv, prog, others=()):
     ValueError: an unknown flag (with the nearest one, or the stage among `others` it belongs to), a bad value.
     """
     parser = make_parser(cls, prog)
-    try:
-        given, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{prog}: {error}") from None
+    given, unknown = parse_known(parser, argv, prog)
     given = vars(given)
     names = [f.name for f in fields(cls)]
     for flag in unknown:
         refuse_flag(flag, names, prog, others)
     config = read_json(given.pop("config")) if "config" in given else {}
+    config = {name.replace("-", "_"): value for name, value in config.items()}
     for name in config:
         if name not in names:
             refuse_flag("--" + name.replace("_", "-"), names, prog, others)
-    from_file = vars(parser.parse_args(to_argv(config)))           # through argparse, so it is checked alike
+    from_file = {}
+    for name, value in config.items():                             # through argparse, so it is checked alike
+        found, odd = parse_known(parser, to_argv({name: value}), prog)
+        if odd:
+            raise ValueError(f"{prog}: --{name.replace('_', '-')} in --config cannot be {json.dumps(value)}")
+        from_file |= vars(found)
     given = from_file | given
     preset = given.get("preset", next((f.default for f in fields(cls) if f.name == "preset"), None))
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"{prog}: no preset {preset!r}; there are {', '.join(PRESETS)}")
-    bundle = {k: v for k, v in PRESETS.get(preset, {}).items() if k in names}
+    bundle = PRESETS.get(preset, {})
+    common = {k: v for k, v in bundle.items() if not isinstance(v, dict)}      # the section "sae" is not tune's --sae
+    bundle = {k: v for k, v in (common | bundle.get(cls.__name__.lower(), {})).items() if k in names}
     args = cls(**(bundle | given))
     args.given = set(given)
     return args
+
+
+def parse_known(parser, argv, prog):
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{prog}: {error}") from None
 
 
 def to_argv(config):
@@ -137,7 +155,7 @@ def to_argv(config):
         if isinstance(value, bool):
             argv.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            argv += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+            argv += [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}={value}"]
     return argv
 
 
@@ -146,7 +164,7 @@ def refuse_flag(flag, names, prog, others):
     name = flag.split("=")[0]
     if not flag.startswith("--"):
         raise ValueError(f"{prog}: {flag!r} is not a flag; flags begin with --")
-    for stage, cls in dict(others).items():
+    for stage, cls in dict(others).items() if name.replace("_", "-") not in known else ():
         if name[2:].replace("-", "_") in {f.name for f in fields(cls)}:
             raise ValueError(f"{prog}: {name} belongs to --stage {stage}; it would have no effect here")
     near = difflib.get_close_matches(name, known, 1)
@@ -157,6 +175,7 @@ def front_door(main):
     """Runs main(argv).  A user's mistake becomes one line and exit code 2; RESA_TRACEBACK=1 shows where it arose."""
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()                                         # a closed pipe or a full disk shows here, not at exit
     except (ValueError, OSError) as error:
         if os.environ.get("RESA_TRACEBACK"):
             raise
@@ -244,6 +263,9 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, base, r, alpha, dropout=0.0):
         nn.Module.__init__(self)
+        if r < 1:
+            raise ValueError(f"a LoRA rank must be at least 1, it is {r}")
+        self.training = base.training
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
@@ -256,7 +278,7 @@ class LoRALinear(nn.Linear):
         if not self.on:
             return y
         low = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype) @ self.lora_A.T       # (...,r)
-        return y + (low @ self.lora_B.T * self.scale).to(y.dtype)
+        return (y + low @ self.lora_B.T * self.scale).to(y.dtype)            # rounded once, as PEFT does
 
 
 def lora_layers(model):
@@ -268,13 +290,21 @@ def add_lora(model, r=32, alpha=128, dropout=0.05, targets=TARGETS):
 
     Defaults are the paper's (Table 7) on the released code's seven projections.  Returns the model.
     """
+    refuse_second(model)
+    found = [n for n, m in model.model.named_modules(prefix="model") if isinstance(m, nn.Linear)
+             and n.rpartition(".")[2] in targets]                  # not lm_head: the loss reads its bare weight
+    missing = set(targets) - {n.rpartition(".")[2] for n in found}
+    if missing:
+        raise ValueError(f"the model's blocks have no layer named {' or '.join(sorted(missing))} to adapt")
     model.requires_grad_(False)
-    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in targets]
-    if not found:
-        raise ValueError(f"the model has no layer named {' or '.join(targets)} to adapt")
     for name in found:
         replace(model, name, LoRALinear(model.get_submodule(name), r, alpha, dropout))
     return model
+
+
+def refuse_second(model):
+    if lora_layers(model):
+        raise ValueError("the model has an adapter already: merge_adapter(model) first")
 
 
 def replace(model, name, module):
@@ -285,27 +315,26 @@ def replace(model, name, module):
 @contextlib.contextmanager
 def adapters_off(model):
     """Inside, the model is its own base: this is the teacher of SAE-Tuning."""
-    layers = lora_layers(model).values()
-    for layer in layers:
+    kept = [(layer, layer.on) for layer in lora_layers(model).values()]
+    for layer, _ in kept:
         layer.on = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.on = True
+        for layer, on in kept:
+            layer.on = on
 
 
 @contextlib.contextmanager
 def adapters_folded(model):
     """Inside, B A is part of the weights, so that sampling costs what the base costs; bits are restored after."""
-    layers = lora_layers(model).values()
-    kept = [layer.weight for layer in layers]
-    for layer in layers:
-        layer.weight, layer.on = nn.Parameter(folded(layer), requires_grad=False), False
+    kept = [(layer, layer.weight) for layer in lora_layers(model).values() if layer.on]
     try:
+        for layer, _ in kept:
+            layer.weight, layer.on = nn.Parameter(folded(layer), requires_grad=False), False
         yield
     finally:
-        for layer, weight in zip(layers, kept):
+        for layer, weight in kept:
             layer.weight, layer.on = weight, True
 
 
@@ -346,6 +375,7 @@ def save_adapter(model, directory, base=None):
 
 def load_adapter(model, spec):
     """Attaches a PEFT adapter, trainable, without merging it (model.load_model merges).  Returns the model."""
+    refuse_second(model)
     adapter = read_adapter(spec)
     check_adapter(model, adapter, spec)
     model.requires_grad_(False)
@@ -369,7 +399,9 @@ def site_module(model, layer, site):
     count = len(model.model.layers)
     if not 0 <= layer < count:
         raise ValueError(f"layer {layer} is out of range: this model has blocks 0 .. {count - 1}")
-    return {"resid": model.model.layers[layer], "mlp": model.model.layers[layer].mlp}[site]
+    if site not in ("resid", "mlp"):
+        raise ValueError(f"site {site!r} is not one of resid, mlp")
+    return model.model.layers[layer] if site == "resid" else model.model.layers[layer].mlp
 
 
 @contextlib.contextmanager
@@ -402,17 +434,18 @@ def activations(model, ids, layer, site="resid"):
 
 
 class MatchedNoise(nn.Module):
-    """The control for `sae`: x plus Gaussian noise whose norm at each token is that of the SAE's own error."""
+    """The control for `sae`: x plus Gaussian noise whose norm at each token is that of the SAE's own error.
 
-    def __init__(self, sae, seed=0):
+    Drawn from torch's generator, whose state checkpoints hold, so that a resumed run draws on.
+    """
+
+    def __init__(self, sae):
         super().__init__()
-        self.sae, self.seed, self.generator = sae, seed, None
+        self.sae = sae
 
     def forward(self, x):
-        if self.generator is None:
-            self.generator = torch.Generator(x.device).manual_seed(self.seed)
         e = (x - self.sae(x)).float()                                                            # (B,T,D)
-        noise = torch.randn(e.shape, generator=self.generator, device=x.device)
+        noise = torch.randn_like(e)
         return x + (noise * (e.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))).to(x.dtype)
 
 
@@ -457,8 +490,10 @@ def kl_loss(student, teacher, h_s, h_t, reduction="token", chunk=256):
     reduction  "token": mean over B*T tokens.   Resa: --kl-reduction sequence sums over the T positions and
                averages over B, which makes it T times larger before the clip at norm 1.
     """
-    B, T, D = h_s.shape
-    h_s, h_t = student.model.norm(h_s).view(B * T, D), teacher.model.norm(h_t).view(B * T, D)    # (N,D)
+    if reduction not in ("token", "sequence"):
+        raise ValueError(f"reduction {reduction!r} is not one of token, sequence")
+    B, T, _ = h_s.shape
+    h_s, h_t = student.model.norm(h_s).flatten(0, 1), teacher.model.norm(h_t).flatten(0, 1)      # (N,D)
     total = ChunkedKL.apply(h_s, h_t.detach(), student.lm_head.weight, teacher.lm_head.weight, chunk)
     return total / (B * T if reduction == "token" else B)
 
@@ -474,9 +509,12 @@ def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="tok
     Where no gradient can pass below the site (grad off, whole block output replaced), teacher and student
     share blocks 0 .. layer, which are then run once and without a graph; `plain_tuning_loss` is the twin.
     """
-    if sae is None or grad or site != "resid" or teacher is not None:
+    below = [m for n, m in lora_layers(model).items() if int(n.split(".")[2]) <= layer]
+    if sae is None or grad or site != "resid" or teacher is not None or any(m.lora_B.any() for m in below):
         return plain_tuning_loss(model, sae, layer, ids, site, grad, reduction, teacher)
     site_module(model, layer, site)                            # refuses a layer that is not there
+    if layer == len(model.model.layers) - 1 and torch.is_grad_enabled():
+        raise ValueError(f"layer {layer} is the last block: above it nothing can learn; --sae-grad on lets those below")
     with torch.no_grad(), adapters_off(model):                 # adapters below the hook never leave zero
         h = model.run(ids, stop=layer + 1)                                                       # (B,T,D)
         h_t, x_hat = model.run(h, start=layer + 1), sae(h)
@@ -528,7 +566,7 @@ class Experiment:
     sae_steps: int = 60                  # optimizer steps of an SAE
     tune_steps: int = 60                 # optimizer steps of an adapter, the same for every arm; the last is used
     batch: int = 16                      # chunks of 256 tokens in a step
-    lr: float = 1e-3                     # of every adapter
+    lr: float = 3e-4                     # of every adapter; a usual rate for LoRA, not tuned here
     workers: int = 2                     # arms trained at a time, one core each
     quick: bool = False                  # 100 questions, 8 steps: shows that it runs, not what it is worth
 

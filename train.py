@@ -83,7 +83,7 @@ class Lora(Common):
     lora_r: int = 32                     # rank
     lora_alpha: int = 128                # scale is alpha / rank
     lora_dropout: float = 0.05           # on the adapter's input, in training
-    lr: float = 1e-4                     # published: 1e-6 (at 1.5B parameters)
+    lr: float = 3e-4                     # published: 1e-6 (at 1.5B parameters)
     schedule: Literal["constant", "cosine"] = "constant"      # cosine ends at a floor of a tenth of the rate
     clip: float = 1.0                    # gradient norm
 
@@ -418,10 +418,13 @@ def make_sae(args, width):
         return build(args.variant, width, args.latents, k=args.k, aux_coef=args.aux_coef, dead_after=args.dead_after,
                      seed=args.seed)
     sae = load_sae(*args.sae_from.split("#"))
-    if args.init == "finetune":
-        sae.unit_rows_()            # published files may not have them, and the gradient projection counts on it
+    if match := re.search(r"layers\.(\d+)(\.mlp)?$", args.sae_from):      # sparsify says the site in the folder's name
+        sae.meta = {"layer": int(match[1]), "site": "mlp" if match[2] else "resid"} | sae.meta
     check(sae.d_in == width, f"{args.sae_from}: made for width {sae.d_in}, the model has {width}")
-    refuse_other_site(sae, args)
+    if args.init == "pretrained":
+        refuse_other_site(sae, args)
+    else:      # Resa: starts from an SAE of MLP outputs and fine-tunes it on block outputs; a start may be anything
+        sae.unit_rows_()            # files may lack unit rows, which the projection of gradients counts on
     return sae
 
 
@@ -446,6 +449,10 @@ def run_tune(args):
         refuse_idle(args, "sae layer site sae_grad", "--splice none")
     model = load_model(args.target, args.dtype, args.device)
     teacher = load_model(args.source, args.dtype, args.device) if args.teacher == "source" else None
+    check(teacher is None or teacher.config.vocab_size == model.config.vocab_size,
+          f"{args.source} and {args.target} have different vocabularies: their predictions cannot be compared")
+    check(args.splice == "none" or args.sae_grad == "on" or args.site == "mlp" or args.layer + 1 < len(model.model.layers),
+          f"--layer {args.layer} is the last block: nothing above it can learn; --sae-grad on lets those below")
     inserted = None if args.splice == "none" else make_splice(args, model)
 
     def loss(ids):
@@ -465,7 +472,7 @@ def make_splice(args, model):
     if args.splice == "random":
         return build(sae.variant, sae.d_in, sae.n_latents, k=sae.k,
                      seed=args.seed).to(args.device, DTYPES[args.dtype]).requires_grad_(False)
-    return resa.MatchedNoise(sae, args.seed) if args.splice == "noise" else sae
+    return resa.MatchedNoise(sae) if args.splice == "noise" else sae
 
 
 def run_sft(args):

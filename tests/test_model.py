@@ -7,7 +7,6 @@ Golden numbers come from transformers 5.23 on weights that any machine can rebui
 
 import json
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -79,8 +78,8 @@ def recipe(name, shape):
     return normal * (0.5 if name.endswith("bias") else 1.0 if "embed" in name else 1.5 * shape[-1] ** -0.5)
 
 
-def build(dtype=torch.float32, **fields):
-    model = Transformer(Config.from_dict(TINY | fields if "vocab_size" not in fields else fields))
+def build(fields, dtype=torch.float32):
+    model = Transformer(Config.from_dict(fields))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(recipe(name, p.shape))
@@ -88,7 +87,7 @@ def build(dtype=torch.float32, **fields):
 
 
 def named(name, dtype=torch.float32):
-    return build(dtype, **CONFIGS[name])
+    return build(CONFIGS[name], dtype)
 
 
 def refused(call, *words, kind=ValueError):
@@ -293,15 +292,16 @@ def test_redundant_tensors_of_old_checkpoints_are_read(tmp_path):
 def test_changing_a_loaded_model_leaves_its_file_alone(tmp_path):
     directory = checkpoint(tmp_path / "m")
     before = (directory / "model.safetensors").read_bytes()
-    model = load_model(str(directory))
-    model.model.embed_tokens.weight.mul_(2)
+    model, want = load_model(str(directory)), named("tied, one kv head")
+    for each in (model, want):
+        each.model.embed_tokens.weight.mul_(2)
     assert (directory / "model.safetensors").read_bytes() == before
     assert same_weights(load_model(str(directory)), named("tied, one kv head"))
     save_model(model, directory)                        # over the file that it is mapped from
-    assert same_weights(load_model(str(directory)), model)
     reader = load_model(str(directory))                 # nor does a new save change a model that is in use
-    save_model(build(vocab_size=30, **{k: v for k, v in TINY.items() if k != "vocab_size"}), directory)
-    assert same_weights(reader, model)
+    assert same_weights(reader, want)
+    save_model(build(TINY | {"vocab_size": 30}), directory)
+    assert same_weights(reader, want) and same_weights(model, want)
 
 
 def test_random_spec(tmp_path):
@@ -539,7 +539,8 @@ def test_unfinished_specs(tmp_path, monkeypatch, spec):
     refused(lambda: load_model(spec), spec, kind=(ValueError, FileNotFoundError))
 
 
-def test_hub_id_offline_is_one_clear_line_at_once():
+def test_hub_id_offline_is_one_clear_line_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                          # where no folder has such a name
     start = time.monotonic()
     for spec in ("someone/something", "someone/something@v1#sub", "out/tiny"):
         refused(lambda: load_model(spec), spec.split("@")[0], "offline", kind=FileNotFoundError)
@@ -547,7 +548,7 @@ def test_hub_id_offline_is_one_clear_line_at_once():
 
 
 def test_hub_cache_is_used_offline(tmp_path):
-    """Hub id, revision and subfolder from a cache filled before; HF_HOME is read once, so by a new process."""
+    """Hub id, revision and subfolder from a cache filled before; HF_HOME is read once: by a new process."""
     repo = tmp_path / "hub" / "models--someone--something"
     for commit, branch, name in (("a" * 40, "main", "tied, one kv head"),
                                  ("b" * 40, "v2", "untied, two of four")):
@@ -691,11 +692,11 @@ def test_merge_sums_in_fp32_for_a_bf16_model(tmp_path):
 
 @pytest.mark.parametrize("fields, word", [
     (dict(peft_type="IA3"), "IA3"), (dict(r=0), "'r'"), (dict(r="2"), "'r'"), (dict(r=3), "rank 3"),
-    (dict(lora_alpha=None), "lora_alpha"), (dict(use_dora=True), "use_dora"), (dict(bias="lora_only"), "bias"),
+    (dict(lora_alpha=None), "lora_alpha"), (dict(use_dora=True), "use_dora"), (dict(bias="all"), "bias"),
     (dict(use_rslora=True), "use_rslora"), (dict(lora_bias=True), "lora_bias"),
     (dict(fan_in_fan_out=True), "fan_in_fan_out"), (dict(modules_to_save=["lm_head"]), "modules_to_save"),
     (dict(rank_pattern={"q_proj": 4}), "rank_pattern"), (dict(alpha_pattern={"q_proj": 4}), "alpha_pattern"),
-    (dict(layer_replication=[[0, 1]]), "layer_replication"), (dict(target_parameters=["w"]), "target_parameters"),
+    (dict(layer_replication=[[0, 1]]), "layer_replication"), (dict(target_parameters=["w"]), "target_param"),
     (dict(trainable_token_indices=[1]), "trainable_token_indices"),
     # these leave plain-looking matrices that belong to a changed base, or act on some tokens only
     (dict(init_lora_weights="pissa"), "init_lora_weights"), (dict(init_lora_weights="olora"), "init_lora"),
@@ -790,7 +791,7 @@ def real_tokenizer(directory):
     return load_tokenizer(str(directory))
 
 
-@pytest.mark.parametrize("name, vectors", zip(NAMES, ["deepseek-r1-qwen", "qwen2", "qwen2"]))
+@pytest.mark.parametrize("name, vectors", list(zip(NAMES, ["deepseek-r1-qwen", "qwen2", "qwen2"])))
 def test_encodings_equal_published_vectors(shared, name, vectors):
     path = shared / "tokenizers" / "test_vectors" / f"ggml-vocab-{vectors}.gguf"
     texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
@@ -824,9 +825,11 @@ CHATS = {       # one question, a conversation, both without the generation prom
                "<｜begin▁of▁sentence｜>Be brief.<｜User｜>What is 2 + 3?<｜Assistant｜>\n\n5<｜end▁of▁sentence｜>"
                "<｜User｜> Twice that?\n", "<｜Assistant｜><think>\n"),
     NAMES[1]: ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-               "<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n", QWEN_TALK, "<|im_start|>assistant\n"),
+               "<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n",
+               QWEN_TALK, "<|im_start|>assistant\n"),
     NAMES[2]: ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
-               "<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n", QWEN_TALK, "<|im_start|>assistant\n"),
+               "<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n",
+               QWEN_TALK, "<|im_start|>assistant\n"),
 }
 
 
@@ -940,7 +943,8 @@ def test_templates_use_the_conventions_of_the_hub(tmp_path):
     "{{ messages.append(messages[0]) }}", "{{ messages[0].update({'role': 'x'}) }}",
     "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
     "{{ messages[0].content + 1 }}", "{{ 1 / 0 }}", "{{ range(10 ** 9) | list }}",
-    "{% for i in 5 %}{% endfor %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% if %}", "{{ unknown.field }}", "{{ 'a' | nofilter }}",
+    "{% for i in 5 %}{% endfor %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% if %}",
+    "{{ unknown.field }}", "{{ 'a' | nofilter }}",
 ])
 def test_hostile_and_broken_templates(tmp_path, monkeypatch, template):
     monkeypatch.chdir(tmp_path)
@@ -1100,13 +1104,13 @@ def plain_answers(setting, max_new_tokens, stop_ids):
 
 @pytest.mark.parametrize("setting", range(len(SETTINGS)))
 def test_cached_and_batched_equals_plain_at_any_number_of_slots(setting):
-    want = plain_answers(setting, 14, STOP)
+    want, settings = plain_answers(setting, 14, STOP), dict(max_new_tokens=14, **SETTINGS[setting])
     if setting:
         assert {why for _, why in want} == {"stop", "length"} and len({len(ids) for ids, _ in want}) > 4
     for slots in (1, 2, 3, 16, 64):
-        got = collect(exact(), REQUESTS, max_new_tokens=14, stop_ids=set(STOP), slots=slots, **SETTINGS[setting])
+        got = collect(exact(), REQUESTS, stop_ids=set(STOP), slots=slots, **settings)
         assert got == want, slots
-    backwards = collect(exact(), REQUESTS[::-1], max_new_tokens=14, stop_ids=STOP, slots=5, **SETTINGS[setting])
+    backwards = collect(exact(), REQUESTS[::-1], stop_ids=STOP, slots=5, **settings)
     assert backwards[::-1] == want
 
 
@@ -1184,7 +1188,8 @@ def test_stop_token_is_returned_and_ends_the_text():
         n = free.index(token) + 1
         got = collect(exact(), [request], max_new_tokens=12, stop_ids={token, 999}, **exactly)
         assert got == [(free[:n], "stop")]
-        assert got == collect(exact(), [request], max_new_tokens=n, stop_ids={token}, **exactly)    # and just in time
+        # the last token that is allowed may be the one that stops
+        assert got == collect(exact(), [request], max_new_tokens=n, stop_ids={token}, **exactly)
         if n > 1:
             short = collect(exact(), [request], max_new_tokens=n - 1, stop_ids={token}, **exactly)
             assert short == [(free[:n - 1], "length")]
@@ -1230,8 +1235,9 @@ def test_slots_are_bounded_refilled_and_compacted():
 
 
 @pytest.mark.parametrize("settings", [
-    dict(max_new_tokens=0), dict(temperature=-0.1), dict(temperature=float("nan")), dict(temperature=float("inf")),
-    dict(top_p=0), dict(top_p=1.01), dict(top_p=float("nan")), dict(top_k=-1)])
+    dict(max_new_tokens=0), dict(temperature=-0.1), dict(temperature=float("nan")),
+    dict(temperature=float("inf")), dict(top_p=0), dict(top_p=1.01), dict(top_p=float("nan")),
+    dict(top_k=-1)])
 def test_sampling_settings_out_of_range(settings):
     good = dict(max_new_tokens=3, temperature=1.0, top_p=0.9, top_k=0)
     check_sampling([([1], (0,))], **good)

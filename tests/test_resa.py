@@ -108,11 +108,6 @@ def naive_kl(student, teacher, reduction="batchmean"):
     return F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction=reduction)
 
 
-def known_fault(reason):
-    """What the code does not do yet; strict, so whoever mends it is told to remove the mark."""
-    return pytest.mark.xfail(reason=reason, strict=True)
-
-
 # ---- LoRA -----------------------------------------------------------------------------------------
 
 
@@ -300,7 +295,6 @@ def test_a_bf16_base_has_fp32_adapters_that_a_rate_of_1e_6_moves(tmp_path):
     assert torch.equal(resa.load_adapter(toy(dtype=torch.bfloat16), str(tmp_path))(IDS), model(IDS))
 
 
-@known_fault("leaving one context switches adapters on that an outer one had switched off")
 @pytest.mark.parametrize("outer", [resa.adapters_off, resa.adapters_folded])
 @pytest.mark.parametrize("inner", [resa.adapters_off, resa.adapters_folded])
 def test_contexts_nest(outer, inner):
@@ -312,7 +306,6 @@ def test_contexts_nest(outer, inner):
         assert torch.equal(model(IDS), y)
 
 
-@known_fault("a second adapter silently takes the place of the first, trained one")
 def test_a_second_adapter_is_refused(tmp_path):
     model = adapted(above=-1)
     resa.save_adapter(model, tmp_path)
@@ -323,14 +316,12 @@ def test_a_second_adapter_is_refused(tmp_path):
     assert torch.equal(model(IDS), y)
 
 
-@known_fault("new modules start in training mode, whatever the model's: dropout is alive in an eval model")
 def test_an_adapter_takes_over_the_mode_of_the_model(tmp_path):
     resa.save_adapter(adapted(above=-1, dropout=0.5), tmp_path)
     model = resa.load_adapter(toy(), str(tmp_path))
     assert not any(m.training for m in model.modules()) and torch.equal(model(IDS), model(IDS))
 
 
-@known_fault("a misspelt target beside a good one, a rank below 1, lm_head (the loss reads it bare) all pass")
 @pytest.mark.parametrize("settings", [dict(targets=("q_proj", "kproj")), dict(r=0), dict(r=-1),
                                       dict(targets=("lm_head",))], ids=str)
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -446,7 +437,7 @@ def test_hooks_are_gone_afterwards_exception_or_not():
 def test_without_gradients_the_splice_makes_none():
     model, sae = toy(), toy_sae().requires_grad_(True)
     with torch.no_grad(), resa.splice(model, sae, LAYER, grad=True):
-        assert not model(IDS).requires_grad
+        assert not model.run(IDS, stop=LAYER + 1).requires_grad
 
 
 @pytest.mark.parametrize("layer", [-1, L, 99])
@@ -466,7 +457,6 @@ def test_an_sae_of_another_width_is_refused():
         resa.tuning_loss(adapted(), build("topk", 12, 48, k=6), LAYER, IDS)
 
 
-@known_fault("an unknown site is a KeyError, an unknown reduction silently means 'sequence'")
 @pytest.mark.parametrize("settings", [dict(site="res"), dict(site="attn"), dict(reduction="tokens"),
                                       dict(reduction="mean")])
 def test_an_unknown_site_or_reduction_is_refused(settings):
@@ -533,7 +523,6 @@ def test_a_gradient_through_the_sae_does_not_change_the_loss():
     assert torch.equal(*losses)
 
 
-@known_fault("above the last block nothing can learn: backward() ends in torch's RuntimeError, a traceback")
 def test_the_last_block_without_gradient_is_refused():
     with pytest.raises(ValueError, match="layer 3"):
         resa.tuning_loss(adapted(), toy_sae(), L - 1, IDS).backward()
@@ -695,7 +684,7 @@ def test_the_shared_prefix_runs_once_and_without_a_graph():
     for i, block in enumerate(model.model.layers):
         def count(module, inputs, i=i):
             calls[i] += 1
-            assert torch.is_grad_enabled() <= (i > LAYER)
+            assert i > LAYER or not torch.is_grad_enabled()
         block.register_forward_pre_hook(count)
     resa.tuning_loss(model, toy_sae(), LAYER, IDS)
     assert calls == [1 if i <= LAYER else 2 for i in range(L)]
@@ -705,7 +694,15 @@ def test_the_shared_prefix_runs_once_and_without_a_graph():
     assert calls == [2] * L
 
 
-@known_fault("with adapters that are not zero below the hook (a loaded one), the shared prefix drops them")
+def test_every_teacher_runs_without_a_graph():
+    for teacher in None, toy(seed=1):
+        model, recording = adapted(), []
+        for m in filter(None, (teacher, model)):
+            m.model.layers[-1].register_forward_pre_hook(lambda *_: recording.append(torch.is_grad_enabled()))
+        resa.plain_tuning_loss(model, toy_sae(), LAYER, IDS, teacher=teacher)
+        assert recording == [False, True]
+
+
 def test_the_shared_prefix_equals_two_passes_whatever_the_adapters_hold():
     model = adapted(above=-1)
     shared = resa.tuning_loss(model, toy_sae(), LAYER, IDS)
@@ -737,7 +734,7 @@ def test_an_identity_sae_gives_exactly_zero_and_no_gradient(loss_of, grad, site)
     assert all(not g.any() for g in grads(model, loss).values())
 
 
-@pytest.mark.parametrize("width", [D, pytest.param(24, marks=known_fault("kl_loss takes the student's"))])
+@pytest.mark.parametrize("width", [D, 24])
 @pytest.mark.parametrize("sae, grad", [("sae", False), ("sae", True), (None, False)])
 def test_another_model_as_the_teacher(sae, grad, width):
     """--teacher source, with and without an SAE; its weights, depth and head are its own."""
@@ -791,7 +788,7 @@ def test_noise_has_the_norm_of_the_saes_error_at_every_token_but_another_directi
 
 def noise(seed):
     torch.manual_seed(seed)
-    return resa.MatchedNoise(toy_sae(), seed)
+    return resa.MatchedNoise(toy_sae())
 
 
 def test_noise_is_reproducible_by_seed_and_new_at_every_call():
@@ -802,7 +799,6 @@ def test_noise_is_reproducible_by_seed_and_new_at_every_call():
     assert not torch.equal(noise(6)(x), first)
 
 
-@known_fault("its generator is in no checkpoint: a resumed run draws the first noise again, so it is another run")
 def test_what_a_checkpoint_holds_restores_the_noise():
     """A checkpoint holds buffers and the state of torch's generator."""
     x, one = numbers((2, 5, D), 0), noise(5)
@@ -866,7 +862,8 @@ READ = functools.cache(resa.remarks)         # it parses this whole file; once i
 def presets(monkeypatch):
     monkeypatch.setattr(resa, "remarks", READ)
     monkeypatch.setitem(resa.PRESETS, "small", {"seq_len": 11, "not_a_field": 1})
-    monkeypatch.setitem(resa.PRESETS, "large", {"seq_len": 99, "steps": 1000, "shuffle": False, "lr": 1})
+    monkeypatch.setitem(resa.PRESETS, "large", {"seq_len": 99, "steps": 1, "shuffle": False, "lr": 1,
+                                                "toy": {"steps": 1000}, "other": {"steps": 2}})
 
 
 def parse(*argv):
@@ -910,6 +907,16 @@ def test_defaults_then_preset_then_config_file_then_flags(tmp_path):
     assert parse(*file, "--no-shuffle").shuffle is False
 
 
+def test_a_presets_section_for_one_command_is_not_the_value_of_anothers_flag(monkeypatch):
+    monkeypatch.setitem(resa.PRESETS, "large", {"out": {"steps": 5}})
+    assert parse("--preset", "large").out == ""
+    import train
+    for preset in resa.PRESETS:
+        for stage, cls in train.STAGES.items():
+            args = resa.parse_flags(cls, ["--preset", preset], stage)
+            assert not any(isinstance(value, dict) for value in vars(args).values())
+
+
 def test_given_holds_what_file_and_flags_set_and_nothing_else(tmp_path):
     assert parse().given == set()
     assert parse("--preset", "large", "--steps", "3").given == {"preset", "steps"}       # 3 is the default
@@ -924,8 +931,7 @@ def test_lists_are_not_shared_between_two_calls():
 
 @pytest.mark.parametrize("argv, message", [
     (["--stepz", "4"], "no flag --stepz; did you mean --steps"),
-    pytest.param(["--seq_len", "4"], "did you mean --seq-len", marks=known_fault(
-        "underscores: said to belong to another stage, when it is this one's")),
+    (["--seq_len", "4"], "did you mean --seq-len"),
     (["--stepz=4"], "no flag --stepz; did you mean --steps"),
     (["--step", "4"], "no flag --step; did you mean --steps"),                     # no abbreviations
     (["--qqqqqqqq"], "no flag --qqqqqqqq; see --help"),
@@ -962,20 +968,17 @@ def test_a_bad_config_file_is_named(tmp_path):
     refused("--config", *config(tmp_path, {"config": "another.json"}))
 
 
-@known_fault("the file's values have a second parse; nobody catches its errors: traceback, or usage text")
 @pytest.mark.parametrize("content", [{"lr": "fast"}, {"lr": True}, {"lr": False}, {"steps": [1, 2]},
                                      {"shuffle": "yes"}, {"site": "attn"}, {"models": []}], ids=str)
 def test_a_bad_value_in_a_config_file_is_one_clear_line(tmp_path, content):
     refused(f"--(no-)?{next(iter(content))}", *config(tmp_path, content))
 
 
-@known_fault("a value that begins with a dash is taken for a flag")
 @pytest.mark.parametrize("value", ["-x", "--lr"])
 def test_a_config_file_may_hold_values_that_look_like_flags(tmp_path, value):
     assert parse(*config(tmp_path, {"out": value})).out == value
 
 
-@known_fault("a key spelt like its flag is refused with itself as the suggestion")
 def test_a_config_key_spelt_like_its_flag_is_understood(tmp_path):
     assert parse(*config(tmp_path, {"seq-len": 5})).seq_len == 5
 
@@ -996,7 +999,6 @@ def test_help_shows_every_flag_with_its_remark_and_default(capsys):
         assert part in text
 
 
-@known_fault("the default of a list field is printed as <dataclasses._MISSING_TYPE object at 0x...>")
 def test_help_shows_the_default_of_a_list():
     assert "object at" not in resa.make_parser(Toy, "prog").format_help()
 
@@ -1168,10 +1170,9 @@ REFUSED = [dict(use_dora=True), dict(use_rslora=True), dict(fan_in_fan_out=True)
            dict(alpha_pattern={"q_proj": 2}), dict(layer_replication=[[0, 2]]),
            dict(trainable_token_indices=[1]), dict(target_parameters=["x"]), dict(peft_type="LOHA")]
 # Each of these changes the base weights or the forward pass: PEFT restores it, here logits would be wrong.
-SILENT = [pytest.param(change, marks=known_fault("model.read_adapter lets it pass")) for change in (
-          dict(init_lora_weights="pissa"), dict(init_lora_weights="pissa_niter_4"),
+SILENT = [dict(init_lora_weights="pissa"), dict(init_lora_weights="pissa_niter_4"),
           dict(init_lora_weights="olora"), dict(init_lora_weights="loftq"), dict(init_lora_weights="corda"),
-          dict(alora_invocation_tokens=[1, 2]), dict(use_qalora=True), dict(use_bdlora={"a": 1}))]
+          dict(alora_invocation_tokens=[1, 2]), dict(use_qalora=True), dict(use_bdlora={"a": 1})]
 
 
 @pytest.mark.parametrize("change", REFUSED + SILENT, ids=str)
@@ -1250,9 +1251,7 @@ def test_an_adapter_that_peft_saved_loads_here_attached_and_merged(base, tmp_pat
 @pytest.mark.parametrize("settings", [
     dict(use_dora=True), dict(use_rslora=True), dict(rank_pattern={"q_proj": 2}), dict(bias="lora_only"),
     dict(target_modules=["embed_tokens"]), dict(modules_to_save=["lm_head"]),
-    *(pytest.param(s, marks=known_fault("model.read_adapter lets it pass"))
-      for s in (dict(init_lora_weights="pissa"), dict(init_lora_weights="olora"),
-                dict(alora_invocation_tokens=[1, 2])))], ids=str)
+    dict(init_lora_weights="pissa"), dict(init_lora_weights="olora"), dict(alora_invocation_tokens=[1, 2])], ids=str)
 def test_an_adapter_that_peft_saved_and_we_cannot_compute_is_refused(base, tmp_path, settings):
     new_peft(base, **settings).save_pretrained(tmp_path)
     with pytest.raises(ValueError):
