@@ -497,7 +497,7 @@ def main(argv):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tuned = f"out/{args.preset}/adapter"
     if not args.model and not Path(tuned).is_dir():
-        raise FileNotFoundError(f"{tuned}: no adapter there yet; run train.py --stage tune first, or name models with --model")
+        raise FileNotFoundError(f"{tuned}: no adapter there yet; run train.py --stage tune, or name models by --model")
     for spec in args.model or [f"{PRESETS[args.preset]['target']}+{tuned}"]:
         model = load_model(spec, args.dtype, device)
         tokenizer, label = load_tokenizer(spec), label_of(spec)

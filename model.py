@@ -76,7 +76,8 @@ class Config:
     def from_dict(cls, raw, where="config.json"):
         """The Config of a parsed config.json.  ValueError names the field that is missing or not understood."""
         refuse_unsupported(raw, where)
-        known = {k: v for k, v in raw.items() if k in cls.__dataclass_fields__ and v is not None and k not in ("extra", "where")}
+        ours = set(cls.__dataclass_fields__) - {"extra", "where"}
+        known = {k: v for k, v in raw.items() if k in ours and v is not None}
         theta = (raw.get("rope_parameters") or {}).get("rope_theta") or raw.get("rope_theta")
         known["rope_theta"] = 1e4 if theta is None else theta
         known["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "float32"
@@ -88,7 +89,8 @@ class Config:
             if name in known and (type(known[name]) not in (int, float) or not known[name] > 0):
                 raise ValueError(f"{where}: {name!r} should be a positive number, it is {known[name]!r}")
         if not isinstance(known.get("tie_word_embeddings", False), bool):
-            raise ValueError(f"{where}: 'tie_word_embeddings' should be true or false, it is {raw['tie_word_embeddings']!r}")
+            raise ValueError(f"{where}: 'tie_word_embeddings' should be true or false, "
+                             f"it is {raw['tie_word_embeddings']!r}")
         if not isinstance(known["dtype"], str) or known["dtype"] not in DTYPES:
             raise ValueError(f"{where}: torch_dtype {known['dtype']!r} is not one of {', '.join(DTYPES)}")
         return cls(**known, where=where, extra={k: v for k, v in raw.items() if k in HARMLESS and k not in known})
@@ -344,7 +346,7 @@ def fetch(repo, revision=None, subfolder=None):
     patterns = [f"{folder}{p}" for p in ("*.json", "*.safetensors", "*.jinja")]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns,
-                                      ignore_patterns=f"{folder}*/*"))      # '*' crosses '/', else all subfolders come
+                                      ignore_patterns=f"{folder}*/*"))      # '*' crosses '/': keep subfolders out
     except Exception as error:      # the hub client raises a dozen kinds; all of them mean the same here
         raise FileNotFoundError(f"{repo}: no local directory of that name, and the hub did not give it "
                                 f"({type(error).__name__}); offline, download it and pass its path") from None
@@ -439,8 +441,9 @@ def load_weights(model, directory, dtype, device=None):
         check_tensors(found, wanted, directory)
         for name, slice_ in found.items():
             set_parameter(model, name, slice_[:].to(device=device, dtype=dtype))
-        if tied is not None and not torch.equal(tied[:].to(device=device, dtype=dtype), model.model.embed_tokens.weight):
-            raise ValueError(f"{directory}: tie_word_embeddings is true, yet lm_head.weight differs from the embedding")
+        embedding = model.model.embed_tokens.weight
+        if tied is not None and not torch.equal(tied[:].to(device=device, dtype=dtype), embedding):
+            raise ValueError(f"{directory}: tie_word_embeddings is true, yet lm_head.weight is not the embedding")
 
 
 def set_parameter(model, name, tensor):
@@ -457,7 +460,8 @@ def save_model(model, directory):
         del state["lm_head.weight"]
     model.config.dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     with staged(directory) as temporary:
-        save_file({n: t.contiguous().cpu() for n, t in state.items()}, temporary / "model.safetensors", {"format": "pt"})
+        state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+        save_file(state, temporary / "model.safetensors", {"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             if model.source is not None and (Path(model.source) / name).exists():
@@ -484,8 +488,8 @@ def read_adapter(spec):
     for name in PEFT_REFUSED:
         if raw.get(name):
             raise ValueError(f"{path}: {name} = {raw[name]!r} is not supported")
-    if raw.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):   # others move the base
-        raise ValueError(f"{path}: init_lora_weights = {raw['init_lora_weights']!r} is not supported")
+    if raw.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise ValueError(f"{path}: init_lora_weights = {raw['init_lora_weights']!r} is not supported: it moves the base")
     if raw.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias = {raw['bias']!r} is not supported, only 'none'")
     r, alpha = raw.get("r"), raw.get("lora_alpha")
@@ -514,7 +518,7 @@ def check_adapter(model, adapter, where):
         if name not in linears:
             raise ValueError(f"{where}: the adapter changes {name}, which this model does not have")
         if name == "lm_head" and model.config.tie_word_embeddings:
-            raise ValueError(f"{where}: the adapter changes lm_head, which tie_word_embeddings shares with the embedding")
+            raise ValueError(f"{where}: the adapter changes lm_head, which is tied to the embedding here")
         shape = (linears[name].out_features, linears[name].in_features)
         if (B.shape[0], A.shape[1]) != shape:
             raise ValueError(f"{where}: {name} of the adapter is {(B.shape[0], A.shape[1])}, the model's is {shape}")

@@ -8,7 +8,7 @@ The method is Resa (arXiv 2506.09967).  Stage I: a TopK SAE learns the activatio
 *source* model (sae.py).  Stage II: the frozen SAE replaces that activation inside a *target* model, and
 LoRA adapters learn to bring the spliced model's predictions y~ back to the model's own y:
 
-    argmin over LoRA of  KL( y || y~ ),     y = target alone,  y~ = target + LoRA with x -> SAE(x) at block `layer`     (8)
+    argmin over LoRA of  KL( y || y~ ),     y = target alone,  y~ = target + LoRA, SAE(x) for x        (eq. 8)
 
 At test time the SAE is removed and the adapters stay.  This file holds stage II: `add_lora`, `splice`,
 `tuning_loss`, and the table of arms that says whether any of it mattered.
@@ -175,7 +175,7 @@ def front_door(main):
     """Runs main(argv).  A user's mistake becomes one line and exit code 2; RESA_TRACEBACK=1 shows where it arose."""
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()                                         # a closed pipe or a full disk shows here, not at exit
+        sys.stdout.flush()                                         # a closed pipe shows here, not at exit
     except (ValueError, OSError) as error:
         if os.environ.get("RESA_TRACEBACK"):
             raise
@@ -194,7 +194,8 @@ def open_run(directory, args, name="config.json"):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    record = {"settings": {f.name: getattr(args, f.name) for f in fields(args)}, "argv": sys.argv, "git": commit or None,
+    record = {"settings": {f.name: getattr(args, f.name) for f in fields(args)},
+              "argv": sys.argv, "git": commit or None,
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "machine": {"cpu": platform.machine(), "cores": os.cpu_count(),
                           "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}}
@@ -220,7 +221,7 @@ def read_problems(path):
     """
     rows, ids = [], set()
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")      # splitlines() also cuts at U+2028, inside a row
+        lines = Path(path).read_text(encoding="utf-8").split("\n")      # splitlines() also cuts at U+2028
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     except (FileNotFoundError, IsADirectoryError):
@@ -404,6 +405,14 @@ def site_module(model, layer, site):
     return model.model.layers[layer] if site == "resid" else model.model.layers[layer].mlp
 
 
+def check_hook(model, layer, site, grad):
+    """ValueError if there is no such site, or if no adapter could learn with the SAE spliced in there."""
+    site_module(model, layer, site)
+    if site == "resid" and not grad and torch.is_grad_enabled() and layer == len(model.model.layers) - 1:
+        raise ValueError(f"layer {layer} is the last block: nothing above it can learn; --sae-grad on lets those "
+                         "below it learn")
+
+
 @contextlib.contextmanager
 def splice(model, sae, layer, site="resid", grad=False):
     """Inside, x_hat = sae(x) stands in for the activation x at the site.
@@ -512,9 +521,7 @@ def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="tok
     below = [m for n, m in lora_layers(model).items() if int(n.split(".")[2]) <= layer]
     if sae is None or grad or site != "resid" or teacher is not None or any(m.lora_B.any() for m in below):
         return plain_tuning_loss(model, sae, layer, ids, site, grad, reduction, teacher)
-    site_module(model, layer, site)                            # refuses a layer that is not there
-    if layer == len(model.model.layers) - 1 and torch.is_grad_enabled():
-        raise ValueError(f"layer {layer} is the last block: above it nothing can learn; --sae-grad on lets those below")
+    check_hook(model, layer, site, grad)
     with torch.no_grad(), adapters_off(model):                 # adapters below the hook never leave zero
         h = model.run(ids, stop=layer + 1)                                                       # (B,T,D)
         h_t, x_hat = model.run(h, start=layer + 1), sae(h)
@@ -710,7 +717,7 @@ def main(argv):
     """`python resa.py [command] ...`: without a command, the experiment.  It alone imports train and eval."""
     if argv and not argv[0].startswith("-"):
         if argv[0] not in COMMANDS:
-            raise ValueError(f"resa.py: no command {argv[0]!r}; there is {', '.join(COMMANDS)}, or none for the experiment")
+            raise ValueError(f"resa.py: no command {argv[0]!r}; there is {', '.join(COMMANDS)}; none runs the experiment")
         return COMMANDS[argv[0]](argv[1:])
     experiment(argv)
 

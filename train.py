@@ -95,7 +95,7 @@ class Tune(Lora):
     source: str = ""                     # model spec of the teacher, with --teacher source
     layer: int = 1                       # decoder block, counted from 0; must be the SAE's
     site: Literal["resid", "mlp"] = "resid"      # output of the block, or of its MLP; must be the SAE's
-    splice: Literal["sae", "random", "noise", "none"] = "sae"      # what replaces the activation; the rest are controls
+    splice: Literal["sae", "random", "noise", "none"] = "sae"      # what takes the activation's place
     sae_grad: Literal["off", "on"] = "off"      # off: as the code was published; on: as the text says
     teacher: Literal["target", "source"] = "target"      # whose predictions are the aim; published: target
     kl_reduction: Literal["token", "sequence"] = "token"      # nats per token; published: sum over the sequence
@@ -147,7 +147,8 @@ def refuse_idle(args, names, where):
 # The layout of the published text (arXiv 2506.09967, released code): the gold answer stands inside the think
 # tags and there is no reasoning.  Resa: a system paragraph, Table 1 of arXiv 2501.12948, precedes it; put it
 # into the "system" field of your rows to have it.
-RESA_TEMPLATE = "{system}User:\n {problem}\n\nAssistant:\n <think> {answer} </think>\n<answer> Answer: {answer}</answer>"
+RESA_TEMPLATE = ("{system}User:\n {problem}\n\nAssistant:\n <think> {answer} </think>\n"
+                 "<answer> Answer: {answer}</answer>")
 
 
 def as_text(row, tokenizer, template):
@@ -205,7 +206,8 @@ def batch_at(step, chunks, args):
 def order(n, seed, memory={}):
     """The permutation of one epoch; the last one is kept, as every step of the epoch asks for it."""
     if memory.get("key") != (n, seed):
-        memory["key"], memory["value"] = (n, seed), torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+        generator = torch.Generator().manual_seed(seed)
+        memory["key"], memory["value"] = (n, seed), torch.randperm(n, generator=generator).tolist()
     return memory["value"]
 
 
@@ -222,7 +224,7 @@ def load_chunks(args, tokenizer):
 # ----------------------------------------------------------------------------------------------------------
 
 def write_state(path, state):
-    """A nested dict of tensors and numbers as one safetensors file: tensors as tensors, the rest as JSON in its header."""
+    """A nested dict as one safetensors file: tensors as tensors, all else as JSON in its header."""
     tensors = {}
 
     def strip(value):
@@ -274,7 +276,8 @@ class Run:
             raise ValueError(f"{self.out} holds an unfinished run: --resume continues it, another --out starts anew")
         resa.open_run(self.out, args)
         self.metrics.write_text("".join(kept))
-        self.bar = tqdm(total=args.steps, initial=self.start, desc=stage, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(total=args.steps, initial=self.start, desc=stage, unit="step", disable=None,
+                        dynamic_ncols=True)
 
     def tensors(self):
         found = {}
@@ -308,16 +311,19 @@ class Run:
     def elapsed(self):
         return self.seconds + time.perf_counter() - self.began
 
-    def end_step(self, step, values, show=None):
-        """Counts the step, and at the chosen intervals logs `values()` and writes a checkpoint."""
-        done = step + 1
+    def end_step(self, step, values, tokens=0):
+        """Counts the step (of `tokens` tokens); at the chosen intervals logs `values()` and writes a checkpoint."""
+        done, spent = step + 1, time.perf_counter() - self.began
         self.bar.update()
         if done % self.args.log_every == 0 or done == self.args.steps or step == self.start:
-            row = {"step": done} | {k: float(torch.as_tensor(v).detach()) for k, v in values().items()} | {"seconds": round(self.elapsed(), 3)}
+            row = {"step": done} | {k: float(torch.as_tensor(v).detach()) for k, v in values().items()}
+            row |= {"tok/s": (done - self.start) * tokens / spent} if tokens else {}
+            row["seconds"] = round(self.elapsed(), 3)
             check(all(math.isfinite(v) for v in row.values()), f"step {done}: not a finite number: {row}; lower --lr")
             with open(self.metrics, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
-            self.bar.set_postfix_str("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "seconds")))
+            shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "seconds")]
+            self.bar.set_postfix_str("  ".join(shown))
         if done % self.args.save_every == 0 and done < self.args.steps:
             write_state(self.checkpoint, {"step": done, "seconds": self.elapsed(), "settings": self.settings(),
                                           "tensors": self.tensors(), "optimizer": self.optimizer.state_dict(),
@@ -362,7 +368,7 @@ def run_sae(args):
     # 1. What cannot be meant is refused before anything is loaded.
     check((args.init == "scratch") != bool(args.sae_from), "--sae-from goes with --init finetune and --init pretrained")
     if args.init == "pretrained":
-        refuse_idle(args, "optimizer lr aux_coef dead_after steps epochs resume", "--init pretrained, which trains nothing")
+        refuse_idle(args, "optimizer lr aux_coef dead_after steps epochs resume", "--init pretrained: nothing is trained")
     if args.init != "scratch":
         refuse_idle(args, "latents k variant", f"--init {args.init}: the SAE that is loaded decides")
 
@@ -373,8 +379,8 @@ def run_sae(args):
     sae = make_sae(args, model.config.hidden_size).to(args.device)
     if args.init == "scratch":      # Resa: the released code overwrites b_dec with a mean even when fine-tuning
         init_b_dec(sae, tokens(model, batch_at(0, chunks, args), args))
-    sae.meta |= {"site": args.site, "layer": args.layer, "model": resa.relative(args.source), "data": resa.relative(args.data),
-                 "init": args.init}
+    sae.meta |= {"site": args.site, "layer": args.layer, "model": resa.relative(args.source),
+                 "data": resa.relative(args.data), "init": args.init}
 
     # 3. Steps.  Activations are made as they are needed, stopping the model at the hook.
     if args.init == "pretrained":
@@ -385,8 +391,8 @@ def run_sae(args):
         ids = batch_at(step, chunks, args)                                                       # (B,T)
         xs = [tokens(model, part, args) for part in ids.split(args.micro_batch or len(ids))]     # each (N,D)
         parts = train_step(sae, optimizer, xs)
-        run.end_step(step, lambda: {"fvu": parts["fvu"], "l0": parts["l0"], "dead": sae.dead.float().mean(),
-                                    "tok/s": (step + 1 - run.start) * ids.numel() / (time.perf_counter() - run.began)})
+        run.end_step(step, lambda: {"fvu": parts["fvu"], "l0": parts["l0"], "dead": sae.dead.float().mean()},
+                     ids.numel())
 
     # 4. Measure, save, then forget the checkpoint.  An SAE has no labels to overfit at this size; these are
     #    training chunks all the same, and the name of the number says so.
@@ -418,7 +424,7 @@ def make_sae(args, width):
         return build(args.variant, width, args.latents, k=args.k, aux_coef=args.aux_coef, dead_after=args.dead_after,
                      seed=args.seed)
     sae = load_sae(*args.sae_from.split("#"))
-    if match := re.search(r"layers\.(\d+)(\.mlp)?$", args.sae_from):      # sparsify says the site in the folder's name
+    if match := re.search(r"layers\.(\d+)(\.mlp)?$", args.sae_from):      # sparsify puts the site into the name
         sae.meta = {"layer": int(match[1]), "site": "mlp" if match[2] else "resid"} | sae.meta
     check(sae.d_in == width, f"{args.sae_from}: made for width {sae.d_in}, the model has {width}")
     if args.init == "pretrained":
@@ -451,9 +457,10 @@ def run_tune(args):
     teacher = load_model(args.source, args.dtype, args.device) if args.teacher == "source" else None
     check(teacher is None or teacher.config.vocab_size == model.config.vocab_size,
           f"{args.source} and {args.target} have different vocabularies: their predictions cannot be compared")
-    check(args.splice == "none" or args.sae_grad == "on" or args.site == "mlp" or args.layer + 1 < len(model.model.layers),
-          f"--layer {args.layer} is the last block: nothing above it can learn; --sae-grad on lets those below")
-    inserted = None if args.splice == "none" else make_splice(args, model)
+    inserted = None
+    if args.splice != "none":
+        resa.check_hook(model, args.layer, args.site, args.sae_grad == "on")
+        inserted = make_splice(args, model)
 
     def loss(ids):
         return resa.tuning_loss(model, inserted, args.layer, ids, args.site, args.sae_grad == "on",
@@ -493,8 +500,7 @@ def lora_loop(stage, args, model, loss_of, name):
         ids = batch_at(step, chunks, args)                                                       # (B,T)
         loss = loss_of(ids)
         norm = descend(loss, learned, optimizer, rate_at(step, args), args.clip)
-        run.end_step(step, lambda: {name: loss, "norm": norm, "lr": rate_at(step, args),
-                                    "tok/s": (step + 1 - run.start) * ids.numel() / (time.perf_counter() - run.began)})
+        run.end_step(step, lambda: {name: loss, "norm": norm, "lr": rate_at(step, args)}, ids.numel())
     resa.save_adapter(model, args.out, resa.relative(args.target))
     return run.finish(tokens=args.steps * args.batch * args.seq_len)
 
@@ -536,7 +542,8 @@ def score(names, samples, gold):
 def rollout(model, tokenizer, rows, step, args):
     """Samples G answers to each question -> prompt and answer ids per sample, rewards (Q,G)."""
     prompts = [tokenizer.chat([{"role": "user", "content": row["problem"]}]) for row in rows]
-    requests = [(tokenizer.encode(p), (args.seed, step, i, j)) for i, p in enumerate(prompts) for j in range(args.group)]
+    requests = [(tokenizer.encode(p), (args.seed, step, i, j))
+                for i, p in enumerate(prompts) for j in range(args.group)]
     answers = [None] * len(requests)
     with torch.no_grad(), resa.adapters_folded(model):
         for i, ids, why in stream(model, requests, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
@@ -577,7 +584,8 @@ def run_rl(args):
     check(args.group > 1, "--group must be at least 2: an advantage is relative to the other samples")
     refuse_idle(args, "seq_len batch epochs template shuffle", "--stage rl")
     check(args.steps > 0, "--stage rl needs --steps")
-    model, tokenizer, rows = load_model(args.target, args.dtype, args.device), load_tokenizer(args.target), read_rows(args.data)
+    rows, tokenizer = read_rows(args.data), load_tokenizer(args.target)
+    model = load_model(args.target, args.dtype, args.device)
     torch.manual_seed(args.seed)
     resa.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout).train()
     learned = [p for p in model.parameters() if p.requires_grad]
@@ -611,7 +619,7 @@ def run_pretrain(args):
         ids = batch_at(step, chunks, args)                                                       # (B,T)
         loss = -next_token_logprobs(model, model.run(ids), ids).mean()
         norm = descend(loss, learned, optimizer, rate_at(step, args, args.warmup), 1.0)
-        run.end_step(step, lambda: {"loss": loss, "norm": norm, "lr": rate_at(step, args, args.warmup)})
+        run.end_step(step, lambda: {"loss": loss, "norm": norm, "lr": rate_at(step, args, args.warmup)}, ids.numel())
     save_model(model, run.out / "model")
     return run.finish(tokens=args.steps * args.batch * args.seq_len)
 
@@ -637,11 +645,13 @@ def main(argv):
     if stage not in STAGES:
         if "-h" in argv or "--help" in argv:
             return print(__doc__)
-        raise ValueError(f"train.py needs --stage, one of {', '.join(STAGES)}" + (f"; {stage!r} is none" if stage else ""))
+        found = f"; {stage!r} is none of them" if stage else ""
+        raise ValueError(f"train.py needs --stage, one of {', '.join(STAGES)}{found}")
     at = argv.index("--stage")
     args = prepare(stage, argv[:at] + argv[at + 2:])
     summary = globals()[f"run_{stage}"](args)
-    print(f"{args.out}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items()))
+    shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in summary.items()]
+    print(f"{args.out}: " + "  ".join(shown))
 
 
 if __name__ == "__main__":

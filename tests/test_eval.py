@@ -308,8 +308,8 @@ def small(tmp_path_factory):
     prompt = tok.encode(tok.chat([{"role": "user", "content": "Which?"}]))
     texts = [tok.encode(f"{rng.choice(['', '1+1=2'])}\n</think>\n{rng.integers(1, 4)}") + [tok.eos_id]
              for _ in range(7)] + [tok.encode("1+1=2\n1+1=2\n1+1=2\n")]
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for step in range(60):
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(160):
         ids = torch.tensor([prompt + texts[step % len(texts)]])
         logits = model(ids)[0, len(prompt) - 1:-1]
         loss = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt):])
