@@ -582,7 +582,7 @@ def train_arm(words, args, out, steps):
     """One training command in this process -> its summary (a dict with "seconds")."""
     import train
     torch.set_num_threads(1)
-    stage, *flags = words.format(out=args.out, base=PRESETS["tiny"]["target"]).split()
+    stage, *flags = [w.format(out=args.out, base=PRESETS["tiny"]["target"]) for w in words.split()]
     flags += ["--out", out, "--steps", str(steps), "--seed", str(args.seed), "--batch", str(args.batch),
               "--device", "cpu"]
     flags += ["--lr", str(args.lr)] if stage != "sae" else []
@@ -591,7 +591,7 @@ def train_arm(words, args, out, steps):
 
 
 def run_arm(name, args):
-    """Trains and evaluates one arm -> (name, samples, training seconds or None).  Runs in a worker process."""
+    """Trains and evaluates one arm -> (samples, training seconds or None).  Runs in a worker process."""
     import eval
     torch.set_num_threads(1)
     out, words, seconds = f"{args.out}/{slug(name)}", ARMS[name], None
@@ -603,7 +603,7 @@ def run_arm(name, args):
     rows = eval.evaluate(load_model(spec), load_tokenizer(spec), problems, f"{args.out}/eval/{slug(name)}.jsonl",
                          samples=args.samples, max_new_tokens=PRESETS["tiny"]["max_new_tokens"], seed=args.seed,
                          slots=128, label=name, fresh=True)
-    return name, rows, seconds
+    return rows, seconds
 
 
 def slug(name):
@@ -620,17 +620,16 @@ def experiment(argv):
         args.questions, args.sae_steps, args.tune_steps = 100, 8, 8
     began = time.perf_counter()
     open_run(args.out, args)
-    results, seconds = {}, {}
-    jobs = {n: (train_arm, w, args, f"{args.out}/{n}", args.sae_steps) for n, w in SAES.items()}
-    saes = {n: result for n, result in in_workers(jobs, args.workers, "autoencoders")}
+    print("Stage I: an SAE on the source, one on its MLP, one on the base")
+    jobs = {name: (train_arm, words, args, f"{args.out}/{name}", args.sae_steps) for name, words in SAES.items()}
+    saes = dict(in_workers(jobs, args.workers, "autoencoders"))
     for name, s in saes.items():
         print(f"  {name:10s} FVU {s['train_fvu']:.3f}  L0 {s['train_l0']:.1f}  dead {s['train_dead']:.1%}  "
               f"{s['tokens']:,} tokens  {s['seconds']:.0f} s")
+    print(f"Stage II: {len(ARMS)} arms, each tuned and then asked {args.questions} questions")
     jobs = {name: (run_arm, name, args) for name in ARMS}
-    for name, (_, rows, spent) in in_workers(jobs, args.workers, "arms"):
-        results[name], seconds[name] = rows, spent
-    results = {name: results[name] for name in ARMS}
-    text = describe(results, seconds, saes, args)
+    arms = dict(in_workers(jobs, args.workers, "arms"))
+    text = describe({name: arms[name] for name in ARMS}, saes, args)
     with staged(args.out) as temporary:
         (temporary / "table.txt").write_text(text + "\n")
     print(f"\n{text}\n\n{args.out}: samples, adapters and this table; {time.perf_counter() - began:.0f} s in all")
@@ -654,25 +653,33 @@ def quiet_worker():
     sys.stderr = open(os.devnull, "w")      # not a terminal, so progress bars stay silent; errors come as exceptions
 
 
-def describe(results, seconds, saes, args):
-    """The table of arms and, in words, what each comparison of QUESTIONS shows -> str."""
+def describe(arms, saes, args):
+    """{arm: (samples, seconds)} -> the table and, in words, what each comparison of QUESTIONS shows."""
     import eval
-    base, source = results["base"], results["RL source"]
+    base, source = arms["base"][0], arms["RL source"][0]
     rl_seconds = read_json(TINY / "rl" / "summary.json")["seconds"]
     gap, lines = eval.paired(source, base)["difference"], []
-    for name, rows in results.items():
-        s, pair, spent = eval.summarize(rows), eval.paired(rows, base), seconds[name]
-        closed = pair["difference"] / gap if gap > 0 else float("nan")
-        against = ["", "", ""] if name == "base" else [f"{pair['difference']:+.3f}", bracket(pair), f"{closed:+.0%}"]
+    for name, (rows, spent) in arms.items():
+        s, pair = eval.summarize(rows), eval.paired(rows, base)
+        closed = f"{pair['difference'] / gap:+.0%}" if gap > 0 else "-"
+        against = ["", "", ""] if name == "base" else [f"{pair['difference']:+.3f}", bracket(pair), closed]
+        spent = None if spent is None else spent + sae_seconds(name, saes)
         cost = ["", ""] if spent is None else [f"{spent:.0f}", f"{spent / rl_seconds:.2f}"]
         lines.append([name, f"{s['pass@1']:.3f}", "[{:.3f}, {:.3f}]".format(*s["interval"]), *against, *cost])
     header = ["arm", "Pass@1", "95% CI", "- base", "95% CI", "gap closed", "train s", "x RL"]
-    n = f"{args.questions} held-out questions x {args.samples} sample, temperature 0.6, top-p 0.95; seed {args.seed}"
-    words = [f"{n}; adapters after the last of {args.tune_steps} steps, none was chosen.",
-             f"RL, which made the source, took {rl_seconds:.0f} s of one core when it was run."]
-    words += [say(results[a], results[b], a, b, why) for a, b, why in
-              [(n, "base", "is it better than doing nothing") for n in ARMS if n.startswith("SAE-Tuning")] + QUESTIONS]
+    words = [f"{args.questions} held-out questions x {args.samples}, temperature 0.6, top-p 0.95. One training seed "
+             f"({args.seed}): the intervals cover questions", "and samples, not another training. Adapters are those "
+             f"after the last of {args.tune_steps} steps; none was chosen. Seconds are",
+             f"of one core, the SAE's included; RL, which made the source, took {rl_seconds:.0f} s when it was run.", ""]
+    asked = [(name, "base", "is it better than doing nothing") for name in ARMS if name.startswith("SAE-Tuning")]
+    words += [say(arms[a][0], arms[b][0], a, b, why) for a, b, why in asked + QUESTIONS]
     return "\n".join([eval.table(lines, header), "", *words])
+
+
+def sae_seconds(name, saes):
+    """What the SAE of an arm cost to train; a random one cost nothing."""
+    match = re.search(r"{out}/(\S+)", ARMS[name])
+    return saes[match[1]]["seconds"] if match and "random" not in ARMS[name] else 0.0
 
 
 def say(rows, control, name, against, why):
@@ -680,8 +687,8 @@ def say(rows, control, name, against, why):
     import eval
     pair = eval.paired(rows, control)
     low, high = pair["interval"]
-    found = "yes, better" if low > 0 else "no, worse" if high < 0 else "no difference is seen"
-    return f"{why[0].upper() + why[1:]}? {name} - {against}: {pair['difference']:+.3f} {bracket(pair)}: {found}."
+    found = "better" if low > 0 else "worse" if high < 0 else "no difference is seen"
+    return f"{why[0].upper() + why[1:]}? {name} against {against}: {pair['difference']:+.3f} {bracket(pair)}, {found}."
 
 
 def bracket(pair):

@@ -68,12 +68,12 @@ def rows(rights):
 
 
 @pytest.mark.parametrize("mine, control, verdict", [
-    ([1] * 60 + [0] * 40, [0] * 60 + [0] * 40, "yes, better"),
-    ([0] * 60 + [0] * 40, [1] * 60 + [0] * 40, "no, worse"),
+    ([1] * 60 + [0] * 40, [0] * 60 + [0] * 40, "better"),
+    ([0] * 60 + [0] * 40, [1] * 60 + [0] * 40, "worse"),
     ([1, 0] * 50, [0, 1] * 50, "no difference is seen"),
 ])
 def test_a_comparison_says_what_its_interval_says(mine, control, verdict):
-    assert resa.say(rows(mine), rows(control), "a", "b", "is it so").endswith(f": {verdict}.")
+    assert resa.say(rows(mine), rows(control), "a", "b", "is it so").endswith(f"], {verdict}.")
 
 
 def test_every_arm_is_a_training_command_and_gets_the_same_treatment():
