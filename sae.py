@@ -1,5 +1,4 @@
-"""
-Sparse autoencoders: the variants, their loss, the training step, the metrics and the files.
+"""Sparse autoencoders: the variants, their loss, the training step, the metrics and the files.
 
     python train.py --stage sae          trains one on a model's activations, writes out/tiny/sae
     python resa.py                       trains one, splices it, tunes through it, evaluates
@@ -39,7 +38,9 @@ def nearest(name, names):
     return difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.0)[0]
 
 
-# ---- variants: how codes are chosen ---------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# Variants: how codes are chosen
+# ----------------------------------------------------------------------------------------------------------
 
 class Variant(NamedTuple):
     sparsify: Callable  # (sae, pre (..., F)) -> z (..., F)
@@ -63,7 +64,9 @@ VARIANTS = {
 }
 
 
-# ---- the SAE: encode, decode, loss ----------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# The SAE: encode, decode, loss
+# ----------------------------------------------------------------------------------------------------------
 
 class SAE(nn.Module):
     """Made by `build` or `load_sae`. `meta` says where it belongs (site, layer, model, dtype, data, ...)."""
@@ -156,7 +159,9 @@ class SAE(nn.Module):
         self.W_dec.copy_(nn.functional.normalize(wide(self.W_dec), dim=1))
 
 
-# ---- building -------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# Building
+# ----------------------------------------------------------------------------------------------------------
 
 def resolve_hyper(variant, d_in, n_latents, given):
     """Defaults, then `given`, all checked. ValueError names the setting, its value and what it may be."""
@@ -209,7 +214,9 @@ def init_b_dec(sae, x):
     sae.b_dec.copy_(wide(x.reshape(-1, x.shape[-1])).mean(0))
 
 
-# ---- optimisers -----------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# Optimisers
+# ----------------------------------------------------------------------------------------------------------
 
 BASE_LR = {"signum": 5e-3, "adam": 2e-4}
 
@@ -280,7 +287,9 @@ def make_optimizer(sae, name, lr=None):
     return Signum(sae, lr) if name == "signum" else torch.optim.Adam(sae.parameters(), lr=lr)
 
 
-# ---- the training step ----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# The training step
+# ----------------------------------------------------------------------------------------------------------
 
 def train_step(sae, optimizer, xs):
     """One step of any variant on micro-batches xs: list of (N_i, D), each weighing the same -> parts.
@@ -302,7 +311,9 @@ def train_step(sae, optimizer, xs):
     return parts
 
 
-# ---- metrics --------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# Metrics
+# ----------------------------------------------------------------------------------------------------------
 
 class Metrics:
     """Sums in fp64 over everything shown to `update`; `result` does not depend on how it was cut up."""
@@ -349,7 +360,9 @@ def metrics(sae, x, batch=4096):
     return total.result()
 
 
-# ---- files: sparsify's layout ---------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# Files: sparsify's layout
+# ----------------------------------------------------------------------------------------------------------
 
 TENSORS = {"encoder.weight": ("W_enc", "FD"), "encoder.bias": ("b_enc", "F"),  # name here, dimensions
            "W_dec": ("W_dec", "FD"), "b_dec": ("b_dec", "D")}
