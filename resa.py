@@ -90,7 +90,8 @@ def make_parser(cls, prog):
     for f in fields(cls):
         flag, kind = "--" + f.name.replace("_", "-"), hints[f.name]
         default = f.default if f.default is not MISSING else " ".join(map(str, f.default_factory()))
-        options = {"help": f"{notes.get(f.name, '')} (default: {default})".replace("%", "%%")}
+        shown = f" (default: {default})" if default not in (None, "", (), False) else ""
+        options = {"help": f"{notes.get(f.name, '')}{shown}".replace("%", "%%")}
         if isinstance(kind, types.UnionType):                      # X | None
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         if kind is bool:
@@ -650,7 +651,7 @@ def in_workers(jobs, workers, title):
 
 
 def quiet_worker():
-    sys.stderr = open(os.devnull, "w")      # not a terminal, so progress bars stay silent; errors come as exceptions
+    sys.stdout = sys.stderr = open(os.devnull, "w")      # not a terminal: no bars; errors come back as exceptions
 
 
 def describe(arms, saes, args):

@@ -276,6 +276,9 @@ class Run:
             raise ValueError(f"{self.out} holds an unfinished run: --resume continues it, another --out starts anew")
         resa.open_run(self.out, args)
         self.metrics.write_text("".join(kept))
+        count = sum(p.numel() for module in modules.values() for p in module.parameters() if p.requires_grad)
+        print(f"{stage}: {count:,} trainable parameters, {args.steps} steps, {args.device}, models in {args.dtype}"
+              + (f", going on after step {self.start}" if self.start else ""))
         self.bar = tqdm(total=args.steps, initial=self.start, desc=stage, unit="step", disable=None,
                         dynamic_ncols=True)
 
@@ -461,6 +464,9 @@ def run_tune(args):
     if args.splice != "none":
         resa.check_hook(model, args.layer, args.site, args.sae_grad == "on")
         inserted = make_splice(args, model)
+        cut = args.sae_grad == "off" and args.site == "resid"
+        print(f"{args.splice} in place of {args.site} of block {args.layer}; adapters of blocks "
+              f"{args.layer + 1 if cut else 0} .. {len(model.model.layers) - 1} can learn")
 
     def loss(ids):
         return resa.tuning_loss(model, inserted, args.layer, ids, args.site, args.sae_grad == "on",
