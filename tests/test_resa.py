@@ -98,7 +98,7 @@ def bits(model):
     return {n: t.clone() for n, t in model.state_dict().items()}
 
 
-def close(a, b, tol=1e-5):
+def check_close(a, b, tol=1e-5):
     error = float((a.detach().double() - b.detach().double()).abs().max())
     assert error <= tol, f"differs by {error:.3g}"
 
@@ -132,7 +132,7 @@ def test_forward_is_the_weight_plus_alpha_over_r_times_b_a(bias):
     layer = resa.LoRALinear(base, r=2, alpha=8)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 4, 5)
-    close(layer(x), x @ (base.weight + 4 * layer.lora_B @ layer.lora_A).T + (base.bias if bias else 0))
+    check_close(layer(x), x @ (base.weight + 4 * layer.lora_B @ layer.lora_A).T + (base.bias if bias else 0))
 
 
 def test_dropout_acts_on_the_adapters_input_and_only_in_training():
@@ -143,8 +143,8 @@ def test_dropout_acts_on_the_adapters_input_and_only_in_training():
     torch.manual_seed(3)
     got = layer.train()(x)
     torch.manual_seed(3)
-    close(got, base + F.dropout(x, 0.5) @ delta)
-    close(layer.eval()(x), base + x @ delta)
+    check_close(got, base + F.dropout(x, 0.5) @ delta)
+    check_close(layer.eval()(x), base + x @ delta)
 
 
 def test_only_adapters_learn_and_a_step_changes_nothing_else():
@@ -188,7 +188,7 @@ def test_folding_equals_the_attached_adapters_and_restores_the_bits(dtype):
     y = model(IDS)
     with resa.adapters_folded(model):
         if dtype == torch.float32:
-            close(model(IDS), y)
+            check_close(model(IDS), y)
         assert not any(torch.equal(m.weight, weights[n]) for n, m in resa.lora_layers(model).items())
         assert not any(m.weight.requires_grad for m in resa.lora_layers(model).values())
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -217,7 +217,7 @@ def test_merging_equals_the_attached_adapters_and_leaves_a_plain_model(tmp_path,
     with pytest.raises(ValueError, match="LoRA"):
         save_model(model, tmp_path / "no")
     merged = resa.merge_adapter(model)
-    close(merged(IDS), y)
+    check_close(merged(IDS), y)
     assert not resa.lora_layers(merged) and not any("lora" in n for n in merged.state_dict())
     assert not any(p.requires_grad for p in merged.parameters())
     assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
@@ -244,7 +244,7 @@ def test_save_and_load_round_trip_by_logits(tmp_path):
     assert torch.equal(again(IDS), y) and all(m.dropout == 0.25 for m in resa.lora_layers(again).values())
     assert {n for n, p in again.named_parameters() if p.requires_grad} == learned
     merged = load_model(f"{tmp_path}/base+{tmp_path}/adapter")
-    close(merged(IDS), y, 3e-5)
+    check_close(merged(IDS), y, 3e-5)
     again = resa.merge_adapter(again).state_dict()                     # the two ways of merging, to the bit
     assert all(torch.equal(t, again[n]) for n, t in merged.state_dict().items())
 
@@ -388,17 +388,17 @@ def test_site_mlp_replaces_the_mlp_output_only(layer):
     out, before = mlp_output(model, layer)
     with resa.splice(model, spy, layer, "mlp"):
         model(IDS)
-    close(spy.seen[0], out)
+    check_close(spy.seen[0], out)
     with resa.splice(model, Recorder(put), layer, "mlp"):
-        close(model.run(IDS, stop=layer + 1), before + put)                # the residual path is kept
-        close(model(IDS), model.head(model.run(before + put, start=layer + 1)))
+        check_close(model.run(IDS, stop=layer + 1), before + put)                # the residual path is kept
+        check_close(model(IDS), model.head(model.run(before + put, start=layer + 1)))
 
 
 @pytest.mark.parametrize("layer", range(L))
 def test_activations_equal_the_hand_computation(layer):
     model, (out, before) = toy(), mlp_output(toy(), layer)
-    close(resa.activations(model, IDS, layer, "mlp"), out)
-    close(resa.activations(model, IDS, layer), before + out)
+    check_close(resa.activations(model, IDS, layer, "mlp"), out)
+    check_close(resa.activations(model, IDS, layer), before + out)
     assert torch.equal(resa.activations(model, IDS, layer), model.run(IDS, stop=layer + 1))
 
 
@@ -548,8 +548,8 @@ def test_chunked_kl_equals_the_naive_one_in_value_and_gradient(chunk, dtype, tol
     got = resa.ChunkedKL.apply(h_s, h_t, W_s, W_t, chunk)
     got_grad, = torch.autograd.grad(3 * got, h_s)
     assert got.dtype == got_grad.dtype == dtype and got > 1
-    close(got, want, tol * float(want))
-    close(got_grad, want_grad, tol * float(want_grad.abs().max()))
+    check_close(got, want, tol * float(want))
+    check_close(got_grad, want_grad, tol * float(want_grad.abs().max()))
 
 
 @pytest.mark.parametrize("chunk", [3, 100])
@@ -567,10 +567,10 @@ def test_sequence_is_the_published_loss_and_token_is_that_over_t(B, T):
     want, = torch.autograd.grad(published, h_s)
     for reduction, scale in ("sequence", 1), ("token", T):
         loss = resa.kl_loss(student, teacher, h_s, h_t, reduction, chunk=4)
-        close(loss, published / scale, 1e-12)
-        close(torch.autograd.grad(loss, h_s)[0], want / scale, 1e-12)
+        check_close(loss, published / scale, 1e-12)
+        check_close(torch.autograd.grad(loss, h_s)[0], want / scale, 1e-12)
     per_token = naive_kl(student.head(h_s), teacher.head(h_t), "none").sum(-1)                   # (B,T)
-    close(resa.kl_loss(student, teacher, h_s, h_t), per_token.mean(), 1e-12)    # the default: nats per token
+    check_close(resa.kl_loss(student, teacher, h_s, h_t), per_token.mean(), 1e-12)    # the default: nats per token
 
 
 def test_no_gradient_reaches_the_teacher_or_a_head():
@@ -586,7 +586,7 @@ def test_extreme_logits_stay_finite():
     h_t, h_s = torch.eye(4)[[0, 1, 2]], torch.eye(4)[[0, 2, 3]].requires_grad_()
     loss = resa.ChunkedKL.apply(h_s, h_t, W, W, 2)
     loss.backward()
-    close(loss, torch.tensor(2e4), 1e-2)     # token 0 agrees, tokens 1 and 2 cost 10,000 nats each
+    check_close(loss, torch.tensor(2e4), 1e-2)     # token 0 agrees, tokens 1 and 2 cost 10,000 nats each
     assert h_s.grad.isfinite().all() and h_s.grad[0].abs().max() == 0
     for scale in (1e10, 1e20, 1e30):
         loss = resa.ChunkedKL.apply(h_s, h_t, W * scale, W * scale, 2)
@@ -609,8 +609,8 @@ def test_bf16_hidden_states_give_an_fp32_loss_and_a_bf16_gradient():
     want = naive_kl((h_s @ W_s.T).float(), (h_t @ W_t.T).float(), "sum")
     loss = resa.ChunkedKL.apply(h_s, h_t, W_s, W_t, 4)
     assert loss.dtype == torch.float32
-    close(loss, want, 1e-4)
-    close(torch.autograd.grad(loss, h_s)[0], torch.autograd.grad(want, h_s)[0], 0.05)
+    check_close(loss, want, 1e-4)
+    check_close(torch.autograd.grad(loss, h_s)[0], torch.autograd.grad(want, h_s)[0], 0.05)
 
 
 class Largest(TorchDispatchMode):
@@ -656,10 +656,10 @@ def test_tuning_loss_is_kl_of_the_clean_target_to_the_spliced_student(site, grad
     want = published(model, sae, LAYER, site, grad)
     want_grads = grads(model, want / scale)
     got = resa.tuning_loss(model, sae, LAYER, IDS, site, grad, reduction)
-    close(got, want / scale, 1e-12)
+    check_close(got, want / scale, 1e-12)
     assert got > 0.01
     for name, g in grads(model, got).items():
-        close(g, want_grads[name], 1e-12)
+        check_close(g, want_grads[name], 1e-12)
 
 
 @pytest.mark.parametrize("layer", range(L - 1))
@@ -672,9 +672,9 @@ def test_the_shared_prefix_equals_two_whole_passes(layer, dtype, tol):
         plain = resa.plain_tuning_loss(model, sae, layer, IDS)
         want = grads(model, plain)
         shared = resa.tuning_loss(model, sae, layer, IDS)
-        close(shared, plain, tol)
+        check_close(shared, plain, tol)
         for name, g in grads(model, shared).items():
-            close(g, want[name], tol)
+            check_close(g, want[name], tol)
         optimizer.step()
     assert (model(IDS) - toy(dtype=dtype)(IDS)).abs().max() > 0.01
 
@@ -706,7 +706,7 @@ def test_every_teacher_runs_without_a_graph():
 def test_the_shared_prefix_equals_two_passes_whatever_the_adapters_hold():
     model = adapted(above=-1)
     shared = resa.tuning_loss(model, toy_sae(), LAYER, IDS)
-    close(shared, resa.plain_tuning_loss(model, toy_sae(), LAYER, IDS))
+    check_close(shared, resa.plain_tuning_loss(model, toy_sae(), LAYER, IDS))
 
 
 @pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
@@ -744,9 +744,9 @@ def test_another_model_as_the_teacher(sae, grad, width):
     want = published(model, sae, LAYER, grad=grad, teacher=teacher)
     want_grads = grads(model, want)
     got = resa.tuning_loss(model, sae, LAYER, IDS, grad=grad, reduction="sequence", teacher=teacher)
-    close(got, want, 1e-11)
+    check_close(got, want, 1e-11)
     for name, g in grads(model, got).items():
-        close(g, want_grads[name], 1e-11)
+        check_close(g, want_grads[name], 1e-11)
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
@@ -755,7 +755,7 @@ def test_a_source_that_differs_from_the_target_by_its_adapter_has_something_to_t
     source = resa.merge_adapter(adapted(above=-1))
     fresh, same = adapted(), adapted(above=-1)
     assert resa.tuning_loss(fresh, None, LAYER, IDS, teacher=source) > 0.1
-    close(resa.tuning_loss(same, None, LAYER, IDS, teacher=source), torch.tensor(0.0), 1e-6)
+    check_close(resa.tuning_loss(same, None, LAYER, IDS, teacher=source), torch.tensor(0.0), 1e-6)
     assert resa.tuning_loss(adapted(), None, LAYER, IDS) == 0          # no SAE, no other teacher: no lesson
 
 
@@ -779,7 +779,7 @@ def test_noise_has_the_norm_of_the_saes_error_at_every_token_but_another_directi
     sae, x = toy_sae(), 2 * numbers((3, 50, D), 0)
     e = x - sae(x)                                                                               # (3,50,D)
     d = noise(0)(x) - x
-    close(d.norm(dim=-1) / e.norm(dim=-1), torch.ones(3, 50), 1e-4)
+    check_close(d.norm(dim=-1) / e.norm(dim=-1), torch.ones(3, 50), 1e-4)
     cosine = F.cosine_similarity(d, e, dim=-1)                                                   # (3,50)
     assert cosine.mean().abs() < 4 / (150 * D)**0.5 and 0.5 < cosine.std() * D**0.5 < 2
     between = F.cosine_similarity(d[0, :-1], d[0, 1:], dim=-1)              # and each token has its own
@@ -816,7 +816,7 @@ def test_noise_keeps_the_dtype_and_leaves_a_perfect_reconstruction_alone():
     x = x.bfloat16()
     noisy = resa.MatchedNoise(sae)(x)
     assert noisy.dtype == torch.bfloat16
-    close((noisy - x).float().norm(dim=-1) / (sae(x) - x).float().norm(dim=-1), torch.ones(2, 5), 0.02)
+    check_close((noisy - x).float().norm(dim=-1) / (sae(x) - x).float().norm(dim=-1), torch.ones(2, 5), 0.02)
 
 
 def test_noise_goes_where_the_sae_goes():
@@ -825,7 +825,7 @@ def test_noise_goes_where_the_sae_goes():
     again = resa.tuning_loss(model, noise(0), LAYER, IDS)
     plain = resa.plain_tuning_loss(model, noise(0), LAYER, IDS)
     assert torch.equal(loss, again) and loss > 0
-    close(loss, plain)
+    check_close(loss, plain)
     assert {block_of(n) for n, g in grads(model, loss).items() if g.any()} == set(range(LAYER + 1, L))
 
 
@@ -876,7 +876,7 @@ def config(tmp_path, content):
     return "--config", str(path)
 
 
-def refused(message, *argv):
+def check_refused(message, *argv):
     with pytest.raises(ValueError, match=message) as caught:
         parse(*argv)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("prog: ")
@@ -953,7 +953,7 @@ def test_lists_are_not_shared_between_two_calls():
     (["--preset", "huge"], "no preset 'huge'.*small.*large"),
 ])
 def test_bad_flags_are_one_clear_line(argv, message):
-    refused(message, *argv)
+    check_refused(message, *argv)
 
 
 def test_a_bad_config_file_is_named(tmp_path):
@@ -962,16 +962,16 @@ def test_a_bad_config_file_is_named(tmp_path):
             parse(*config(tmp_path, content))
     with pytest.raises(FileNotFoundError, match="nowhere.json: no such file"):
         parse("--config", str(tmp_path / "nowhere.json"))
-    refused("no flag --stepz; did you mean --steps", *config(tmp_path, {"stepz": 1}))
-    refused("--momentum belongs to --stage other", *config(tmp_path, {"momentum": 1}))
-    refused("no preset 'huge'", *config(tmp_path, {"preset": "huge"}))
-    refused("--config", *config(tmp_path, {"config": "another.json"}))
+    check_refused("no flag --stepz; did you mean --steps", *config(tmp_path, {"stepz": 1}))
+    check_refused("--momentum belongs to --stage other", *config(tmp_path, {"momentum": 1}))
+    check_refused("no preset 'huge'", *config(tmp_path, {"preset": "huge"}))
+    check_refused("--config", *config(tmp_path, {"config": "another.json"}))
 
 
 @pytest.mark.parametrize("content", [{"lr": "fast"}, {"lr": True}, {"lr": False}, {"steps": [1, 2]},
                                      {"shuffle": "yes"}, {"site": "attn"}, {"models": []}], ids=str)
 def test_a_bad_value_in_a_config_file_is_one_clear_line(tmp_path, content):
-    refused(f"--(no-)?{next(iter(content))}", *config(tmp_path, content))
+    check_refused(f"--(no-)?{next(iter(content))}", *config(tmp_path, content))
 
 
 @pytest.mark.parametrize("value", ["-x", "--lr"])
@@ -1144,7 +1144,7 @@ def measured(logits_of, loss_of, gradients_of):
     return found
 
 
-def agree(found, want, tol=2e-4):
+def check_agreement(found, want, tol=2e-4):
     for name in "logits", "code", "text":
         for a, b in zip(found[name], want[name], strict=True):
             assert abs(a - b) <= tol * max(1, abs(b)), (name, a, b)
@@ -1155,14 +1155,14 @@ def test_logits_losses_and_gradients_equal_those_of_transformers_and_peft(tmp_pa
 
     def loss_of(site, grad):
         return resa.plain_tuning_loss(model, sae, LAYER, IDS, site, grad, "sequence")
-    agree(measured(lambda: model(IDS), loss_of, lambda loss: grads(model, loss)), GOLDEN)
+    check_agreement(measured(lambda: model(IDS), loss_of, lambda loss: grads(model, loss)), GOLDEN)
 
 
 def test_an_adapter_in_pefts_files_merges_to_the_same_logits(tmp_path):
     save_model(toy(), tmp_path / "base")
     model = load_model(f"{tmp_path}/base+{golden_adapter(tmp_path / 'adapter')}")
     found = model(IDS)[[0, 0, 1, 1], [0, 8, 4, 8]][:, [0, 17, 36]].flatten()
-    close(found, torch.tensor(GOLDEN["logits"]), 2e-4)
+    check_close(found, torch.tensor(GOLDEN["logits"]), 2e-4)
 
 
 REFUSED = [dict(use_dora=True), dict(use_rslora=True), dict(fan_in_fan_out=True), dict(bias="all"),
@@ -1223,14 +1223,14 @@ def new_peft(base, **settings):
 def test_our_adapter_loads_in_peft(base, tmp_path):
     model = adapted(above=-1, dropout=0.1)
     resa.save_adapter(model, tmp_path, base=str(base))
-    close(attach(base, tmp_path)(IDS).logits, model(IDS), 1e-4)
-    close(attach(base, tmp_path).merge_and_unload()(IDS).logits, resa.merge_adapter(model)(IDS), 1e-4)
+    check_close(attach(base, tmp_path)(IDS).logits, model(IDS), 1e-4)
+    check_close(attach(base, tmp_path).merge_and_unload()(IDS).logits, resa.merge_adapter(model)(IDS), 1e-4)
 
 
 def test_our_adapter_of_some_layers_loads_in_peft(base, tmp_path):
     model = scramble(resa.add_lora(toy(), 3, 1, 0.0, ("q_proj", "down_proj")))
     resa.save_adapter(model, tmp_path)
-    close(attach(base, tmp_path)(IDS).logits, model(IDS), 1e-4)
+    check_close(attach(base, tmp_path)(IDS).logits, model(IDS), 1e-4)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(r=3, lora_alpha=16), dict(target_modules="all-linear"),
@@ -1242,10 +1242,10 @@ def test_an_adapter_that_peft_saved_loads_here_attached_and_merged(base, tmp_pat
     y = peft(IDS).logits
     assert (y - toy()(IDS)).abs().max() > 0.1
     attached = resa.load_adapter(load_model(str(base)), str(tmp_path / "adapter")).eval()
-    close(attached(IDS), y, 1e-4)
-    close(load_model(f"{base}+{tmp_path}/adapter")(IDS), y, 1e-4)
+    check_close(attached(IDS), y, 1e-4)
+    check_close(load_model(f"{base}+{tmp_path}/adapter")(IDS), y, 1e-4)
     resa.save_adapter(attached, tmp_path / "again")                    # and back
-    close(attach(base, tmp_path / "again")(IDS).logits, y, 1e-5)
+    check_close(attach(base, tmp_path / "again")(IDS).logits, y, 1e-5)
 
 
 @pytest.mark.parametrize("settings", [
@@ -1296,7 +1296,7 @@ def test_gradients_equal_pefts_on_the_same_loss(base, tmp_path):
     assert want.keys() == got.keys()
     for name in want:
         assert want[name].abs().max() > 0
-        close(got[name], want[name], 1e-4 * float(want[name].abs().max()))
+        check_close(got[name], want[name], 1e-4 * float(want[name].abs().max()))
 
 
 @pytest.mark.parametrize("site", ["resid", "mlp"])
@@ -1310,10 +1310,10 @@ def test_the_published_loss_and_its_gradients_on_pefts_model(base, tmp_path, sit
                 p.zero_()
     want = published_with_peft(peft, sae, site, grad)
     got = resa.tuning_loss(model, sae, LAYER, IDS, site, grad, "sequence")
-    close(got, want, 1e-4 * float(want.detach()))
+    check_close(got, want, 1e-4 * float(want.detach()))
     want, got = peft_grads(peft, want), grads(model, got)
     for name in want:
-        close(got[name], want[name], 1e-4 * max(1, float(want[name].abs().max())))
+        check_close(got[name], want[name], 1e-4 * max(1, float(want[name].abs().max())))
 
 
 def test_the_golden_numbers_are_still_those_of_transformers_and_peft(base, tmp_path):
@@ -1321,7 +1321,7 @@ def test_the_golden_numbers_are_still_those_of_transformers_and_peft(base, tmp_p
 
     def loss_of(site, grad):
         return published_with_peft(peft, sae, site, grad)
-    agree(measured(lambda: peft(IDS).logits, loss_of, lambda loss: peft_grads(peft, loss)), GOLDEN)
+    check_agreement(measured(lambda: peft(IDS).logits, loss_of, lambda loss: peft_grads(peft, loss)), GOLDEN)
     peft.save_pretrained(tmp_path / "saved")
     ours, theirs = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "saved"))
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
