@@ -642,20 +642,23 @@ class Cache:
     def seek(self, positions):
         """positions (S,T): where the next keys go; everything before them in a row is what it attends to."""
         self.positions = positions
-        L = -(-(int(positions.max()) + 1) // self.BUCKET) * self.BUCKET
+        last = int(positions.max())
+        L = -(-(last + 1) // self.BUCKET) * self.BUCKET
         grow = L - self.k[0].shape[2]
         if grow > 0:
             for side in (self.k, self.v):
                 for i, old in enumerate(side):       # layer by layer, so that only one is held twice
                     side[i] = F.pad(old, (0, 0, 0, grow))
-        self.used = L
-        self.mask = (torch.arange(L, device=positions.device) <= positions[..., None])[:, None]      # (S,1,T,L)
+        self.used, self.mask, T = L, None, positions.shape[1]
+        self.empty = T > 1 and last == T - 1         # a prompt from its start: causal among itself, without a mask
+        if not self.empty:
+            self.mask = (torch.arange(L, device=positions.device) <= positions[..., None])[:, None]      # (S,1,T,L)
 
     def put(self, layer, k, v):
-        """k, v (S,G,T,C) -> all cached keys and values (S,G,L,C), these included."""
+        """Stores k, v (S,G,T,C) -> the keys and values (S,G,L,C) to attend to, these included."""
         for side, new in ((self.k, k), (self.v, v)):
             side[layer][self.rows, :, self.positions] = new.transpose(1, 2)
-        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
+        return (k, v) if self.empty else (self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used])
 
     def take(self, rows, other, other_rows):
         """Rows of another cache (a prefilled prompt, maybe to several samples) become rows of this one."""
