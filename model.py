@@ -310,6 +310,7 @@ def staged(directory):
 
 def split_spec(spec):
     """'base@rev#sub+adapter' -> ('base@rev#sub', ['adapter', ...]).  An existing path is taken as it is."""
+    spec = str(spec)
     if not spec or Path(spec).exists():
         return spec, []
     base, *adapters = spec.split("+")

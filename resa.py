@@ -36,6 +36,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -64,7 +65,7 @@ PRESETS = {
                                    dead_after=10_000_000,
                                    sae_from="EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k#layers.12.mlp"),
                           tune=dict(batch=2, epochs=2, lr=1e-6, kl_reduction="sequence"),
-                          sft=dict(batch=32, epochs=3, lr=1e-5)),
+                          sft=dict(batch=32, micro_batch=1, epochs=3, lr=1e-5)),
 }
 PRESETS["resa-still-v3"] = PRESETS["resa-still-v1"] | {"sae": PRESETS["resa-still-v1"]["sae"] | dict(
     init="scratch", sae_from="", latents=65536, k=32)}
@@ -172,12 +173,20 @@ def refuse_flag(flag, names, prog, others):
     raise ValueError(f"{prog}: no flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
 
 
+def at_least(args, **lowest):
+    """ValueError if a setting is below its lowest value, infinite or not a number."""
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if not low <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, and finite; it is {value}")
+
+
 def front_door(main):
     """Runs main(argv).  A user's mistake becomes one line and exit code 2; RESA_TRACEBACK=1 shows where it arose."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()                                         # a closed pipe shows here, not at exit
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:        # the last: a full disk
         if os.environ.get("RESA_TRACEBACK"):
             raise
         if isinstance(error, BrokenPipeError):                     # `| head` closed the pipe: nothing to report
@@ -215,12 +224,8 @@ def think_prefix(prompt):
     return "<think>" if prompt.rstrip().endswith("<think>") else ""
 
 
-def read_problems(path):
-    """JSONL with "problem" (or "question"), "answer" and maybe "id" -> list of dicts, those keys all set.
-
-    ValueError names the file and line of the first bad row: path:17: no "answer" field.
-    """
-    rows, ids = [], set()
+def read_jsonl(path):
+    """Yields (line number, object) of a JSONL file, blank lines left out; ValueError names file and line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")      # splitlines() also cuts at U+2028
     except UnicodeDecodeError as error:
@@ -236,6 +241,16 @@ def read_problems(path):
             raise ValueError(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: a JSON object was expected")
+        yield number, row
+
+
+def read_problems(path):
+    """JSONL with "problem" (or "question"), "answer" and maybe "id" -> list of dicts, those keys all set.
+
+    ValueError names the file and line of the first bad row: path:17: no "answer" field.
+    """
+    rows, ids = [], set()
+    for number, row in read_jsonl(path):
         row.setdefault("problem", row.get("question"))
         for name in ("problem", "answer"):
             if isinstance(row.get(name), bool) or not isinstance(row.get(name), (str, int, float)) or row[name] == "":
@@ -519,8 +534,8 @@ def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="tok
     Where no gradient can pass below the site (grad off, whole block output replaced), teacher and student
     share blocks 0 .. layer, which are then run once and without a graph; `plain_tuning_loss` is the twin.
     """
-    below = [m for n, m in lora_layers(model).items() if int(n.split(".")[2]) <= layer]
-    if sae is None or grad or site != "resid" or teacher is not None or any(m.lora_B.any() for m in below):
+    below = [m.lora_B.abs().amax() for n, m in lora_layers(model).items() if int(n.split(".")[2]) <= layer]
+    if sae is None or grad or site != "resid" or teacher is not None or (below and torch.stack(below).any()):
         return plain_tuning_loss(model, sae, layer, ids, site, grad, reduction, teacher)
     check_hook(model, layer, site, grad)
     with torch.no_grad(), adapters_off(model):                 # adapters below the hook never leave zero
@@ -548,20 +563,21 @@ SAES = {"sae": "sae", "sae-mlp": "sae --site mlp", "sae-base": "sae --source {ba
 ARMS = {
     "base": None,
     "RL source": None,
-    "SAE-Tuning (published code)": "tune --sae {out}/sae",
-    "SAE-Tuning (published text)": "tune --sae {out}/sae-mlp --site mlp --sae-grad on --schedule cosine",
+    "SAE-Tuning (as coded)": "tune --sae {out}/sae",
+    "SAE-Tuning (as written)": "tune --sae {out}/sae-mlp --site mlp --sae-grad on --schedule cosine",
     "SAE of the base": "tune --sae {out}/sae-base",
     "random SAE": "tune --sae {out}/sae --splice random",
     "noise of the SAE's size": "tune --sae {out}/sae --splice noise",
     "trace-free SFT": "sft",
     "source teaches, with SAE": "tune --sae {out}/sae --teacher source",
+    "source teaches, all learn": "tune --sae {out}/sae --teacher source --sae-grad on",
     "source teaches, no SAE": "tune --splice none --teacher source",
 }
 # What the controls are for: pairs (arm, its control), compared question by question under the table.
-QUESTIONS = [("SAE-Tuning (published code)", "random SAE", "does it matter that the SAE is trained"),
-             ("SAE-Tuning (published code)", "noise of the SAE's size", "is it more than noise at that layer"),
-             ("SAE-Tuning (published code)", "SAE of the base", "does the source matter to the SAE"),
-             ("source teaches, with SAE", "source teaches, no SAE", "does the SAE help a stronger teacher")]
+QUESTIONS = [("SAE-Tuning (as coded)", "random SAE", "does it matter that the SAE is trained"),
+             ("SAE-Tuning (as coded)", "noise of the SAE's size", "is it more than noise at that layer"),
+             ("SAE-Tuning (as coded)", "SAE of the base", "does the source matter to the SAE"),
+             ("source teaches, all learn", "source teaches, no SAE", "does the SAE help a stronger teacher")]
 
 
 @dataclass
@@ -619,14 +635,19 @@ def experiment(argv):
         if idle:
             raise ValueError(f"resa.py: --{idle[0].replace('_', '-')} has no effect with --quick, which sets it")
         args.questions, args.sae_steps, args.tune_steps = 100, 8, 8
+    at_least(args, questions=1, samples=1, sae_steps=1, tune_steps=1, batch=1, workers=1, seed=0)
+    if not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr must be above 0 and finite; it is {args.lr}")
+    if args.questions > len(read_problems(TINY / "test.jsonl")):      # the table prints this number
+        raise ValueError(f"--questions {args.questions}: there are {len(read_problems(TINY / 'test.jsonl'))}")
     began = time.perf_counter()
     open_run(args.out, args)
     print("Stage I: an SAE on the source, one on its MLP, one on the base")
     jobs = {name: (train_arm, words, args, f"{args.out}/{name}", args.sae_steps) for name, words in SAES.items()}
     saes = dict(in_workers(jobs, args.workers, "autoencoders"))
     for name, s in saes.items():
-        print(f"  {name:10s} FVU {s['train_fvu']:.3f}  L0 {s['train_l0']:.1f}  dead {s['train_dead']:.1%}  "
-              f"{s['tokens']:,} tokens  {s['seconds']:.0f} s")
+        print(f"  {name:10s} FVU {s['train_fvu']:.3f}  L0 {s['train_l0']:.1f}  dead {s['train_dead']:.1%} "
+              f"on training text  {s['tokens']:,} tokens  {s['seconds']:.0f} s")
     print(f"Stage II: {len(ARMS)} arms, each tuned and then asked {args.questions} questions")
     jobs = {name: (run_arm, name, args) for name in ARMS}
     arms = dict(in_workers(jobs, args.workers, "arms"))
@@ -645,9 +666,12 @@ def in_workers(jobs, workers, title):
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=quiet_worker) as pool:
         futures = {pool.submit(*job): name for name, job in jobs.items()}
         bar = tqdm(as_completed(futures), total=len(futures), desc=title, unit=title[:-1], disable=None)
-        for future in bar:
-            bar.set_postfix_str(f"done: {futures[future]}")
-            yield futures[future], future.result()
+        try:
+            for future in bar:
+                bar.set_postfix_str(f"done: {futures[future]}")
+                yield futures[future], future.result()
+        finally:                    # after an error nobody waits for the jobs that have not begun
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def quiet_worker():
@@ -671,7 +695,9 @@ def describe(arms, saes, args):
     words = [f"{args.questions} held-out questions x {args.samples}, temperature 0.6, top-p 0.95. One training seed "
              f"({args.seed}): the intervals cover questions", "and samples, not another training. Adapters are those "
              f"after the last of {args.tune_steps} steps; none was chosen. Seconds are",
-             f"of one core, the SAE's included; RL, which made the source, took {rl_seconds:.0f} s when it was run.", ""]
+             f"of one core, the SAE's included; RL, which made the source, took {rl_seconds:.0f} s when it was run.",
+             "As coded: SAE under no_grad, block output. As written: gradient through the SAE, MLP output, cosine. Rate, "
+             "data and", "optimizer are this preset's. The comparisons below are not corrected for their number.", ""]
     asked = [(name, "base", "is it better than doing nothing") for name in ARMS if name.startswith("SAE-Tuning")]
     words += [say(arms[a][0], arms[b][0], a, b, why) for a, b, why in asked + QUESTIONS]
     return "\n".join([eval.table(lines, header), "", *words])

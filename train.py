@@ -21,12 +21,13 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -48,6 +49,7 @@ class Common:
     seq_len: int = 256                   # tokens in a packed chunk; published: 2048
     shuffle: bool = True                 # permute the chunks of each epoch, by seed; published: --no-shuffle
     batch: int = 32                      # chunks in an optimizer step
+    micro_batch: int = 0                 # chunks in one forward pass, a divisor of --batch; 0: the whole batch
     steps: int = 0                       # optimizer steps; 0: as many as --epochs passes over the data
     epochs: int = 1                      # passes over the data, when --steps is 0
     seed: int = 0                        # of initialisation, data order and sampling
@@ -74,7 +76,6 @@ class Sae(Common):
     lr: float = 0.0                      # 0: the optimizer's rule, for signum 5e-3/sqrt(F/2^14)
     aux_coef: float = 0.03125            # weight of AuxK, which revives dead latents; published: 0
     dead_after: int = 100_000            # tokens without firing after which a latent counts as dead
-    micro_batch: int = 0                 # chunks in one forward pass; 0: the whole batch
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Lora(Common):
 @dataclass
 class Tune(Lora):
     """Stage II: LoRA adapters learn to predict through the frozen SAE what the model predicts without it."""
-    sae: str = ""                        # directory or hub id of the SAE; default out/PRESET/sae
+    sae: str = ""                        # the SAE, DIR_OR_HUB_ID[#HOOKPOINT]; default out/PRESET/sae
     source: str = ""                     # model spec of the teacher, with --teacher source
     layer: int = 1                       # decoder block, counted from 0; must be the SAE's
     site: Literal["resid", "mlp"] = "resid"      # output of the block, or of its MLP; must be the SAE's
@@ -126,12 +127,31 @@ class Pretrain(Common):
 
 
 STAGES = {"sae": Sae, "tune": Tune, "sft": Sft, "rl": Rl, "pretrain": Pretrain}
+ARTIFACT = {"sae": "cfg.json", "pretrain": "model/config.json"}      # without it a directory does not load
 FOLDER = {"tune": "adapter"}             # where the artifact of a stage goes, if not its own name
 
 
 def check(condition, message):
     if not condition:
         raise ValueError(message)
+
+
+# The least value of each number; what must be above 0 is checked beside it.
+LEAST = dict(seq_len=2, batch=1, steps=0, epochs=1, seed=0, log_every=1, save_every=1, micro_batch=0, lr=0,
+             lora_r=1, lora_alpha=1, lora_dropout=0, clip=0, warmup=0,
+             questions=1, max_new_tokens=1, temperature=0, beta=0)
+
+
+def check_numbers(args):
+    resa.at_least(args, **{name: low for name, low in LEAST.items() if hasattr(args, name)})
+    for name in ("lr", "clip", "temperature"):
+        zero_is_a_rule = name == "lr" and isinstance(args, Sae)
+        check(getattr(args, name, 1) > 0 or zero_is_a_rule, f"--{name} must be above 0: with 0 nothing is learned")
+    check(getattr(args, "lora_dropout", 0) < 1, "--lora-dropout must be below 1")
+    check(args.seed < 2**62, "--seed must be below 2^62")
+    check(not args.micro_batch or args.batch % args.micro_batch == 0, f"--micro-batch {args.micro_batch} does not "
+          f"divide --batch {args.batch}: its pieces weigh the same, so they must be equal")
+    check(not args.steps or "epochs" not in args.given, "--epochs has no effect with --steps")
 
 
 def refuse_idle(args, names, where):
@@ -156,28 +176,25 @@ def as_text(row, tokenizer, template):
     if "text" in row:
         return row["text"]
     if "completion" not in row and template == "resa":
-        return RESA_TEMPLATE.format(system=row.get("system", ""), problem=row["problem"], answer=row["answer"])
+        return RESA_TEMPLATE.format(system=row.get("system") or "", problem=row["problem"], answer=row["answer"])
     prompt = tokenizer.chat([{"role": "user", "content": row["problem"]}])
     start = "" if resa.think_prefix(prompt) else "<think>\n"
     return prompt + row.get("completion", f"{start}{row.get('answer')}\n</think>\n{row.get('answer')}")
 
 
 def read_rows(path):
-    """Rows of text or problem/completion if that is what the first line has, else of problem/answer."""
+    """Rows of text or problem/completion if the first row is one of these, else of problem/answer."""
     check(path, "no --data given, and this preset has none")
     check(Path(path).is_file(), f"{path}: no such file (--data takes a JSONL of problem/answer)")
-    with open(path, encoding="utf-8") as f:
-        first = f.readline()
-        if '"text"' not in first and '"completion"' not in first:
-            return resa.read_problems(path)
-        rows = []
-        for number, line in enumerate([first, *f], start=1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-            check(isinstance(rows[-1], dict) and ("text" in rows[-1] or {"problem", "completion"} <= set(rows[-1])),
-                  f'{path}:{number}: no "text" field, nor "problem" and "completion"')
+    _, first = next(resa.read_jsonl(path), (0, {}))
+    if "text" not in first and "completion" not in first:
+        return resa.read_problems(path)
+    rows = []
+    for number, row in resa.read_jsonl(path):
+        fields = ("text",) if "text" in row else ("problem", "completion")
+        check(all(isinstance(row.get(name), str) for name in fields),
+              f'{path}:{number}: no "text" field, nor "problem" and "completion", that holds text')
+        rows.append(row)
     return rows
 
 
@@ -203,17 +220,23 @@ def batch_at(step, chunks, args):
     return chunks[picked].to(args.device)
 
 
-def order(n, seed, memory={}):
+def micro(ids, args):
+    """ids (B,T) in the pieces of one forward pass."""
+    return ids.split(args.micro_batch or args.batch)
+
+
+@lru_cache(maxsize=1)
+def order(n, seed):
     """The permutation of one epoch; the last one is kept, as every step of the epoch asks for it."""
-    if memory.get("key") != (n, seed):
-        generator = torch.Generator().manual_seed(seed)
-        memory["key"], memory["value"] = (n, seed), torch.randperm(n, generator=generator).tolist()
-    return memory["value"]
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def load_chunks(args, tokenizer):
     """Packed data, and the number of steps that --steps or --epochs asks for."""
-    chunks = pack(read_rows(args.data), tokenizer, args.template, args.seq_len)
+    rows = read_rows(args.data)
+    if all("text" in row or "completion" in row for row in rows):
+        refuse_idle(args, "template", f"{args.data}: its rows are whole texts or prompts with a completion")
+    chunks = pack(rows, tokenizer, args.template, args.seq_len)
     if not args.steps:
         args.steps = max(1, args.epochs * len(chunks) // args.batch)
     return chunks
@@ -235,27 +258,32 @@ def write_state(path, state):
             return {"dict": [[k, strip(v)] for k, v in value.items()]}
         return {"list": [strip(v) for v in value]} if isinstance(value, (list, tuple)) else {"value": value}
     skeleton = json.dumps(strip(state))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, {"state": skeleton})
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, temporary, {"state": skeleton})
+        os.replace(temporary, path)
+    except SafetensorError as error:      # a full disk, for one, is not an OSError there
+        raise OSError(f"{path}: could not be written ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_state(path):
-    try:
-        with safe_open(str(path), framework="pt") as f:
-            skeleton = json.loads(f.metadata()["state"])
-            tensors = {int(name): f.get_tensor(name) for name in f.keys()}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no checkpoint to resume from") from None
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of this program ({error})") from None
-
+    """What write_state wrote.  ValueError if the file holds anything else."""
     def fill(node):
         (kind, value), = node.items()
         if kind == "dict":
             return {k: fill(v) for k, v in value}
         return tensors[value] if kind == "tensor" else [fill(v) for v in value] if kind == "list" else value
-    return fill(skeleton)
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            skeleton = json.loads(f.metadata()["state"])
+            tensors = {int(name): f.get_tensor(name) for name in f.keys()}
+        return fill(skeleton)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no checkpoint to resume from") from None
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint of this program ({error})") from None
 
 
 class Run:
@@ -274,6 +302,9 @@ class Run:
             kept = self.restore()
         elif self.checkpoint.exists():
             raise ValueError(f"{self.out} holds an unfinished run: --resume continues it, another --out starts anew")
+        else:      # a new run that fails must not leave the last one's artifact beside its own settings
+            for name in (ARTIFACT.get(stage, "adapter_config.json"), "summary.json"):
+                (self.out / name).unlink(missing_ok=True)
         resa.open_run(self.out, args)
         self.metrics.write_text("".join(kept))
         count = sum(p.numel() for module in modules.values() for p in module.parameters() if p.requires_grad)
@@ -295,18 +326,34 @@ class Run:
         return {k: v for k, v in vars(self.args).items() if k not in changeable | {"given"}}
 
     def restore(self):
+        """Puts the checkpoint in place -> the lines of metrics.jsonl up to its step."""
         state = read_state(self.checkpoint)
-        now, then = self.settings(), state["settings"]
-        changed = [k for k in now if now[k] != then.get(k)]
-        check(not changed, f"{self.out}: cannot resume with other settings ({', '.join(changed)} changed)")
+        try:
+            now, then = self.settings(), state["settings"]
+            changed = [k for k in now if now[k] != then.get(k)]
+            check(not changed, f"{self.out}: cannot resume with other settings ({', '.join(changed)} changed)")
+            self.start, self.seconds = state["step"], state["seconds"]
+            check(0 < self.start < self.args.steps, f"{self.checkpoint}: its step {self.start} is not of this run")
+            self.fill(state)
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{self.checkpoint}: not a state of this run ({error!r})") from None
+        try:
+            lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
+            return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.start]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{self.metrics}: not the log of this run ({error!r})") from None
+
+    def fill(self, state):
+        found, wanted = state["tensors"], self.tensors()
+        wrong = [n for n, t in wanted.items() if n not in found or found[n].shape != t.shape]
+        check(not wrong, f"{self.checkpoint}: missing or mis-shaped {', '.join(wrong)}")      # copy_ would broadcast
         with torch.no_grad():
-            for name, tensor in self.tensors().items():
-                tensor.copy_(state["tensors"][name])
+            for name, tensor in wanted.items():
+                tensor.copy_(found[name])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        self.start, self.seconds = state["step"], state["seconds"]
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.start]
+        if self.args.device.startswith("cuda") and state.get("cuda_rng") is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.args.device)
 
     def steps(self):
         return range(self.start, self.args.steps)
@@ -327,10 +374,15 @@ class Run:
                 f.write(json.dumps(row) + "\n")
             shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "seconds")]
             self.bar.set_postfix_str("  ".join(shown))
+        if done == self.args.steps or done % self.args.save_every == 0:      # a NaN must not reach a file
+            check(all(t.isfinite().all() for t in self.tensors().values()),
+                  f"step {done}: the weights are no longer finite; lower --lr")
         if done % self.args.save_every == 0 and done < self.args.steps:
+            on_gpu = self.args.device.startswith("cuda")      # dropout and noise are drawn there
             write_state(self.checkpoint, {"step": done, "seconds": self.elapsed(), "settings": self.settings(),
                                           "tensors": self.tensors(), "optimizer": self.optimizer.state_dict(),
-                                          "rng": torch.get_rng_state()})
+                                          "rng": torch.get_rng_state(),
+                                          "cuda_rng": torch.cuda.get_rng_state(self.args.device) if on_gpu else None})
 
     def finish(self, **summary):
         """The artifact is written: note what it took, drop the checkpoint."""
@@ -351,15 +403,22 @@ def rate_at(step, args, warmup=0):
     return args.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def descend(loss, parameters, optimizer, rate, clip):
-    """One optimizer step on a scalar loss -> norm of the gradient before clipping."""
-    loss.backward()
+def descend(losses, parameters, optimizer, rate, clip):
+    """One optimizer step on the mean of scalar losses, each differentiated as it comes -> that mean, gradient norm.
+
+    losses  a list of functions, one a micro-batch: its graph is freed before the next one is built
+    """
+    total = 0.0
+    for loss_of in losses:
+        loss = loss_of() / len(losses)
+        loss.backward()
+        total = total + loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return total, norm
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -371,19 +430,23 @@ def run_sae(args):
     # 1. What cannot be meant is refused before anything is loaded.
     check((args.init == "scratch") != bool(args.sae_from), "--sae-from goes with --init finetune and --init pretrained")
     if args.init == "pretrained":
-        refuse_idle(args, "optimizer lr aux_coef dead_after steps epochs resume", "--init pretrained: nothing is trained")
+        refuse_idle(args, "optimizer lr aux_coef dead_after steps epochs shuffle resume",
+                    "--init pretrained: nothing is trained")
     if args.init != "scratch":
         refuse_idle(args, "latents k variant", f"--init {args.init}: the SAE that is loaded decides")
 
     # 2. Source model, data, autoencoder.
     model, tokenizer = load_model(args.source, args.dtype, args.device), load_tokenizer(args.source)
     resa.site_module(model, args.layer, args.site)
-    chunks = load_chunks(args, tokenizer)
     sae = make_sae(args, model.config.hidden_size).to(args.device)
+    chunks = load_chunks(args, tokenizer)
     if args.init == "scratch":      # Resa: the released code overwrites b_dec with a mean even when fine-tuning
-        init_b_dec(sae, tokens(model, batch_at(0, chunks, args), args))
-    sae.meta |= {"site": args.site, "layer": args.layer, "model": resa.relative(args.source),
-                 "data": resa.relative(args.data), "init": args.init}
+        init_b_dec(sae, torch.cat([tokens(model, part, args) for part in micro(batch_at(0, chunks, args), args)]))
+    else:                           # config.json should say what the file decided
+        args.variant, args.latents, args.k = sae.variant, sae.n_latents, sae.k
+    sae.meta |= {"site": args.site, "layer": args.layer, "init": args.init}
+    if args.init != "pretrained":   # that one never saw this model or these data
+        sae.meta |= {"model": resa.relative(args.source), "data": resa.relative(args.data)}
 
     # 3. Steps.  Activations are made as they are needed, stopping the model at the hook.
     if args.init == "pretrained":
@@ -392,7 +455,7 @@ def run_sae(args):
     run = Run("sae", args, {"sae": sae}, optimizer)
     for step in run.steps():
         ids = batch_at(step, chunks, args)                                                       # (B,T)
-        xs = [tokens(model, part, args) for part in ids.split(args.micro_batch or len(ids))]     # each (N,D)
+        xs = [tokens(model, part, args) for part in micro(ids, args)]                            # each (N,D)
         parts = train_step(sae, optimizer, xs)
         run.end_step(step, lambda: {"fvu": parts["fvu"], "l0": parts["l0"], "dead": sae.dead.float().mean()},
                      ids.numel())
@@ -402,6 +465,7 @@ def run_sae(args):
     with getattr(optimizer, "averaged", contextlib.nullcontext)():      # signum saves its running mean
         picked = order(len(chunks), args.seed + 1)[:max(1, 65536 // args.seq_len)]
         measured = sae_metrics(model, sae, chunks[picked].to(args.device), args)
+        check(math.isfinite(measured["train_fvu"]), f"the SAE ends with FVU {measured['train_fvu']}; lower --lr")
         save_sae(sae, args.out)
     return run.finish(tokens=args.steps * args.batch * args.seq_len, **measured)
 
@@ -415,7 +479,7 @@ def tokens(model, ids, args):
 def sae_metrics(model, sae, ids, args):
     """The honest definitions of sae.py on chunks ids (n,T): sums about the mean of the whole set."""
     total = Metrics()
-    for part in ids.split(args.micro_batch or args.batch):
+    for part in micro(ids, args):
         x = tokens(model, part, args)                                                            # (N,D)
         z = sae.encode(x)                                                                        # (N,F)
         total.update(x, sae.decode(z), z)
@@ -426,14 +490,23 @@ def make_sae(args, width):
     if args.init == "scratch":
         return build(args.variant, width, args.latents, k=args.k, aux_coef=args.aux_coef, dead_after=args.dead_after,
                      seed=args.seed)
-    sae = load_sae(*args.sae_from.split("#"))
-    if match := re.search(r"layers\.(\d+)(\.mlp)?$", args.sae_from):      # sparsify puts the site into the name
-        sae.meta = {"layer": int(match[1]), "site": "mlp" if match[2] else "resid"} | sae.meta
+    sae = open_sae(args.sae_from)
     check(sae.d_in == width, f"{args.sae_from}: made for width {sae.d_in}, the model has {width}")
     if args.init == "pretrained":
         refuse_other_site(sae, args)
     else:      # Resa: starts from an SAE of MLP outputs and fine-tunes it on block outputs; a start may be anything
-        sae.unit_rows_()            # files may lack unit rows, which the projection of gradients counts on
+        sae.float().unit_rows_()    # files may lack unit rows, which the projection of gradients counts on
+        for name in sorted({"aux_coef", "dead_after"} & sae.hyper.keys()):      # of training, not of the file
+            setattr(sae, name, getattr(args, name))
+    return sae
+
+
+def open_sae(spec):
+    """DIR_OR_HUB_ID[#HOOKPOINT] -> the SAE; sparsify puts layer and site into the name, not into cfg.json."""
+    directory, _, hookpoint = spec.partition("#")
+    sae = load_sae(directory, hookpoint or None)
+    if match := re.search(r"layers\.(\d+)(\.mlp)?/?$", spec):
+        sae.meta = {"layer": int(match[1]), "site": "mlp" if match[2] else "resid"} | sae.meta
     return sae
 
 
@@ -478,20 +551,21 @@ def make_splice(args, model):
     """What stands in for the activation: the SAE, or one of the two controls with its shape."""
     path = args.sae or f"out/{args.preset}/sae"
     check(args.sae or Path(path).is_dir(), f"{path}: no SAE there yet; run --stage sae first, or name one with --sae")
-    sae = load_sae(path).to(args.device, DTYPES[args.dtype]).requires_grad_(False)
+    sae = open_sae(path).to(args.device, DTYPES[args.dtype]).requires_grad_(False)
     check(sae.d_in == model.config.hidden_size,
           f"{path}: the SAE is {sae.d_in} wide, the model {model.config.hidden_size}")
     refuse_other_site(sae, args)
     if args.splice == "random":
-        return build(sae.variant, sae.d_in, sae.n_latents, k=sae.k,
-                     seed=args.seed).to(args.device, DTYPES[args.dtype]).requires_grad_(False)
+        random = build(sae.variant, sae.d_in, sae.n_latents, k=sae.k, seed=args.seed).requires_grad_(False)
+        random.b_dec.copy_(sae.b_dec)      # so that the dictionary alone is random: the mean stays
+        return random.to(args.device, DTYPES[args.dtype])
     return resa.MatchedNoise(sae) if args.splice == "noise" else sae
 
 
 def run_sft(args):
     """The paper's baseline: cross-entropy on the packed text, every token, and nothing else changed."""
     model = load_model(args.target, args.dtype, args.device)
-    return lora_loop("sft", args, model, lambda ids: -next_token_logprobs(model, model.run(ids), ids).mean(), "ce")
+    return lora_loop("sft", args, model, partial(cross_entropy, model), "ce")
 
 
 def lora_loop(stage, args, model, loss_of, name):
@@ -504,25 +578,30 @@ def lora_loop(stage, args, model, loss_of, name):
     run = Run(stage, args, {"model": model}, optimizer)
     for step in run.steps():
         ids = batch_at(step, chunks, args)                                                       # (B,T)
-        loss = loss_of(ids)
-        norm = descend(loss, learned, optimizer, rate_at(step, args), args.clip)
+        losses = [partial(loss_of, part) for part in micro(ids, args)]
+        loss, norm = descend(losses, learned, optimizer, rate_at(step, args), args.clip)
         run.end_step(step, lambda: {name: loss, "norm": norm, "lr": rate_at(step, args)}, ids.numel())
     resa.save_adapter(model, args.out, resa.relative(args.target))
     return run.finish(tokens=args.steps * args.batch * args.seq_len)
 
 
-def next_token_logprobs(model, h, ids, chunk=4096):
-    """h (B,T,D) after the last block, ids (B,T) -> log p(ids[t+1] | ids[..t]), (B,T-1), fp32.
+def next_token_logprobs(model, h, ids, chunk=4096, temperature=1.0):
+    """h (B,T,D) after the last block, ids (B,T) -> log p(ids[t+1] | ids[..t]), (B,T-1), fp32, p at `temperature`.
 
     Past one chunk the head is recomputed in the backward pass: (N,V) logits are the first thing not to fit.
     """
     def part(h, targets):
-        return model.head(h).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        return (model.head(h).float() / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     flat, targets = h[:, :-1].flatten(0, 1), ids[:, 1:].flatten()                                # (N,D), (N,)
     if len(flat) <= chunk:
         return part(flat, targets).view(len(ids), -1)
     pieces = [checkpoint(part, a, b, use_reentrant=False) for a, b in zip(flat.split(chunk), targets.split(chunk))]
     return torch.cat(pieces).view(len(ids), -1)
+
+
+def cross_entropy(model, ids):
+    """ids (B,T) -> nats per predicted token, a scalar."""
+    return -next_token_logprobs(model, model.run(ids), ids).mean()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -533,12 +612,14 @@ def score(names, samples, gold):
     """Rewards of the G samples (number of tokens, text) of one question -> list of floats.
 
     accuracy (x2)  the graded answer;   format (x1)  exactly one end of thinking, on a line of its own;
-    length (x1)    shorter is better among the right ones, never above 0 for a wrong one (arXiv 2501.12599)
+    length (x1)    shorter is better among the right ones, never above 0 for a wrong one, 0 for all where all
+                   are equally long (arXiv 2501.12599)
     """
     from eval import grade      # sideways on purpose: one grader decides what "right" means, here and in eval.py
     right = [grade(gold, text) for _, text in samples]
     counts = [n for n, _ in samples]
-    short = [0.5 - (n - min(counts)) / max(1, max(counts) - min(counts)) for n in counts]
+    span = max(counts) - min(counts)
+    short = [0.5 - (n - min(counts)) / span if span else 0.0 for n in counts]
     kinds = {"accuracy": [2.0 * r for r in right],
              "format": [float(len(re.findall(r"\n</think>\n", text)) == 1) for _, text in samples],
              "length": [s if r else min(0.0, s) for s, r in zip(short, right)]}
@@ -563,22 +644,22 @@ def rollout(model, tokenizer, rows, step, args):
     return [(p, a) for (p, _), a in zip(requests, answers)], torch.tensor(rewards, device=args.device)      # (Q,G)
 
 
-def policy_loss(model, samples, advantages, beta):
+def policy_loss(model, samples, advantages, beta, temperature=1.0):
     """GRPO's objective for one on-policy update (arXiv 2402.03300 eq. 3): mean over samples of mean over tokens.
 
-    samples [(prompt ids, answer ids)], advantages (S,).  The ratio to the sampling policy is 1 in value, so
-    clipping never acts and is left out.
+    samples [(prompt ids, answer ids)], advantages (S,).  The policy is the model at the temperature that was
+    sampled at, so that the ratio to the sampling policy is 1 in value: clipping never acts and is left out.
     """
     ids, lengths = right_pad([p + a for p, a in samples], device=advantages.device)              # (S,T)
     starts = torch.tensor([len(p) for p, _ in samples], device=ids.device)
     position = torch.arange(1, ids.shape[1], device=ids.device)                                  # of each target
     answer = (position >= starts[:, None]) & (position < lengths[:, None])                       # (S,T-1)
-    logp = next_token_logprobs(model, model.run(ids), ids)
+    logp = next_token_logprobs(model, model.run(ids), ids, temperature=temperature)
     gain = (logp - logp.detach()).exp() * advantages[:, None]
     if beta:
         with torch.no_grad(), resa.adapters_off(model):
-            delta = next_token_logprobs(model, model.run(ids), ids)
-        delta = delta - logp
+            base = next_token_logprobs(model, model.run(ids), ids, temperature=temperature)
+        delta = base - logp
         gain = gain - beta * (delta.exp() - delta - 1)           # k3: unbiased, never negative
     return -((gain * answer).sum(-1) / answer.sum(-1)).mean()
 
@@ -588,9 +669,10 @@ def run_rl(args):
     unknown = set(args.rewards) - {"accuracy", "format", "length"}
     check(not unknown, f"--rewards {' '.join(sorted(unknown))}: there are accuracy, format, length")
     check(args.group > 1, "--group must be at least 2: an advantage is relative to the other samples")
-    refuse_idle(args, "seq_len batch epochs template shuffle", "--stage rl")
+    refuse_idle(args, "seq_len batch micro_batch epochs template shuffle", "--stage rl")
     check(args.steps > 0, "--stage rl needs --steps")
-    rows, tokenizer = read_rows(args.data), load_tokenizer(args.target)
+    rows, tokenizer = resa.read_problems(args.data), load_tokenizer(args.target)
+    check(args.questions <= len(rows), f"--questions {args.questions}: {args.data} has {len(rows)}")
     model = load_model(args.target, args.dtype, args.device)
     torch.manual_seed(args.seed)
     resa.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout).train()
@@ -601,8 +683,8 @@ def run_rl(args):
         picked = order(len(rows), args.seed + step)[:args.questions]
         samples, rewards = rollout(model, tokenizer, [rows[i] for i in picked], step, args)
         advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)       # (Q,G)
-        loss = policy_loss(model, samples, advantages.flatten(), args.beta)
-        norm = descend(loss, learned, optimizer, rate_at(step, args), args.clip)
+        loss = partial(policy_loss, model, samples, advantages.flatten(), args.beta, args.temperature)
+        _, norm = descend([loss], learned, optimizer, rate_at(step, args), args.clip)
         run.end_step(step, lambda: {"reward": rewards.mean(), "norm": norm, "lr": rate_at(step, args),
                                     "length": sum(len(a) for _, a in samples) / len(samples)})
     resa.save_adapter(model, args.out, resa.relative(args.target))
@@ -623,8 +705,8 @@ def run_pretrain(args):
     run = Run("pretrain", args, {"model": model}, optimizer)
     for step in run.steps():
         ids = batch_at(step, chunks, args)                                                       # (B,T)
-        loss = -next_token_logprobs(model, model.run(ids), ids).mean()
-        norm = descend(loss, learned, optimizer, rate_at(step, args, args.warmup), 1.0)
+        losses = [partial(cross_entropy, model, part) for part in micro(ids, args)]
+        loss, norm = descend(losses, learned, optimizer, rate_at(step, args, args.warmup), 1.0)
         run.end_step(step, lambda: {"loss": loss, "norm": norm, "lr": rate_at(step, args, args.warmup)}, ids.numel())
     save_model(model, run.out / "model")
     return run.finish(tokens=args.steps * args.batch * args.seq_len)
@@ -639,14 +721,16 @@ def prepare(stage, argv):
     args = resa.parse_flags(STAGES[stage], argv, f"train.py --stage {stage}", others=STAGES)
     args.out = args.out or f"out/{args.preset}/{FOLDER.get(stage, stage)}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check(not args.device.startswith("cuda") or torch.cuda.is_available(), "--device cuda: no GPU is visible here")
-    for name in ("seq_len", "batch", "log_every", "save_every"):
-        check(getattr(args, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
-    check(args.steps >= 0, "--steps must not be negative")
+    check(re.fullmatch(r"cpu|cuda(:\d+)?", args.device), f"--device {args.device}: it can be cpu, cuda or cuda:N")
+    check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is visible here")
+    check(args.device in ("cpu", "cuda") or int(args.device[5:]) < torch.cuda.device_count(),
+          f"--device {args.device}: there are {torch.cuda.device_count()} GPUs here")
+    check_numbers(args)
     return args
 
 
 def main(argv):
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--stage=") else [word])]
     stage = argv[argv.index("--stage") + 1] if "--stage" in argv[:-1] else None
     if stage not in STAGES:
         if "-h" in argv or "--help" in argv:

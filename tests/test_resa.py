@@ -1333,3 +1333,11 @@ def test_in_bf16_a_layer_is_within_a_rounding_of_pefts(base, tmp_path):
     layer = resa.load_adapter(toy(dtype=torch.bfloat16), str(tmp_path)).model.layers[0].self_attn.q_proj
     x = numbers((500, D), 0).bfloat16()
     assert ((layer(x).float() - peft(x).float()).abs() <= 2**-7 * peft(x).float().abs() + 2**-8).all()
+
+
+@pytest.mark.parametrize("flags", [["--questions", "-5"], ["--questions", "1001"], ["--samples", "0"], ["--workers", "0"],
+                                   ["--sae-steps", "0"], ["--lr", "nan"], ["--seed", "-1"], ["--batch", "0"]])
+def test_the_experiment_refuses_numbers_that_it_could_not_print_truly(flags, tmp_path):
+    with pytest.raises(ValueError, match=flags[0]):
+        resa.main([*flags, "--out", str(tmp_path / "o")])
+    assert not (tmp_path / "o").exists()

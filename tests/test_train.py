@@ -1,5 +1,6 @@
 """train.py: data, run directories, resume to the bit, the losses of each stage, and what it refuses."""
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import model
 import resa
@@ -115,6 +117,16 @@ def test_policy_gradient_is_the_advantage_weighted_likelihood_of_answer_tokens_o
     assert got.abs().max() > 1e-4
 
 
+def test_the_policy_is_the_model_at_the_temperature_it_was_sampled_at():
+    lm, samples, advantage = model.load_model(RANDOM).requires_grad_(True), [([5, 6, 7], [8, 9])], torch.ones(1)
+    train.policy_loss(lm, samples, advantage, 0, temperature=0.5).backward()
+    got = lm.model.embed_tokens.weight.grad.clone()
+    lm.zero_grad()
+    logp = (lm(torch.tensor([[5, 6, 7, 8, 9]]))[0] / 0.5).log_softmax(-1)
+    (-(logp[2, 8] + logp[3, 9]) / 2).backward()
+    assert torch.allclose(got, lm.model.embed_tokens.weight.grad, atol=1e-6)
+
+
 def test_policy_loss_holds_on_to_the_base_with_beta():
     lm = resa.add_lora(model.load_model(RANDOM), 4, 8, 0.0)
     samples, zero = [([5, 6, 7], [8, 9])], torch.zeros(1)
@@ -128,6 +140,7 @@ def test_rewards():
     good, wrong, direct = (30, "1+1=2\n</think>\n2"), (40, "1+1=3\n</think>\n3"), (5, "</think>\n2")
     assert train.score(["accuracy", "format"], [good, wrong, direct], "2") == [3.0, 1.0, 2.0]
     assert train.score(["length"], [good, wrong, direct], "2") == [0.5 - 25 / 35, -0.5, 0.5]
+    assert train.score(["length"], [(5, "2"), (5, "3")], "2") == [0.0, 0.0]      # equally long: nothing to prefer
 
 
 def test_rate_schedules():
@@ -180,6 +193,45 @@ def test_sft_lowers_its_loss_and_rl_runs(run, data, tmp_path):
 
 # ---- resume ----------------------------------------------------------------------------------------------
 
+def test_a_start_is_trained_in_fp32_by_the_flags_given_and_a_pretrained_one_keeps_its_origin(run, trained, tmp_path):
+    half = sae.load_sae(trained).bfloat16()
+    half.meta["data"] = "elsewhere"
+    sae.save_sae(half, tmp_path / "layers.1")
+    tuned = run("sae", tmp_path / "f", "--source", RANDOM, "--init", "finetune", "--sae-from", tmp_path / "layers.1",
+                "--steps", 1, "--aux-coef", 0.5, "--dead-after", 7)
+    back = sae.load_sae(tuned)
+    assert (back.W_enc.dtype, back.aux_coef, back.dead_after) == (torch.float32, 0.5, 7)
+    assert json.loads((tuned / "config.json").read_text())["settings"]["latents"] == 64
+    kept = run("sae", tmp_path / "p", "--source", RANDOM + "@3", "--init", "pretrained",
+               "--sae-from", f"{tmp_path}#layers.1")
+    assert sae.load_sae(kept).meta["data"] == "elsewhere" and not sae.load_sae(kept).meta["model"].endswith("@3")
+
+
+def test_a_folder_named_as_sparsify_does_says_where_its_sae_belongs(run, trained, tmp_path):
+    bare = sae.load_sae(trained)
+    bare.meta = {}
+    sae.save_sae(bare, tmp_path / "layers.2")
+    for spec in (tmp_path / "layers.2", f"{tmp_path}#layers.2"):
+        with pytest.raises(ValueError, match="trained at layer 2, not at 1"):
+            run("tune", tmp_path / "o", "--target", RANDOM, "--sae", spec, "--steps", 1)
+
+
+def test_a_micro_batch_bounds_every_pass_the_first_included(run, tmp_path, monkeypatch):
+    rows, activations = [], resa.activations
+    monkeypatch.setattr(resa, "activations", lambda model, ids, *where: rows.append(len(ids)) or activations(model, ids, *where))
+    run("sae", tmp_path / "s", "--source", RANDOM, "--steps", 1, "--latents", 64, "--k", 4, "--micro-batch", 1)
+    assert set(rows) == {1}
+
+
+def test_a_new_run_that_fails_leaves_no_old_artifact_to_be_taken_for_its_own(run, tmp_path):
+    out = run("sft", tmp_path / "s", "--target", RANDOM, "--steps", 1)
+    with pytest.raises(ValueError, match="not a finite number"):
+        run("sft", out, "--target", RANDOM, "--steps", 4, "--lr", 1e30)
+    with pytest.raises(OSError):
+        model.read_adapter(str(out))
+    assert not (out / "summary.json").exists()
+
+
 @pytest.mark.parametrize("stage, flags, artifact", [
     ("sae", ["--source", RANDOM, "--latents", "64", "--k", "4", "--optimizer", "signum"], "sae.safetensors"),
     ("tune", ["--target", RANDOM], "adapter_model.safetensors")])
@@ -218,6 +270,63 @@ def test_resume_refuses_other_settings_and_an_unfinished_run_is_not_overwritten(
         run("sae", tmp_path / "none", *flags, "--resume")
 
 
+def without(name):
+    return lambda state: state["tensors"].pop(next(iter(state["tensors"]))) if name == "tensor" else state.pop(name)
+
+
+DAMAGED = {"no tensor": without("tensor"), "no settings": without("settings"), "no optimizer": without("optimizer"),
+           "a scalar": lambda s: s["tensors"].update({next(iter(s["tensors"])): torch.ones(1)}),      # would broadcast
+           "a list": lambda s: s.update(settings=[1]), "random state": lambda s: s.update(rng=torch.zeros(3)),
+           "negative step": lambda s: s.update(step=-1), "step beyond": lambda s: s.update(step=99)}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_checkpoint_is_refused_by_name_and_nothing_is_written(run, damage, data, tmp_path, monkeypatch):
+    flags = ["--target", RANDOM, "--steps", 3, "--save-every", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(resa, "save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))      # stopped at the end
+        with pytest.raises(KeyboardInterrupt):
+            run("sft", tmp_path / "o", *flags)
+    path = tmp_path / "o" / "checkpoint.safetensors"
+    state = train.read_state(path)
+    DAMAGED[damage](state)
+    train.write_state(path, state)
+    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+    with pytest.raises(ValueError, match="checkpoint.safetensors: "):
+        run("sft", tmp_path / "o", *flags, "--resume")
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("skeleton", ['{"a": 1, "b": 2}', '{"tensor": 7}', "5", '{"list": [' * 5000])
+def test_a_header_that_is_no_state_is_refused(skeleton, tmp_path):
+    save_file({"0": torch.ones(1)}, tmp_path / "c", {"state": skeleton})
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        train.read_state(tmp_path / "c")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_temporary(run, tmp_path, capsys):
+    """A limit on the size of files is a disk that is full, as far as a writer can tell."""
+    out, limits = tmp_path / "o", resource.getrlimit(resource.RLIMIT_FSIZE)
+    for more, message in ((["--save-every", 1], "checkpoint.safetensors: could not be written"), ([], "File too large")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            with pytest.raises(SystemExit):
+                resa.front_door(lambda argv: run("sft", out, "--target", RANDOM, "--steps", 2, *more))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert sorted(p.name for p in out.iterdir()) == ["config.json", "metrics.jsonl"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
+    with pytest.raises(ValueError, match="lower --lr"):      # only what comes after the last step is bad
+        run("sae", tmp_path / "o", "--source", RANDOM, "--latents", 64, "--k", 4, "--steps", 1, "--lr", 1e36)
+    assert not (tmp_path / "o" / "cfg.json").exists()
+    with pytest.raises(ValueError, match="lower --lr"):      # bad between two logged steps
+        run("sft", tmp_path / "s", "--target", RANDOM, "--steps", 9, "--save-every", 4, "--log-every", 9, "--lr", 1e30)
+    assert not (tmp_path / "s" / "checkpoint.safetensors").exists()
+
+
 def test_state_files_keep_values_types_and_keys(tmp_path):
     state = {"a": {0: torch.arange(3), "x": [1, 2.5, None, True]}, "b": torch.tensor(1.5, dtype=torch.bfloat16)}
     train.write_state(tmp_path / "s", state)
@@ -252,6 +361,25 @@ REFUSED = [
     (["--stage", "rl", "--target", RANDOM, "--steps", "1", "--rewards", "beauty"], "there are accuracy, format, length"),
     (["--stage", "sae", "--batch", "0"], "--batch must be at least 1"),
     (["--stage", "sae", "--lr", "fast"], "invalid float value"),
+    (["--stage=tune", "--latents", "3"], "--latents belongs to --stage sae"),
+    (["--stage", "sae", "--micro-batch", "-1"], "--micro-batch must be at least 0"),
+    (["--stage", "sae", "--batch", "3", "--micro-batch", "2"], "does not divide"),
+    (["--stage", "sae", "--epochs", "-3"], "--epochs must be at least 1"),
+    (["--stage", "sae", "--epochs", "2", "--steps", "2"], "--epochs has no effect with --steps"),
+    (["--stage", "sae", "--seq-len", "1"], "--seq-len must be at least 2"),
+    (["--stage", "sae", "--device", "banana"], "--device banana: it can be"),
+    (["--stage", "sae", "--source", RANDOM, "--init", "finetune", "--sae-from", "x#y#z"], "x"),
+    (["--stage", "tune", "--clip", "-1"], "--clip must be at least 0"),      # would climb the loss
+    (["--stage", "tune", "--clip", "nan"], "--clip must be at least 0, and finite"),
+    (["--stage", "tune", "--lr", "0"], "nothing is learned"),
+    (["--stage", "tune", "--lora-alpha", "0"], "--lora-alpha must be at least 1"),
+    (["--stage", "tune", "--lora-dropout", "1.5"], "--lora-dropout must be below 1"),
+    (["--stage", "tune", "--seed", str(2**70)], "--seed must be below"),
+    (["--stage", "rl", "--temperature", "0", "--steps", "1"], "--temperature must be above 0"),
+    (["--stage", "rl", "--questions", "-1", "--steps", "1"], "--questions must be at least 1"),
+    (["--stage", "rl", "--questions", "9999", "--steps", "1", "--target", RANDOM], "has 4000"),
+    (["--stage", "rl", "--beta", "nan", "--steps", "1"], "--beta must be at least 0"),
+    (["--stage", "pretrain", "--warmup", "-5"], "--warmup must be at least 0"),
     (["--stage", "dance"], "one of sae, tune, sft, rl, pretrain"),
     ([], "train.py needs --stage"),
 ]
@@ -278,6 +406,32 @@ def test_sae_of_another_site_layer_or_width_is_refused(run, trained, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+BAD_DATA = [
+    ("sft", b'{"text": 5}\n', ":1: no \"text\""), ("sft", b'{"problem": "a", "completion": null}\n', ":1: no \"text\""),
+    ("sft", b'{"text": "a"}\n{"text": "\xe9"}\n', "not UTF-8"), ("sft", b'{"problem": "\xe9", "answer": "1"}\n', "not UTF-8"),
+    ("sft", b'{"text": "a"}\n{"text": ' + b"[" * 99999, ":2: not JSON"), ("sft", b"", "no problems"),
+    ("rl", b'{"problem": "1+1?", "completion": "2"}\n', ':1: no "answer"'), ("rl", b'{"text": "1+1=2"}\n', ':1: no "problem"')]
+
+
+@pytest.mark.parametrize("stage, content, message", BAD_DATA)
+def test_rows_of_the_wrong_kind_are_named(stage, content, message, tmp_path):
+    path, out = tmp_path / "d.jsonl", tmp_path / "out"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        train.main(["--stage", stage, "--target", RANDOM, "--data", str(path), "--steps", "1", "--out", str(out)])
+    assert str(caught.value).startswith(str(path)) and message in str(caught.value) and not out.exists()
+
+
+def test_rows_of_text_may_hold_blank_lines_and_a_field_that_says_text_is_not_one(tmp_path, run):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n\n{"problem": "b", "completion": "c"}\n\n')
+    assert len(train.read_rows(path)) == 2
+    with pytest.raises(ValueError, match="--template has no effect"):
+        train.main(["--stage", "sft", "--target", RANDOM, "--data", str(path), "--template", "resa", "--out", str(tmp_path)])
+    path.write_text('{"problem": "1+1?", "answer": "2", "source": "text"}\n')
+    assert train.read_rows(path)[0]["answer"] == "2"
+
+
 def test_malformed_line_is_named_and_exit_code_is_2(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "x"}\n')
@@ -290,3 +444,11 @@ def test_a_run_that_diverges_stops_and_says_so(run, tmp_path, trained):
     with pytest.raises(ValueError, match="not a finite number"):
         run("sft", tmp_path / "o", "--target", RANDOM, "--steps", 20, "--lr", 1e30)
     assert not (tmp_path / "o" / "adapter_model.safetensors").exists()
+
+
+def test_micro_batches_learn_what_the_whole_batch_learns(run, tmp_path):
+    flags = ["--target", RANDOM, "--steps", 3, "--lora-dropout", 0, "--lr", 1e-3]
+    whole, parts = run("sft", tmp_path / "a", *flags), run("sft", tmp_path / "b", *flags, "--micro-batch", 1)
+    a, b = (model.load_model(f"{RANDOM}+{d}") for d in (whole, parts))
+    ids = torch.arange(40)[None]
+    assert torch.allclose(a(ids), b(ids), atol=1e-4) and not torch.allclose(a(ids), model.load_model(RANDOM)(ids), atol=1e-3)
