@@ -579,6 +579,14 @@ QUESTIONS = [("SAE-Tuning (as coded)", "random SAE", "does it matter that the SA
              ("SAE-Tuning (as coded)", "SAE of the base", "does the source matter to the SAE"),
              ("source teaches, all learn", "source teaches, no SAE", "does the SAE help a stronger teacher")]
 
+FOOTNOTE = """\
+{questions} held-out questions x {samples}, temperature 0.6, top-p 0.95.  One training seed ({seed}): the intervals
+cover questions and samples, not another training.  Adapters are those after the last of {tune_steps} steps; none
+was chosen.  Seconds are of one core, the SAE's included; RL, which made the source, took {rl_seconds:.0f} s when it was run.
+As coded: SAE under no_grad, block output.  As written: gradient through the SAE, MLP output, cosine rate.
+Rate, data and optimizer are this preset's.  The comparisons below are not corrected for their number.
+"""
+
 
 @dataclass
 class Experiment:
@@ -604,7 +612,7 @@ def train_arm(words, args, out, steps):
               "--device", "cpu"]
     flags += ["--lr", str(args.lr)] if stage != "sae" else []
     Path(out, "checkpoint.safetensors").unlink(missing_ok=True)        # of an interrupted experiment
-    return getattr(train, f"run_{stage}")(train.prepare(stage, flags))
+    return train.RUN[stage](train.prepare(stage, flags))
 
 
 def run_arm(name, args):
@@ -692,15 +700,9 @@ def describe(arms, saes, args):
         cost = ["", ""] if spent is None else [f"{spent:.0f}", f"{spent / rl_seconds:.2f}"]
         lines.append([name, f"{s['pass@1']:.3f}", "[{:.3f}, {:.3f}]".format(*s["interval"]), *against, *cost])
     header = ["arm", "Pass@1", "95% CI", "- base", "95% CI", "gap closed", "train s", "x RL"]
-    words = [f"{args.questions} held-out questions x {args.samples}, temperature 0.6, top-p 0.95. One training seed "
-             f"({args.seed}): the intervals cover questions", "and samples, not another training. Adapters are those "
-             f"after the last of {args.tune_steps} steps; none was chosen. Seconds are",
-             f"of one core, the SAE's included; RL, which made the source, took {rl_seconds:.0f} s when it was run.",
-             "As coded: SAE under no_grad, block output. As written: gradient through the SAE, MLP output, cosine. Rate, "
-             "data and", "optimizer are this preset's. The comparisons below are not corrected for their number.", ""]
     asked = [(name, "base", "is it better than doing nothing") for name in ARMS if name.startswith("SAE-Tuning")]
-    words += [say(arms[a][0], arms[b][0], a, b, why) for a, b, why in asked + QUESTIONS]
-    return "\n".join([eval.table(lines, header), "", *words])
+    words = [say(arms[a][0], arms[b][0], a, b, why) for a, b, why in asked + QUESTIONS]
+    return "\n".join([eval.table(lines, header), "", FOOTNOTE.format(**vars(args), rl_seconds=rl_seconds), *words])
 
 
 def sae_seconds(name, saes):

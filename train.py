@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import resa
-from model import DTYPES, load_model, load_tokenizer, right_pad, save_model, stream
+from model import DTYPES, load_model, load_tokenizer, right_pad, save_model, staged, stream
 from sae import Metrics, build, init_b_dec, load_sae, make_optimizer, save_sae, train_step
 
 
@@ -122,8 +122,9 @@ class Rl(Lora):
 class Pretrain(Common):
     """Next-token training of all weights: makes the embedded models."""
     model: str = ""                      # spec to start from, e.g. random:data/tiny/init/config.json
-    lr: float = 1e-3                     # peak; cosine to a tenth
+    lr: float = 1e-3                     # peak
     warmup: int = 100                    # steps of linear warm-up
+    schedule: Literal["constant", "cosine"] = "cosine"      # cosine ends at a floor of a tenth of the rate
 
 
 STAGES = {"sae": Sae, "tune": Tune, "sft": Sft, "rl": Rl, "pretrain": Pretrain}
@@ -363,32 +364,38 @@ class Run:
 
     def end_step(self, step, values, tokens=0):
         """Counts the step (of `tokens` tokens); at the chosen intervals logs `values()` and writes a checkpoint."""
-        done, spent = step + 1, time.perf_counter() - self.began
+        done = step + 1
         self.bar.update()
         if done % self.args.log_every == 0 or done == self.args.steps or step == self.start:
-            row = {"step": done} | {k: float(torch.as_tensor(v).detach()) for k, v in values().items()}
-            row |= {"tok/s": (done - self.start) * tokens / spent} if tokens else {}
-            row["seconds"] = round(self.elapsed(), 3)
-            check(all(math.isfinite(v) for v in row.values()), f"step {done}: not a finite number: {row}; lower --lr")
-            with open(self.metrics, "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
-            shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "seconds")]
-            self.bar.set_postfix_str("  ".join(shown))
-        if done == self.args.steps or done % self.args.save_every == 0:      # a NaN must not reach a file
-            check(all(t.isfinite().all() for t in self.tensors().values()),
-                  f"step {done}: the weights are no longer finite; lower --lr")
-        if done % self.args.save_every == 0 and done < self.args.steps:
-            on_gpu = self.args.device.startswith("cuda")      # dropout and noise are drawn there
+            self.log(done, values(), tokens)
+        if done % self.args.save_every == 0 or done == self.args.steps:
+            self.save(done)
+
+    def log(self, done, values, tokens):
+        row = {"step": done} | {k: float(torch.as_tensor(v).detach()) for k, v in values.items()}
+        if tokens:
+            row["tok/s"] = (done - self.start) * tokens / (time.perf_counter() - self.began)
+        row["seconds"] = round(self.elapsed(), 3)
+        check(all(map(math.isfinite, row.values())), f"step {done}: not a finite number: {row}; lower --lr")
+        with open(self.metrics, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        self.bar.set_postfix_str("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k not in ("step", "seconds")))
+
+    def save(self, done):
+        finite = all(t.isfinite().all() for t in self.tensors().values())       # a NaN must not reach a file
+        check(finite, f"step {done}: the weights are no longer finite; lower --lr")
+        if done < self.args.steps:      # dropout and noise are drawn from these two generators
+            cuda = torch.cuda.get_rng_state(self.args.device) if self.args.device.startswith("cuda") else None
             write_state(self.checkpoint, {"step": done, "seconds": self.elapsed(), "settings": self.settings(),
                                           "tensors": self.tensors(), "optimizer": self.optimizer.state_dict(),
-                                          "rng": torch.get_rng_state(),
-                                          "cuda_rng": torch.cuda.get_rng_state(self.args.device) if on_gpu else None})
+                                          "rng": torch.get_rng_state(), "cuda_rng": cuda})
 
     def finish(self, **summary):
         """The artifact is written: note what it took, drop the checkpoint."""
         self.bar.close()
         record = {"steps": self.args.steps, "seconds": round(self.elapsed(), 2)} | summary
-        (self.out / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
+        with staged(self.out) as temporary:
+            (temporary / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
         self.checkpoint.unlink(missing_ok=True)
         return record
 
@@ -397,7 +404,7 @@ def rate_at(step, args, warmup=0):
     """Learning rate of a step: linear warm-up, then constant or a cosine that ends at a tenth of the peak."""
     if step < warmup:
         return args.lr * (step + 1) / warmup
-    if getattr(args, "schedule", "cosine") == "constant":
+    if args.schedule == "constant":
         return args.lr
     progress = (step - warmup) / max(1, args.steps - warmup)
     return args.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
@@ -729,6 +736,9 @@ def prepare(stage, argv):
     return args
 
 
+RUN = {"sae": run_sae, "tune": run_tune, "sft": run_sft, "rl": run_rl, "pretrain": run_pretrain}
+
+
 def main(argv):
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--stage=") else [word])]
     stage = argv[argv.index("--stage") + 1] if "--stage" in argv[:-1] else None
@@ -739,7 +749,7 @@ def main(argv):
         raise ValueError(f"train.py needs --stage, one of {', '.join(STAGES)}{found}")
     at = argv.index("--stage")
     args = prepare(stage, argv[:at] + argv[at + 2:])
-    summary = globals()[f"run_{stage}"](args)
+    summary = RUN[stage](args)
     shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in summary.items()]
     print(f"{args.out}: " + "  ".join(shown))
 

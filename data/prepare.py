@@ -212,7 +212,8 @@ def main(argv):
     elif argv == ["corpora"]:
         corpora(HERE.parent / "out" / "corpora")
     else:
-        sys.exit(__doc__)
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
