@@ -600,7 +600,7 @@ class Experiment:
     batch: int = 16                      # chunks of 256 tokens in a step
     lr: float = 3e-4                     # of every adapter; a usual rate for LoRA, not tuned here
     workers: int = 2                     # arms trained at a time, one core each
-    quick: bool = False                  # 100 questions, 8 steps: shows that it runs, not what it is worth
+    quick: bool = False                  # 100 questions, 4 steps: shows that it runs, not what it is worth
 
 
 def train_arm(words, args, out, steps):
@@ -642,7 +642,7 @@ def experiment(argv):
         idle = sorted(args.given & {"questions", "sae_steps", "tune_steps"})
         if idle:
             raise ValueError(f"resa.py: --{idle[0].replace('_', '-')} has no effect with --quick, which sets it")
-        args.questions, args.sae_steps, args.tune_steps = 100, 8, 8
+        args.questions, args.sae_steps, args.tune_steps = 100, 4, 4
     at_least(args, questions=1, samples=1, sae_steps=1, tune_steps=1, batch=1, workers=1, seed=0)
     if not 0 < args.lr < math.inf:
         raise ValueError(f"--lr must be above 0 and finite; it is {args.lr}")
