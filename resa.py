@@ -660,6 +660,8 @@ def experiment(argv):
     jobs = {name: (run_arm, name, args) for name in ARMS}
     arms = dict(in_workers(jobs, args.workers, "arms"))
     text = describe({name: arms[name] for name in ARMS}, saes, args)
+    if args.quick:
+        text += "\n\nThis was --quick: after 4 steps an SAE is hardly one. It shows that everything runs, nothing else."
     with staged(args.out) as temporary:
         (temporary / "table.txt").write_text(text + "\n")
     print(f"\n{text}\n\n{args.out}: samples, adapters and this table; {time.perf_counter() - began:.0f} s in all")
