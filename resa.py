@@ -558,7 +558,7 @@ def plain_tuning_loss(model, sae, layer, ids, site="resid", grad=False, reductio
 # ----------------------------------------------------------------------------------------------------------
 
 # Each arm is a training command, so that any row of the table can be made again alone:
-#     python train.py --stage <the words below> --out DIR
+#     python train.py --stage <the words below> --steps 60 --batch 16 --lr 3e-4 --out DIR        (no --lr for an SAE)
 SAES = {"sae": "sae", "sae-mlp": "sae --site mlp", "sae-base": "sae --source {base}"}
 ARMS = {
     "base": None,
