@@ -230,12 +230,14 @@ def order(n, seed):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def load_chunks(args, tokenizer):
+def load_chunks(args, tokenizer, model):
     """Packed data, and the number of steps that --steps or --epochs asks for."""
     rows = read_rows(args.data)
     if all("text" in row or "completion" in row for row in rows):
         refuse_idle(args, "template", f"{args.data}: its rows are whole texts or prompts with a completion")
     chunks = pack(rows, tokenizer, args.template, args.seq_len)
+    check(int(chunks.max()) < model.config.vocab_size, f"the tokenizer makes id {int(chunks.max())}, the model knows "
+          f"{model.config.vocab_size}: they do not belong together")
     if not args.steps:
         args.steps = max(1, args.epochs * len(chunks) // args.batch)
     return chunks
@@ -444,7 +446,7 @@ def run_sae(args):
     model, tokenizer = load_model(args.source, args.dtype, args.device), load_tokenizer(args.source)
     resa.site_module(model, args.layer, args.site)
     sae = make_sae(args, model.config.hidden_size).to(args.device)
-    chunks = load_chunks(args, tokenizer)
+    chunks = load_chunks(args, tokenizer, model)
     if args.init == "scratch":      # Resa: the released code overwrites b_dec with a mean even when fine-tuning
         init_b_dec(sae, torch.cat([tokens(model, part, args) for part in micro(batch_at(0, chunks, args), args)]))
     else:                           # config.json should say what the file decided
@@ -577,7 +579,7 @@ def lora_loop(stage, args, model, loss_of, name):
     """Trains fresh adapters on loss_of(ids (B,T)); the last step is the result, never a chosen one."""
     torch.manual_seed(args.seed)
     resa.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout).train()
-    chunks = load_chunks(args, load_tokenizer(args.target))
+    chunks = load_chunks(args, load_tokenizer(args.target), model)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=0.01)
     run = Run(stage, args, {"model": model}, optimizer)
@@ -703,8 +705,9 @@ def run_rl(args):
 def run_pretrain(args):
     """Next-token cross-entropy on packed text, all weights; writes a model directory.  Returns the summary."""
     check(args.model, "--stage pretrain needs --model, for example random:data/tiny/init/config.json")
+    check(args.dtype == "float32", "--stage pretrain needs --dtype float32: in bfloat16 most updates round to nothing")
     model = load_model(args.model, args.dtype, args.device).requires_grad_(True).train()
-    chunks = load_chunks(args, load_tokenizer(args.model))
+    chunks = load_chunks(args, load_tokenizer(args.model), model)
     learned = list(model.parameters())
     optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     run = Run("pretrain", args, {"model": model}, optimizer)

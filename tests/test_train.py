@@ -379,6 +379,8 @@ REFUSED = [
     (["--stage", "rl", "--questions", "9999", "--steps", "1", "--target", RANDOM], "has 4000"),
     (["--stage", "rl", "--beta", "nan", "--steps", "1"], "--beta must be at least 0"),
     (["--stage", "pretrain", "--warmup", "-5"], "--warmup must be at least 0"),
+    (["--stage", "pretrain"], "--stage pretrain needs --model"),
+    (["--stage", "pretrain", "--model", RANDOM, "--dtype", "bfloat16"], "needs --dtype float32"),
     (["--stage", "dance"], "one of sae, tune, sft, rl, pretrain"),
     ([], "train.py needs --stage"),
 ]
@@ -451,3 +453,12 @@ def test_micro_batches_learn_what_the_whole_batch_learns(run, tmp_path):
     a, b = (model.load_model(f"{RANDOM}+{d}") for d in (whole, parts))
     ids = torch.arange(40)[None]
     assert torch.allclose(a(ids), b(ids), atol=1e-4) and not torch.allclose(a(ids), model.load_model(RANDOM)(ids), atol=1e-3)
+
+
+def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
+    config = json.loads((ROOT / "data/tiny/init/config.json").read_text()) | {"vocab_size": 100}
+    for path in (ROOT / "data/tiny/init").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the model knows 100: they do not belong together"):
+        run("sft", tmp_path / "o", "--target", f"random:{tmp_path}/config.json", "--steps", 1)
