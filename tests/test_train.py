@@ -462,3 +462,24 @@ def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="the model knows 100: they do not belong together"):
         run("sft", tmp_path / "o", "--target", f"random:{tmp_path}/config.json", "--steps", 1)
+
+
+def test_the_published_recipe_runs_on_a_real_tokenizer_in_bf16(shared, data, tmp_path):
+    """Preset resa-still-v3 from SAE to adapter: R1-Distill's tokenizer and vocabulary, a small random body."""
+    source = shared / "tokenizers" / "deepseek-r1-distill-qwen"
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | small))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (tmp_path / name).symlink_to(source / name)
+    spec, common = f"random:{tmp_path}/config.json", ["--preset", "resa-still-v3", "--device", "cpu", "--layer", "1",
+                                                      "--data", str(data), "--seq-len", "64"]
+    train.main(["--stage", "sae", *common, "--source", spec, "--latents", "128", "--batch", "2", "--steps", "3",
+                "--out", str(tmp_path / "sae")])
+    train.main(["--stage", "tune", *common, "--target", spec, "--sae", str(tmp_path / "sae"), "--steps", "2",
+                "--out", str(tmp_path / "adapter")])
+    settings = json.loads((tmp_path / "adapter" / "config.json").read_text())["settings"]
+    assert settings["lr"] == 1e-6 and settings["kl_reduction"] == "sequence" and settings["dtype"] == "bfloat16"
+    adapter = model.read_adapter(str(tmp_path / "adapter"))
+    assert adapter["r"] == 32 and adapter["scale"] == 4 and len(adapter["pairs"]) == 3 * 7
+    assert adapter["pairs"]["model.layers.2.mlp.up_proj"][1].abs().max() > 0      # fp32: at this rate bf16 stands still
+    assert adapter["pairs"]["model.layers.1.mlp.up_proj"][1].abs().max() == 0
