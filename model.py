@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import InitVar, asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # Fields that do not change what the forward pass computes.  Sliding-window sizes matter only with
 # use_sliding_window, which is refused below; published Qwen2 configs carry the sizes all the same.
-HARMLESS = """architectures transformers_version torch_dtype dtype use_cache initializer_range pad_token_id
+HARMLESS = """architectures transformers_version torch_dtype dtype use_cache initializer_range
     _name_or_path _attn_implementation_autoset return_dict sliding_window max_window_layers
     max_position_embeddings model_type hidden_act rope_theta rope_scaling rope_parameters layer_types""".split()
 
@@ -59,8 +59,8 @@ class Config:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
+    pad_token_id: int | None = None
     dtype: str = "float32"
-    extra: dict = field(default_factory=dict, repr=False)      # harmless fields, kept for saving
     where: InitVar[str] = "config.json"                        # what errors should name
 
     def __post_init__(self, where):
@@ -76,7 +76,7 @@ class Config:
     def from_dict(cls, raw, where="config.json"):
         """The Config of a parsed config.json.  ValueError names the field that is missing or not understood."""
         refuse_unsupported(raw, where)
-        ours = set(cls.__dataclass_fields__) - {"extra", "where"}
+        ours = set(cls.__dataclass_fields__) - {"where"}
         known = {k: v for k, v in raw.items() if k in ours and v is not None}
         theta = (raw.get("rope_parameters") or {}).get("rope_theta") or raw.get("rope_theta")
         known["rope_theta"] = 1e4 if theta is None else theta
@@ -93,7 +93,7 @@ class Config:
                              f"it is {raw['tie_word_embeddings']!r}")
         if not isinstance(known["dtype"], str) or known["dtype"] not in DTYPES:
             raise ValueError(f"{where}: torch_dtype {known['dtype']!r} is not one of {', '.join(DTYPES)}")
-        return cls(**known, where=where, extra={k: v for k, v in raw.items() if k in HARMLESS and k not in known})
+        return cls(**known, where=where)
 
     @classmethod
     def from_pretrained(cls, spec):
@@ -103,10 +103,10 @@ class Config:
 
     def to_dict(self):
         """The config.json that `transformers` reads."""
-        own = {k: v for k, v in asdict(self).items() if k != "extra" and v is not None}
+        own = {k: v for k, v in asdict(self).items() if v is not None}
         own["torch_dtype"] = own.pop("dtype")          # the name that old and new releases both read
         return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-                "use_sliding_window": False} | {k: v for k, v in self.extra.items() if k == "pad_token_id"} | own
+                "use_sliding_window": False} | own
 
 
 def refuse_unsupported(raw, where):
@@ -706,8 +706,8 @@ def right_pad(rows, fill=0, device=None):
 def prefill(model, prompts, cache, slots):
     """Fills cache rows `slots` with the prompts (equal ones run once) -> last logits (len(slots),V)."""
     device = model.lm_head.weight.device
-    unique = list(dict.fromkeys(map(tuple, prompts)))
-    which = torch.tensor([unique.index(tuple(p)) for p in prompts], device=device)
+    unique = {}                                                                      # prompt -> its row
+    which = torch.tensor([unique.setdefault(tuple(p), len(unique)) for p in prompts], device=device)
     ids, lengths = right_pad([list(p) for p in unique], device=device)
     fresh = Cache(model, len(unique))
     fresh.seek(torch.arange(ids.shape[1], device=device).expand(len(unique), -1))

@@ -198,7 +198,7 @@ def front_door(main):
         sys.exit(130)
 
 
-def open_run(directory, args, name="config.json"):
+def open_run(directory, args):
     """Creates a run directory and writes what would be needed to run it again."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
@@ -210,8 +210,7 @@ def open_run(directory, args, name="config.json"):
               "machine": {"cpu": platform.machine(), "cores": os.cpu_count(),
                           "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}}
     with staged(directory) as temporary:
-        (temporary / name).write_text(json.dumps(record, indent=2) + "\n")
-    return Path(directory)
+        (temporary / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def relative(spec):
@@ -646,8 +645,9 @@ def experiment(argv):
     at_least(args, questions=1, samples=1, sae_steps=1, tune_steps=1, batch=1, workers=1, seed=0)
     if not 0 < args.lr < math.inf:
         raise ValueError(f"--lr must be above 0 and finite; it is {args.lr}")
-    if args.questions > len(read_problems(TINY / "test.jsonl")):      # the table prints this number
-        raise ValueError(f"--questions {args.questions}: there are {len(read_problems(TINY / 'test.jsonl'))}")
+    count = len(read_problems(TINY / "test.jsonl"))
+    if args.questions > count:                                 # the table prints this number
+        raise ValueError(f"--questions {args.questions}: there are {count}")
     began = time.perf_counter()
     open_run(args.out, args)
     print("Stage I: an SAE on the source, one on its MLP, one on the base")

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import resa
-from model import DTYPES, load_model, load_tokenizer, right_pad, save_model, staged, stream
+from model import DTYPES, collect, load_model, load_tokenizer, right_pad, save_model, staged
 from sae import Metrics, build, init_b_dec, load_sae, make_optimizer, save_sae, train_step
 
 
@@ -575,13 +575,18 @@ def run_sft(args):
     return lora_loop("sft", args, model, partial(cross_entropy, model), "ce")
 
 
-def lora_loop(stage, args, model, loss_of, name):
-    """Trains fresh adapters on loss_of(ids (B,T)); the last step is the result, never a chosen one."""
+def fresh_adapters(args, model):
+    """Puts seeded adapters on the model, in training mode -> (their parameters, AdamW over them)."""
     torch.manual_seed(args.seed)
     resa.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout).train()
-    chunks = load_chunks(args, load_tokenizer(args.target), model)
     learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=0.01)
+    return learned, torch.optim.AdamW(learned, lr=args.lr, weight_decay=0.01)
+
+
+def lora_loop(stage, args, model, loss_of, name):
+    """Trains fresh adapters on loss_of(ids (B,T)); the last step is the result, never a chosen one."""
+    chunks = load_chunks(args, load_tokenizer(args.target), model)
+    learned, optimizer = fresh_adapters(args, model)
     run = Run(stage, args, {"model": model}, optimizer)
     for step in run.steps():
         ids = batch_at(step, chunks, args)                                                       # (B,T)
@@ -638,12 +643,10 @@ def rollout(model, tokenizer, rows, step, args):
     prompts = [tokenizer.chat([{"role": "user", "content": row["problem"]}]) for row in rows]
     requests = [(tokenizer.encode(p), (args.seed, step, i, j))
                 for i, p in enumerate(prompts) for j in range(args.group)]
-    answers = [None] * len(requests)
-    with torch.no_grad(), resa.adapters_folded(model):
-        for i, ids, why in stream(model, requests, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                                  top_p=1.0, stop_ids=tokenizer.eos_ids, slots=len(requests)):
-            answers[i] = ids
-    rewards = []
+    with resa.adapters_folded(model):
+        done = collect(model, requests, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=1.0,
+                       stop_ids=tokenizer.eos_ids, slots=len(requests))
+    answers, rewards = [ids for ids, _ in done], []
     for q, row in enumerate(rows):
         group = answers[q * args.group:(q + 1) * args.group]
         texts = [resa.think_prefix(prompts[q]) + tokenizer.decode(ids) for ids in group]
@@ -681,10 +684,7 @@ def run_rl(args):
     rows, tokenizer = resa.read_problems(args.data), load_tokenizer(args.target)
     check(args.questions <= len(rows), f"--questions {args.questions}: {args.data} has {len(rows)}")
     model = load_model(args.target, args.dtype, args.device)
-    torch.manual_seed(args.seed)
-    resa.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout).train()
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=0.01)
+    learned, optimizer = fresh_adapters(args, model)
     run = Run("rl", args, {"model": model}, optimizer)
     for step in run.steps():
         picked = order(len(rows), args.seed + step)[:args.questions]
