@@ -1,15 +1,16 @@
-"""Qwen2, dense, as Hugging Face defines it: config, blocks, checkpoints, tokenizer, sampling.
+"""Qwen2 and Qwen2-MoE as Hugging Face defines them: config, blocks, checkpoints, tokenizer, sampling.
 
     model, tok = load_model("data/tiny/distill"), load_tokenizer("data/tiny/distill")
     generate(model, [tok.encode(tok.chat([{"role": "user", "content": "..."}]))], max_new_tokens=96)
 
 A model is named by a spec:  PATH_OR_HUB_ID[@REVISION][#SUBFOLDER][+ADAPTER ...]  or  random:CONFIG.json[@SEED]
 Architecture: Qwen2 (arXiv 2407.10671) = pre-norm decoder, grouped-query attention with biases on q, k, v,
-rotary positions (arXiv 2104.09864), SwiGLU, RMSNorm.  Parameter names are those of the checkpoints, so
-that loading is an identity map.  R1-Distill-Qwen models (arXiv 2501.12948) are this architecture.
+rotary positions (arXiv 2104.09864), SwiGLU, RMSNorm; in Qwen2-MoE a block has many small MLPs, of which each
+token uses a few.  Parameter names are those of the checkpoints, so that loading is an identity map (but for the
+experts, which are stacked).  R1-Distill-Qwen models (arXiv 2501.12948) are this architecture.
 
 Letters in shape comments: B batch rows, T tokens, D width, H query heads, G key/value heads, C head width,
-V vocabulary, S slots of the sampler, L cached length.
+V vocabulary, S slots of the sampler, L cached length, N = B*T tokens, E experts, K experts a token, M their width.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import InitVar, asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Fields that do not change what the forward pass computes.  Sliding-window sizes matter only with
 # use_sliding_window, which is refused below; published Qwen2 configs carry the sizes all the same.
 HARMLESS = """architectures transformers_version torch_dtype dtype use_cache initializer_range
-    _name_or_path _attn_implementation_autoset return_dict sliding_window max_window_layers
-    max_position_embeddings model_type hidden_act rope_theta rope_scaling rope_parameters layer_types""".split()
+    _name_or_path _attn_implementation_autoset return_dict sliding_window max_window_layers qkv_bias
+    max_position_embeddings model_type hidden_act rope_theta rope_scaling rope_parameters layer_types
+    output_router_logits router_aux_loss_coef""".split()
+# Fields that only Qwen2-MoE has; the first four are sizes that it cannot be without.
+MOE_FIELDS = """num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
+    decoder_sparse_step norm_topk_prob mlp_only_layers""".split()
 
 
 @dataclass
 class Config:
-    """A dense Qwen2 architecture; names and defaults are those of Hugging Face's Qwen2Config."""
+    """A Qwen2 or Qwen2-MoE architecture; names and defaults are those of Hugging Face's configurations."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -61,6 +66,13 @@ class Config:
     eos_token_id: int | list | None = None
     pad_token_id: int | None = None
     dtype: str = "float32"
+    num_experts: int = 0                      # 0: dense Qwen2, and nothing below matters
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0            # width of one expert
+    shared_expert_intermediate_size: int = 0
+    norm_topk_prob: bool = False              # whether the weights of the chosen experts are made to sum to 1
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list = field(default_factory=list)
     where: InitVar[str] = "config.json"                        # what errors should name
 
     def __post_init__(self, where):
@@ -71,6 +83,13 @@ class Config:
                              f"{self.num_key_value_heads} key/value heads")
         if self.head_dim % 2:
             raise ValueError(f"{where}: head_dim {self.head_dim} is odd; rotary positions need pairs")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"{where}: num_experts_per_tok {self.num_experts_per_tok} of {self.num_experts} experts")
+
+    def is_sparse(self, layer):
+        """Whether block `layer`, counted from 0, has experts; both conditions, as Hugging Face computes it."""
+        return (self.num_experts > 0 and layer not in self.mlp_only_layers
+                and (layer + 1) % self.decoder_sparse_step == 0)
 
     @classmethod
     def from_dict(cls, raw, where="config.json"):
@@ -81,16 +100,20 @@ class Config:
         theta = (raw.get("rope_parameters") or {}).get("rope_theta") or raw.get("rope_theta")
         known["rope_theta"] = 1e4 if theta is None else theta
         known["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in sizes + ("num_key_value_heads", "head_dim"):
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        sizes += MOE_FIELDS[:4] if raw.get("model_type") == "qwen2_moe" else []
+        for name in sizes + ["num_key_value_heads", "head_dim", "decoder_sparse_step"]:
             if (name in sizes or name in known) and (type(known.get(name)) is not int or known[name] < 1):
                 raise ValueError(f"{where}: {name!r} should be a positive integer, it is {raw.get(name)!r}")
         for name in ("rope_theta", "rms_norm_eps"):
             if name in known and (type(known[name]) not in (int, float) or not known[name] > 0):
                 raise ValueError(f"{where}: {name!r} should be a positive number, it is {known[name]!r}")
-        if not isinstance(known.get("tie_word_embeddings", False), bool):
-            raise ValueError(f"{where}: 'tie_word_embeddings' should be true or false, "
-                             f"it is {raw['tie_word_embeddings']!r}")
+        for name in ("tie_word_embeddings", "norm_topk_prob"):
+            if not isinstance(known.get(name, False), bool):
+                raise ValueError(f"{where}: {name!r} should be true or false, it is {raw[name]!r}")
+        only = known.get("mlp_only_layers", [])
+        if not isinstance(only, list) or not all(type(layer) is int for layer in only):
+            raise ValueError(f"{where}: 'mlp_only_layers' should be a list of blocks, it is {only!r}")
         if not isinstance(known["dtype"], str) or known["dtype"] not in DTYPES:
             raise ValueError(f"{where}: torch_dtype {known['dtype']!r} is not one of {', '.join(DTYPES)}")
         return cls(**known, where=where)
@@ -105,32 +128,42 @@ class Config:
         """The config.json that `transformers` reads."""
         own = {k: v for k, v in asdict(self).items() if v is not None}
         own["torch_dtype"] = own.pop("dtype")          # the name that old and new releases both read
-        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+        kind, name = ("qwen2_moe", "Qwen2Moe") if self.num_experts else ("qwen2", "Qwen2")
+        own = {k: v for k, v in own.items() if self.num_experts or k not in MOE_FIELDS}
+        return {"architectures": [f"{name}ForCausalLM"], "model_type": kind, "hidden_act": "silu",
                 "use_sliding_window": False} | own
 
 
 def refuse_unsupported(raw, where):
     """ValueError if config.json asks for anything this file does not compute."""
-    if raw.get("model_type", "qwen2") != "qwen2":
-        raise ValueError(f"{where}: model_type {raw['model_type']!r} is not supported, only 'qwen2'")
+    kind = raw.get("model_type", "qwen2")
+    if kind not in ("qwen2", "qwen2_moe"):
+        raise ValueError(f"{where}: model_type {kind!r} is not supported, only 'qwen2' and 'qwen2_moe'")
+    if not raw.get("qkv_bias", True):
+        raise ValueError(f"{where}: qkv_bias = {raw['qkv_bias']!r} is not supported, q, k and v have one")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(name) or {}, dict):
             raise ValueError(f"{where}: {name} should be an object, it is {raw[name]!r}")
-        kind = (raw.get(name) or {}).get("rope_type", (raw.get(name) or {}).get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{where}: {name} of type {kind!r} is not supported; it would change every position")
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
+        rope = (raw.get(name) or {}).get("rope_type", (raw.get(name) or {}).get("type", "default"))
+        if rope != "default":
+            raise ValueError(f"{where}: {name} of type {rope!r} is not supported; it would change every position")
+    if any(layer != "full_attention" for layer in raw.get("layer_types") or []):
         raise ValueError(f"{where}: layer_types other than 'full_attention' are not supported")
+    known = {*Config.__dataclass_fields__, *HARMLESS} - set(MOE_FIELDS if kind == "qwen2" else ())
     for name, value in raw.items():      # whatever is left may be present as long as it is switched off
-        if name not in Config.__dataclass_fields__ and name not in HARMLESS and value:
+        if name not in known and value:
             raise ValueError(f"{where}: field {name!r} = {value!r} is not understood, so it is not ignored either")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Blocks, leaf to root
 # ----------------------------------------------------------------------------------------------------------
+
+def at_least_fp32(x):
+    return x if x.dtype == torch.float64 else x.float()
+
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
@@ -139,7 +172,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         # Hugging Face squares and averages in fp32 and multiplies by the weight after the cast back.
-        y = x.float() if x.dtype != torch.float64 else x
+        y = at_least_fp32(x)
         return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
@@ -154,7 +187,7 @@ def rope_table(config, positions):
 
 def rotate(x, cos, sin):
     """Rotates the pairs (i, i + C/2) of x (B,H,T,C); in fp32, since bf16 angles lose whole positions."""
-    y = x.float() if x.dtype != torch.float64 else x
+    y = at_least_fp32(x)
     left, right = y.chunk(2, dim=-1)
     return (y * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
@@ -181,9 +214,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, D, M):
         super().__init__()
-        D, M = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(D, M, bias=False)
         self.up_proj = nn.Linear(D, M, bias=False)
         self.down_proj = nn.Linear(M, D, bias=False)
@@ -192,13 +224,69 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Block(nn.Module):
-    """One decoder layer.  Its output is the hook site `resid`, the output of its MLP the hook site `mlp`."""
+class Router(nn.Module):
+    """Which K of the E experts a token uses, and with what weight."""
 
     def __init__(self, config):
         super().__init__()
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x):
+        return self.choose(F.linear(x, self.weight))
+
+    def choose(self, logits):
+        """logits (N,E) -> weights (N,K) in their dtype, experts (N,K) int64, the heaviest first."""
+        weight, expert = at_least_fp32(logits).softmax(-1).topk(self.top_k)         # softmax over all E, then K of it
+        if self.norm_topk_prob:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return weight.to(logits.dtype), expert
+
+
+class Experts(nn.Module):
+    """E MLPs, stacked.  Each runs once, on all the tokens that chose it."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, M, D = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * M, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, M))
+
+    def forward(self, x, weight, expert):
+        N, K = expert.shape
+        order = expert.flatten().argsort(stable=True)                                # (N*K,) pairs, by expert
+        groups = x[order // K].split(expert.flatten().bincount(minlength=len(self.down_proj)).tolist())
+        out = []
+        for rows, gate_up, down in zip(groups, self.gate_up_proj.unbind(), self.down_proj.unbind()):
+            if len(rows):
+                gate, up = F.linear(rows, gate_up).chunk(2, dim=-1)                  # (rows,M) each
+                out.append(F.linear(F.silu(gate) * up, down))
+        y = torch.cat(out)[order.argsort()].view(N, K, -1)                           # (N,K,D) back in place
+        return (y * weight[..., None]).sum(1)
+
+
+class MoE(nn.Module):
+    """Mixture of experts: those the router chose, and one that all tokens share, behind a gate of its own."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate, self.experts = Router(config), Experts(config)
+        self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)                                                      # (N,D)
+        shared = self.shared_expert_gate(rows).sigmoid() * self.shared_expert(rows)
+        return (self.experts(rows, *self.gate(rows)) + shared).view(x.shape)
+
+
+class Block(nn.Module):
+    """One decoder layer.  Its output is the hook site `resid`, the output of its MLP the hook site `mlp`."""
+
+    def __init__(self, config, layer):
+        super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)      # a mixture-of-experts layer would take this place
+        self.mlp = MoE(config) if config.is_sparse(layer) else MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -211,12 +299,12 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
-    """Qwen2ForCausalLM: ids (B,T) int64 -> logits (B,T,V)."""
+    """Qwen2ForCausalLM or Qwen2MoeForCausalLM: ids (B,T) int64 -> logits (B,T,V)."""
 
     def __init__(self, config):
         super().__init__()
@@ -435,16 +523,33 @@ def load_model(spec, dtype=None, device=None):
 
 def load_weights(model, directory, dtype, device=None):
     """Fills a meta-device model from a checkpoint directory: strict, memory-mapped, one tensor at a time."""
-    wanted = dict(model.named_parameters())          # a tied head appears once, as the embedding
+    parameters = list(model.named_parameters())      # a tied head appears once, as the embedding
     with open_tensors(weight_files(directory)) as found:
         found = {n: s for n, s in found.items() if not n.endswith("rotary_emb.inv_freq")}    # old, derivable
         tied = found.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-        check_tensors(found, wanted, directory)
-        for name, slice_ in found.items():
-            set_parameter(model, name, slice_[:].to(device=device, dtype=dtype))
+        stored = lambda name, p: {name: p} if name in found else unstacked(name, p)
+        check_tensors(found, {n: view for name, p in parameters for n, view in stored(name, p).items()}, directory)
+        for name, p in parameters:
+            tensor = torch.empty(p.shape, dtype=dtype, device=device or "cpu")
+            for n, view in stored(name, tensor).items():
+                view.copy_(found[n][:])
+            set_parameter(model, name, tensor)
         embedding = model.model.embed_tokens.weight
         if tied is not None and not torch.equal(tied[:].to(device=device, dtype=dtype), embedding):
             raise ValueError(f"{directory}: tie_word_embeddings is true, yet lm_head.weight is not the embedding")
+
+
+def unstacked(name, p):
+    """A parameter as published checkpoints hold it, {name: view}: three matrices an expert, all others as here.
+
+    transformers writes experts like this and reads them like this or stacked; so do we.
+    """
+    stem, _, leaf = name.rpartition(".")
+    if not stem.endswith(".experts"):
+        return {name: p}
+    leaves = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[leaf]
+    return {f"{stem}.{e}.{n}.weight": view for e, one in enumerate(p)
+            for n, view in zip(leaves, one.chunk(len(leaves)))}
 
 
 def set_parameter(model, name, tensor):
@@ -461,7 +566,7 @@ def save_model(model, directory):
         del state["lm_head.weight"]
     model.config.dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     with staged(directory) as temporary:
-        state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+        state = {n: t.contiguous().cpu() for name, p in state.items() for n, t in unstacked(name, p).items()}
         save_file(state, temporary / "model.safetensors", {"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
