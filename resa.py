@@ -3,6 +3,8 @@
     python resa.py                      the whole experiment on the embedded model, every arm, with intervals
     python resa.py --quick              the same, small (under a minute)
     python resa.py merge --model BASE+ADAPTER --out DIR          an adapter folded into its base
+    python resa.py compare | recover                             every SAE variant beside the others
+    python resa.py convert --sae DIR --out DIR                   an SAE from one file layout to another
 
 The method is Resa (arXiv 2506.09967).  Stage I: a TopK SAE learns the activations of block `layer` of a
 *source* model (sae.py).  Stage II: the frozen SAE replaces that activation inside a *target* model, and
@@ -30,7 +32,7 @@ import sys
 import time
 import types
 import typing
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +42,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from model import check_adapter, load_model, load_tokenizer, read_adapter, read_json, save_model, staged
+from model import (
+    at_least_fp32, check_adapter, load_model, load_tokenizer, read_adapter, read_json, save_model, staged)
+from sae import VARIANTS, build, init_b_dec, load_sae, make_optimizer, metrics, save_sae, train_step
 
 HERE = Path(__file__).resolve().parent
 
@@ -59,7 +63,8 @@ PRESETS = {
     # GPUs took a batch each, here one process takes both.
     "resa-still-v1": dict(source="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B+"
                                  "Tina-Yi/R1-Distill-Qwen-1.5B-STILL#checkpoint-2000",
-                          target="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", data="still.jsonl", template="resa",
+                          target="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", data="still", template="resa",
+                          bench="aime24,aime25,amc23,math500,minerva,gpqa",
                           layer=12, seq_len=2048, shuffle=False, dtype="bfloat16", device="cuda",
                           sae=dict(init="finetune", batch=32, micro_batch=1, optimizer="signum", aux_coef=0.0,
                                    dead_after=10_000_000,
@@ -224,27 +229,32 @@ def think_prefix(prompt):
 
 
 def read_jsonl(path):
-    """Yields (line number, object) of a JSONL file, blank lines left out; ValueError names file and line."""
+    """Yields (line number, object) of a JSONL file, blank lines left out; ValueError names file and line.
+
+    A file that begins with [ is read as one JSON list, whose objects are counted instead of lines.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")      # splitlines() also cuts at U+2028
+        text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"{path}: no such file") from None
-    for number, line in enumerate(lines, start=1):
+    whole = text.lstrip().startswith("[")
+    for number, line in enumerate([text] if whole else text.split("\n"), start=1):      # splitlines() cuts at U+2028
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            found = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a JSON object was expected")
-        yield number, row
+        for number, row in enumerate(found if whole else [found], start=number):
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: a JSON object was expected")
+            yield number, row
 
 
 def read_problems(path):
-    """JSONL with "problem" (or "question"), "answer" and maybe "id" -> list of dicts, those keys all set.
+    """JSONL or JSON with "problem" (or "question"), "answer" and maybe "id" -> list of dicts, those keys all set.
 
     ValueError names the file and line of the first bad row: path:17: no "answer" field.
     """
@@ -429,31 +439,53 @@ def check_hook(model, layer, site, grad):
 
 
 @contextlib.contextmanager
-def splice(model, sae, layer, site="resid", grad=False):
-    """Inside, x_hat = sae(x) stands in for the activation x at the site.
-
-    grad=False is the published code: the SAE runs under no_grad, so the blocks below see no gradient through
-    it.  grad=True is the published text.  `sae` is any module (B,T,D) -> (B,T,D).
-    """
-    def swap(module, inputs, x):
-        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            return sae(x)
-    handle = site_module(model, layer, site).register_forward_hook(swap)
+def hooked(model, layer, site, function):
+    """Inside, function(x), unless it is None, takes the place of the activation x (B,T,D) at the site."""
+    handle = site_module(model, layer, site).register_forward_hook(lambda module, inputs, x: function(x))
     try:
         yield
     finally:
         handle.remove()
 
 
+def is_sink(x, limit):
+    """x (B,T,D) -> (B,T) bool: attention sinks, which are position 0 and every token whose norm exceeds `limit`.
+
+    Their norms reach hundreds of times the median: an SAE would be about them.  limit None: no token is one.
+    """
+    if limit is None:
+        return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    sink = x.float().norm(dim=-1) > limit
+    sink[:, 0] = True
+    return sink
+
+
+def insert(sae, x):
+    """x (B,T,D) -> what the SAE, or a control, puts in its place.  Tokens its training left out stay as they are."""
+    limit = getattr(sae, "meta", {}).get("sink_norm")
+    return sae(x) if limit is None else torch.where(is_sink(x, limit)[..., None], x, sae(x))
+
+
+@contextlib.contextmanager
+def splice(model, sae, layer, site="resid", grad=False):
+    """Inside, x_hat = sae(x) stands in for the activation x at the site.
+
+    grad=False is the published code: the SAE runs under no_grad, so the blocks below see no gradient through
+    it.  grad=True is the published text.  `sae` is any module (B,T,D) -> (B,T,D).
+    """
+    def swap(x):
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            return insert(sae, x)
+    with hooked(model, layer, site, swap):
+        yield
+
+
 @torch.no_grad()
 def activations(model, ids, layer, site="resid"):
     """ids (B,T) -> the activation (B,T,D) at the site; nothing above block `layer` is computed."""
     caught = []
-    handle = site_module(model, layer, site).register_forward_hook(lambda module, inputs, x: caught.append(x))
-    try:
+    with hooked(model, layer, site, caught.append):
         model.run(ids, stop=layer + 1)
-    finally:
-        handle.remove()
     return caught[0]
 
 
@@ -465,12 +497,23 @@ class MatchedNoise(nn.Module):
 
     def __init__(self, sae):
         super().__init__()
-        self.sae = sae
+        self.sae, self.meta = sae, getattr(sae, "meta", {})
 
     def forward(self, x):
         e = (x - self.sae(x)).float()                                                            # (B,T,D)
         noise = torch.randn_like(e)
         return x + (noise * (e.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))).to(x.dtype)
+
+
+class Ablation(nn.Module):
+    """The far end of the scale for `sae`: one vector (D,), zero or the mean, in place of every activation."""
+
+    def __init__(self, value, sae):
+        super().__init__()
+        self.value, self.meta = value, sae.meta
+
+    def forward(self, x):
+        return self.value.to(x.dtype).expand_as(x)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -504,10 +547,6 @@ class ChunkedKL(torch.autograd.Function):
         return (grad * upstream).to(grad.dtype), None, None, None, None
 
 
-def at_least_fp32(x):
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def kl_loss(student, teacher, h_s, h_t, reduction="token", chunk=256):
     """h_s, h_t (B,T,D), outputs of the last blocks of two models -> KL(teacher || student), a scalar in nats.
 
@@ -539,7 +578,7 @@ def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="tok
     check_hook(model, layer, site, grad)
     with torch.no_grad(), adapters_off(model):                 # adapters below the hook never leave zero
         h = model.run(ids, stop=layer + 1)                                                       # (B,T,D)
-        h_t, x_hat = model.run(h, start=layer + 1), sae(h)
+        h_t, x_hat = model.run(h, start=layer + 1), insert(sae, h)
     return kl_loss(model, model, model.run(x_hat, start=layer + 1), h_t, reduction)
 
 
@@ -654,8 +693,8 @@ def experiment(argv):
     jobs = {name: (train_arm, words, args, f"{args.out}/{name}", args.sae_steps) for name, words in SAES.items()}
     saes = dict(in_workers(jobs, args.workers, "autoencoders"))
     for name, s in saes.items():
-        print(f"  {name:10s} FVU {s['train_fvu']:.3f}  L0 {s['train_l0']:.1f}  dead {s['train_dead']:.1%} "
-              f"on training text  {s['tokens']:,} tokens  {s['seconds']:.0f} s")
+        print(f"  {name:10s} FVU {s['fvu']:.3f}  L0 {s['l0']:.1f}  dead {s['dead']:.1%}  loss recovered "
+              f"{s['recovered_mean']:.1%}  on held-out text  {s['tokens']:,} tokens  {s['seconds']:.0f} s")
     print(f"Stage II: {len(ARMS)} arms, each tuned and then asked {args.questions} questions")
     jobs = {name: (run_arm, name, args) for name in ARMS}
     arms = dict(in_workers(jobs, args.workers, "arms"))
@@ -727,6 +766,143 @@ def bracket(pair):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Every SAE variant beside the others: on a model's activations, and where the true dictionary is known
+# ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Compare:
+    """Trains every SAE variant on the same activations of the embedded source with the same budget: one table."""
+    out: str = "out/tiny/compare"        # run directory; every training has a folder in it
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))      # which
+    seeds: int = 3                       # trainings of each, seeds 0, 1, ..
+    steps: int = 100                     # optimizer steps
+    batch: int = 16                      # chunks of 256 tokens in a step
+    latents: int = 1024                  # size of the dictionary
+    k: int = 16                          # active latents a token, for those that take a number
+    workers: int = 2                     # trainings at a time, one core each
+
+
+def compare(argv):
+    args = parse_flags(Compare, argv, "resa.py compare")
+    at_least(args, seeds=1, steps=1, batch=1, latents=1, k=1, workers=1)
+    check_variants(args)
+    open_run(args.out, args)
+    jobs = {}
+    for name in args.variants:
+        words = f"sae --variant {name} --latents {args.latents}"
+        words += f" --k {args.k}" if "k" in VARIANTS[name].defaults else PENALTY.get(name, "")
+        for seed in range(args.seeds):
+            at = types.SimpleNamespace(out=args.out, seed=seed, batch=args.batch)
+            jobs[name, seed] = (train_arm, words, at, f"{args.out}/{name}-{seed}", args.steps)
+    found = collect_seeds(dict(in_workers(jobs, args.workers, "trainings")), args)
+    show = {"FVU": ("fvu", ".4f"), "L0": ("l0", ".1f"), "dead": ("dead", ".1%"), "cosine": ("cosine", ".3f"),
+            "CE": ("ce_sae", ".3f"), "KL": ("kl", ".3f"), "recovered": ("recovered_mean", ".1%"), "s": ("seconds", ".0f")}
+    first = found[args.variants[0]][0]
+    print_variants(args, found, show, COMPARED.format(
+        **vars(args), tokens=args.batch * 256, held=first["n_tokens"], ce=first["ce"]))
+
+
+# Where a penalty stands for k: looked for so that L0 comes near 16 at the defaults, never by any other number.
+PENALTY = {"relu": " --set l1=0.35", "gated": " --set l1=0.6"}
+
+COMPARED = """\
+{steps} steps x {tokens:,} tokens, F {latents}, k {k} where it can be set; {seeds} seeds: means, and least .. most.
+On {held:,} held-out tokens.  CE, KL: nats a token with the SAE spliced in; the model alone has a CE of {ce:.3f}.
+recovered: share of the damage of mean ablation that is undone.  s: of one core.  Where k cannot be set, L0 is what
+the variant's defaults give, so that its row compares with another only at a similar L0."""
+
+
+@dataclass
+class Recover:
+    """Activations made of a known dictionary: does each SAE variant find it?"""
+    out: str = "out/tiny/recover"        # run directory
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))      # which
+    seeds: int = 3                       # dictionaries, and trainings, seeds 0, 1, ..
+    steps: int = 2000                    # optimizer steps
+    batch: int = 512                     # tokens in a step, all new
+    features: int = 128                  # true directions
+    width: int = 42                      # dimensions they live in
+    latents: int = 256                   # size of the dictionary
+    k: int = 12                          # active latents a token, for those that take a number; true mean 11.5
+    lr: float = 2e-3                     # of Adam, linear to 0 over the last fifth
+    workers: int = 2                     # trainings at a time, one core each
+
+
+def recover(argv):
+    args = parse_flags(Recover, argv, "resa.py recover")
+    at_least(args, seeds=1, steps=1, batch=2, features=20, width=2, latents=1, k=1, workers=1)
+    check_variants(args)
+    open_run(args.out, args)
+    jobs = {(name, seed): (recover_one, name, seed, args) for name in args.variants for seed in range(args.seeds)}
+    found = collect_seeds(dict(in_workers(jobs, args.workers, "trainings")), args)
+    show = {"mean max cosine": ("mmcs", ".3f"), "found at .8": ("at_8", ".1%"), "found at .9": ("at_9", ".1%"),
+            "FVU": ("fvu", ".4f"), "L0": ("l0", ".1f"), "s": ("seconds", ".0f")}
+    print_variants(args, found, show, RECOVERED.format(**vars(args)))
+
+
+RECOVERED = """\
+{features} directions in {width} dimensions, 3 or 20 of them active, unit norm (arXiv 2506.14002); {steps} steps x
+{batch} tokens, F {latents}, k {k} where it can be set, Adam at {lr}; {seeds} seeds: means, and least .. most.
+found at .9: share of the true directions to which some atom has a cosine above 0.9."""
+
+
+def synthetic(dictionary, count, rng):
+    """True directions (n,D) -> unit activations (count,D): sums of 3 or of 20 of them, even odds (arXiv 2506.14002)."""
+    n = len(dictionary)
+    active = torch.where(torch.rand(count, 1, generator=rng) < 0.5, 3, 20)                       # (N,1)
+    rank = torch.rand(count, n, generator=rng).argsort(1).argsort(1)                             # a random order
+    return F.normalize((rank < active).float() @ dictionary, dim=1)                              # (N,D)
+
+
+def recover_one(variant, seed, args):
+    """Trains one SAE on synthetic activations -> what it found.  Runs in a worker process."""
+    torch.set_num_threads(1)
+    began, rng = time.perf_counter(), torch.Generator().manual_seed(seed)
+    true = F.normalize(torch.randn(args.features, args.width, generator=rng), dim=1)
+    has = VARIANTS[variant].defaults
+    sae = build(variant, args.width, args.latents, seed=seed, **({"k": args.k} if "k" in has else {}))
+    init_b_dec(sae, synthetic(true, 4096, rng))
+    optimizer = make_optimizer(sae, "adam", args.lr)
+    for step in range(args.steps):
+        x = synthetic(true, args.batch, rng)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, 5 * (1 - step / args.steps))
+        g = None if not sae.needs_gradient else torch.zeros_like(x)      # no model, no loss: TopK
+        train_step(sae, optimizer, [(x, g)], step / args.steps)
+    if not getattr(sae, "per_token", True):
+        sae.calibrate(synthetic(true, args.batch, rng) for _ in range(16))
+    best = (true @ F.normalize(sae.W_dec.detach(), dim=1).T).amax(1)                             # (n,), signed
+    m = metrics(sae, synthetic(true, 8192, rng))
+    return {"mmcs": float(best.mean()), "at_8": float((best > 0.8).float().mean()), "fvu": m["fvu"], "l0": m["l0"],
+            "at_9": float((best > 0.9).float().mean()), "seconds": time.perf_counter() - began}
+
+
+def check_variants(args):
+    for name in args.variants:
+        if name not in VARIANTS:
+            raise ValueError(f"--variants {name}: there are {', '.join(VARIANTS)}")
+
+
+def collect_seeds(results, args):
+    """{(variant, seed): result} -> {variant: [results by seed]}, in the order asked for."""
+    return {name: [results[name, seed] for seed in range(args.seeds)] for name in args.variants}
+
+
+def print_variants(args, found, show, note):
+    """A row for each variant, means over seeds; written to the run directory too."""
+    import eval
+    def cell(runs, key, form):
+        values = [run[key] for run in runs]
+        spread = f" {min(values):{form}} .. {max(values):{form}}" if key in ("fvu", "recovered_mean", "at_9") else ""
+        return f"{sum(values) / len(values):{form}}{spread}"
+    rows = [[name, *(cell(runs, *how) for how in show.values())] for name, runs in found.items()]
+    text = f"{eval.table(rows, ['variant', *show])}\n\n{note}"
+    with staged(args.out) as temporary:
+        (temporary / "table.txt").write_text(text + "\n")
+    print(f"{text}\n\n{args.out}")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Front door
 # ----------------------------------------------------------------------------------------------------------
 
@@ -748,7 +924,26 @@ def merge(argv):
     print(f"{args.out}: {args.model}, merged")
 
 
-COMMANDS = {"merge": merge}
+@dataclass
+class Convert:
+    """Reads an SAE in any layout (sparsify, SAELens, dictionary_learning, OpenAI) and writes it in one of two."""
+    sae: str = ""                        # DIR_OR_HUB_ID[#HOOKPOINT]
+    out: str = ""                        # directory to write
+    layout: Literal["sparsify", "saelens"] = "sparsify"      # what another tool cannot express is refused
+
+
+def convert(argv):
+    args = parse_flags(Convert, argv, "resa.py convert")
+    if not args.sae or not args.out:
+        raise ValueError("resa.py convert needs --sae DIR and --out DIR")
+    if Path(args.out).exists():
+        raise ValueError(f"{args.out} exists already; --out must be a new directory")
+    sae = load_sae(*args.sae.split("#", 1))
+    save_sae(sae, args.out, args.layout)
+    print(f"{args.out}: {sae.variant}, {sae.n_latents:,} latents of width {sae.d_in}, as {args.layout}")
+
+
+COMMANDS = {"merge": merge, "convert": convert, "compare": compare, "recover": recover}
 
 
 def main(argv):

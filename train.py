@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 import resa
 from model import DTYPES, collect, load_model, load_tokenizer, right_pad, save_model, staged
-from sae import Metrics, build, init_b_dec, load_sae, make_optimizer, save_sae, train_step
+from sae import (VARIANTS, Chosen, Metrics, afa, build, default_lr, init_b_dec, load_sae, make_optimizer, save_sae,
+                 train_step)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ from sae import Metrics, build, init_b_dec, load_sae, make_optimizer, save_sae, 
 @dataclass
 class Common:
     preset: str = "tiny"                 # bundle of defaults: tiny, resa-still-v1, resa-still-v3
-    data: str = ""                       # JSONL of problem/answer (or of text, or of problem/completion)
+    data: str = ""                       # JSON(L) of problem/answer, text or problem/completion; or still, limr, ...
     template: Literal["chat", "resa"] = "chat"      # chat: the model's own format; resa: the published plain text
     seq_len: int = 256                   # tokens in a packed chunk; published: 2048
     shuffle: bool = True                 # permute the chunks of each epoch, by seed; published: --no-shuffle
@@ -67,13 +68,18 @@ class Sae(Common):
     site: Literal["resid", "mlp"] = "resid"      # output of the block, or of its MLP
     init: Literal["scratch", "finetune", "pretrained"] = "scratch"      # the three modes of the paper
     sae_from: str = ""                   # SAE to start from, DIR_OR_HUB_ID[#HOOKPOINT], for finetune and pretrained
-    variant: str = "topk"                # kind of autoencoder
+    variant: str = "topk"                # kind of autoencoder; "help" lists them
+    set: list[str] = field(default_factory=list)      # further settings of the variant, name=value
     latents: int = 1024                  # size of the dictionary
     k: int = 16                          # active latents a token
     optimizer: Literal["signum", "adam"] = "adam"      # published: signum (schedule-free sign descent)
     lr: float = 0.0                      # 0: the optimizer's rule, for signum 5e-3/sqrt(F/2^14)
+    warmup: int = 0                      # steps of linear warm-up
+    schedule: Literal["constant", "cosine", "linear"] = "constant"      # linear: to 0 over the last fifth
     aux_coef: float = 0.03125            # weight of AuxK, which revives dead latents; published: 0
     dead_after: int = 100_000            # tokens without firing after which a latent counts as dead
+    centre: Literal["mean", "median"] = "mean"      # b_dec starts at the mean or the geometric median of a batch
+    sink_norm: float | None = None       # leave out position 0 and norms above this x median; 0: nothing; default 10
 
 
 @dataclass
@@ -146,6 +152,7 @@ def check_numbers(args):
     for name in ("lr", "clip", "temperature"):
         zero_is_a_rule = name == "lr" and isinstance(args, Sae)
         check(getattr(args, name, 1) > 0 or zero_is_a_rule, f"--{name} must be above 0: with 0 nothing is learned")
+    check(getattr(args, "sink_norm", None) is None or 0 <= args.sink_norm < math.inf, "--sink-norm must be at least 0")
     check(getattr(args, "lora_dropout", 0) < 1, "--lora-dropout must be below 1")
     check(args.seed < 2**62, "--seed must be below 2^62")
     check(not args.micro_batch or args.batch % args.micro_batch == 0, f"--micro-batch {args.micro_batch} does not "
@@ -181,10 +188,19 @@ def as_text(row, tokenizer, template):
     return prompt + row.get("completion", f"{start}{row.get('answer')}\n</think>\n{row.get('answer')}")
 
 
+def data_file(name):
+    """--data -> the path of a file; a published set is fetched on first use."""
+    from data.prepare import TRAINING, training_set
+    check(name, "no --data given, and this preset has none")
+    if name in TRAINING and not Path(name).exists():
+        return training_set(name)
+    check(Path(name).is_file(), f"{name}: no such file (--data takes a JSONL or JSON of problem/answer, or one of "
+          f"{', '.join(TRAINING)})")
+    return name
+
+
 def read_rows(path):
     """Rows of text or problem/completion if the first row is one of these, else of problem/answer."""
-    check(path, "no --data given, and this preset has none")
-    check(Path(path).is_file(), f"{path}: no such file (--data takes a JSONL of problem/answer)")
     _, first = next(resa.read_jsonl(path), (0, {}))
     if "text" not in first and "completion" not in first:
         return resa.read_problems(path)
@@ -210,13 +226,15 @@ def pack(rows, tokenizer, template, seq_len):
     return torch.tensor(ids[:n * seq_len]).view(n, seq_len)                                      # (n,T)
 
 
+def picked_at(step, n, args):
+    """The numbers of the chunks, of n, in an optimizer step: of the step alone, so that resuming needs no state."""
+    epochs = [divmod(i, n) for i in range(step * args.batch, (step + 1) * args.batch)]
+    return [order(n, args.seed + epoch)[j] if args.shuffle else j for epoch, j in epochs]
+
+
 def batch_at(step, chunks, args):
-    """The chunks (B,T) of an optimizer step: a function of the step alone, so that resuming needs no state."""
-    n, picked = len(chunks), []
-    for i in range(step * args.batch, (step + 1) * args.batch):
-        epoch, j = divmod(i, n)
-        picked.append(order(n, args.seed + epoch)[j] if args.shuffle else j)
-    return chunks[picked].to(args.device)
+    """The chunks (B,T) of an optimizer step."""
+    return chunks[picked_at(step, len(chunks), args)].to(args.device)
 
 
 def micro(ids, args):
@@ -231,16 +249,19 @@ def order(n, seed):
 
 
 def load_chunks(args, tokenizer, model):
-    """Packed data, and the number of steps that --steps or --epochs asks for."""
-    rows = read_rows(args.data)
+    """Data file -> packed chunks (n,T) that this model can read."""
+    rows = read_rows(data_file(args.data))
     if all("text" in row or "completion" in row for row in rows):
         refuse_idle(args, "template", f"{args.data}: its rows are whole texts or prompts with a completion")
     chunks = pack(rows, tokenizer, args.template, args.seq_len)
     check(int(chunks.max()) < model.config.vocab_size, f"the tokenizer makes id {int(chunks.max())}, the model knows "
           f"{model.config.vocab_size}: they do not belong together")
-    if not args.steps:
-        args.steps = max(1, args.epochs * len(chunks) // args.batch)
     return chunks
+
+
+def count_steps(args, chunks):
+    """Fills in --steps where --epochs was to decide."""
+    args.steps = args.steps or max(1, args.epochs * len(chunks) // args.batch)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -401,11 +422,13 @@ class Run:
 
 
 def rate_at(step, args, warmup=0):
-    """Learning rate of a step: linear warm-up, then constant or a cosine that ends at a tenth of the peak."""
+    """Learning rate of a step: linear warm-up, then constant, a cosine to a tenth, or linear to 0 at the end."""
     if step < warmup:
         return args.lr * (step + 1) / warmup
     if args.schedule == "constant":
         return args.lr
+    if args.schedule == "linear":
+        return args.lr * min(1, (args.steps - step) / max(1, args.steps / 5))
     progress = (step - warmup) / max(1, args.steps - warmup)
     return args.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
@@ -437,75 +460,206 @@ def run_sae(args):
     # 1. What cannot be meant is refused before anything is loaded.
     check((args.init == "scratch") != bool(args.sae_from), "--sae-from goes with --init finetune and --init pretrained")
     if args.init == "pretrained":
-        refuse_idle(args, "optimizer lr aux_coef dead_after steps epochs shuffle resume",
+        refuse_idle(args, "optimizer lr warmup schedule aux_coef dead_after centre steps epochs shuffle resume",
                     "--init pretrained: nothing is trained")
     if args.init != "scratch":
-        refuse_idle(args, "latents k variant", f"--init {args.init}: the SAE that is loaded decides")
+        refuse_idle(args, "latents k variant set centre", f"--init {args.init}: the SAE that is loaded decides")
 
     # 2. Source model, data, autoencoder.
     model, tokenizer = load_model(args.source, args.dtype, args.device), load_tokenizer(args.source)
     resa.site_module(model, args.layer, args.site)
+    torch.manual_seed(args.seed)    # for variants that draw noise
     sae = make_sae(args, model.config.hidden_size).to(args.device)
-    chunks = load_chunks(args, tokenizer, model)
+    chunks, held = hold_out(load_chunks(args, tokenizer, model))                                 # (n,T) each
+    count_steps(args, chunks)
+    first = torch.cat([resa.activations(model, part, args.layer, args.site).float()
+                       for part in micro(batch_at(0, chunks, args), args)])                      # (B,T,D)
+    sae.meta |= {"site": args.site, "layer": args.layer, "init": args.init, "sink_norm": sink_norm(first, sae, args)}
     if args.init == "scratch":      # Resa: the released code overwrites b_dec with a mean even when fine-tuning
-        init_b_dec(sae, torch.cat([tokens(model, part, args) for part in micro(batch_at(0, chunks, args), args)]))
+        init_b_dec(sae, first[~resa.is_sink(first, sae.meta["sink_norm"])], args.centre)
     else:                           # config.json should say what the file decided
-        args.variant, args.latents, args.k = sae.variant, sae.n_latents, sae.k
-    sae.meta |= {"site": args.site, "layer": args.layer, "init": args.init}
+        args.variant, args.latents, args.k = sae.variant, sae.n_latents, getattr(sae, "k", 0)
     if args.init != "pretrained":   # that one never saw this model or these data
         sae.meta |= {"model": resa.relative(args.source), "data": resa.relative(args.data)}
 
     # 3. Steps.  Activations are made as they are needed, stopping the model at the hook.
-    if args.init == "pretrained":
-        args.steps = 0
-    optimizer = make_optimizer(sae, args.optimizer, args.lr or None)
+    args.lr = args.lr or default_lr(args.optimizer, sae.n_latents)
+    args.steps = 0 if args.init == "pretrained" else args.steps
+    optimizer = make_optimizer(sae, args.optimizer, args.lr)
     run = Run("sae", args, {"sae": sae}, optimizer)
     for step in run.steps():
-        ids = batch_at(step, chunks, args)                                                       # (B,T)
-        xs = [tokens(model, part, args) for part in micro(ids, args)]                            # each (N,D)
-        parts = train_step(sae, optimizer, xs)
+        picked = torch.tensor(picked_at(step, len(chunks), args))                                # (B,)
+        xs = [harvest(model, sae, chunks, part, args) for part in micro(picked, args)]
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, args, args.warmup)
+        parts = train_step(sae, optimizer, xs, progress=step / args.steps)
         run.end_step(step, lambda: {"fvu": parts["fvu"], "l0": parts["l0"], "dead": sae.dead.float().mean()},
-                     ids.numel())
+                     args.batch * args.seq_len)
 
-    # 4. Measure, save, then forget the checkpoint.  An SAE has no labels to overfit at this size; these are
-    #    training chunks all the same, and the name of the number says so.
+    # 4. Finish, measure on text that was held out, save, then forget the checkpoint.
     with getattr(optimizer, "averaged", contextlib.nullcontext)():      # signum saves its running mean
-        picked = order(len(chunks), args.seed + 1)[:max(1, 65536 // args.seq_len)]
-        measured = sae_metrics(model, sae, chunks[picked].to(args.device), args)
-        check(math.isfinite(measured["train_fvu"]), f"the SAE ends with FVU {measured['train_fvu']}; lower --lr")
+        if args.steps:
+            finish_sae(model, sae, chunks, args)
+        measured = sae_metrics(model, sae, held.to(args.device), args)
+        check(math.isfinite(measured["fvu"]), f"the SAE ends with FVU {measured['fvu']}; lower --lr")
         save_sae(sae, args.out)
     return run.finish(tokens=args.steps * args.batch * args.seq_len, **measured)
 
 
-def tokens(model, ids, args):
-    """ids (B,T) -> activations (N,D) in fp32, in which every statistic of an SAE is taken."""
-    return resa.activations(model, ids, args.layer, args.site).flatten(0, 1).float()
+def hold_out(chunks):
+    """chunks (n,T) -> those to train on, and the last twentieth, at most 65,536 tokens, to measure on."""
+    check(len(chunks) > 1, "the data makes one chunk, and one must be held out to measure on: lower --seq-len")
+    count = max(1, min(len(chunks) // 20, 65536 // chunks.shape[1]))
+    return chunks[:-count], chunks[-count:]
+
+
+def sink_norm(x, sae, args):
+    """The norm from which a token counts as an attention sink, from activations x (B,T,D); None: keep all tokens.
+
+    Resa: the released code trains on sinks and splices them; --sink-norm 0 restores that.  So do the embedded models,
+    which have none.
+    """
+    if args.init == "pretrained" and "sink_norm" in sae.meta:
+        refuse_idle(args, "sink_norm", "--init pretrained: the SAE's file decides")
+        return sae.meta["sink_norm"]
+    embedded = args.source.startswith(str(resa.TINY))
+    times = args.sink_norm if args.sink_norm is not None else 0 if embedded else 10
+    if not times:
+        return None
+    limit = float(times * x[:, 1:].norm(dim=-1).median())
+    out = resa.is_sink(x, limit)
+    check(not out.all(), f"--sink-norm {times:g} leaves no token")
+    print(f"attention sinks, left out of training and splicing: position 0 and norms above {limit:.3g}, {times:g} x "
+          f"the median: {int(out.sum())} of {out.numel()} tokens of the first batch")
+    return limit
+
+
+def harvest(model, sae, chunks, picked, args):
+    """The activations of chunks `picked` (B,) -> x (N,D) in fp32, gradients g (N,D) or None, places at (N,).
+
+    Sinks are left out, of all three.  A place is the number of a token in the data, whatever the order of training.
+    """
+    ids = chunks[picked].to(args.device)                                                         # (B,T)
+    take = gradients if sae.needs_gradient else lambda *site: (resa.activations(*site), None)
+    x, g = take(model, ids, args.layer, args.site)                                               # (B,T,D)
+    at = (picked[:, None] * ids.shape[1] + torch.arange(ids.shape[1])).to(args.device)           # (B,T)
+    keep = ~resa.is_sink(x, sae.meta["sink_norm"])
+    return x[keep].float(), None if g is None else g[keep].float(), at[keep]
+
+
+def gradients(model, ids, layer, site):
+    """ids (B,T) -> the activation x (B,T,D) and the gradient of next-token cross-entropy by it (B,T,D).
+
+    In units of its mean norm: what it is weighed against should not depend on the length of the sequences.
+    """
+    caught = []
+
+    def leaf(x):
+        caught.append(x.detach().requires_grad_())
+        return caught[0]
+    with torch.enable_grad(), resa.hooked(model, layer, site, leaf):
+        g, = torch.autograd.grad(cross_entropy(model, ids), caught)
+    return caught[0].detach(), g / g.norm(dim=-1).mean().clamp_min(1e-30)
+
+
+def finish_sae(model, sae, chunks, args):
+    """What is done once, at the final weights: atoms of free length to norm 1, thresholds measured afresh."""
+    if not sae.unit_rows:
+        sae.fold_rows_()
+    if isinstance(sae, Chosen) and not sae.per_token:
+        picked = torch.tensor(order(len(chunks), args.seed)[:16 * (args.micro_batch or args.batch)])
+        sae.calibrate(harvest(model, sae, chunks, part, args)[0] for part in micro(picked, args))
 
 
 @torch.no_grad()
 def sae_metrics(model, sae, ids, args):
-    """The honest definitions of sae.py on chunks ids (n,T): sums about the mean of the whole set."""
-    total = Metrics()
+    """What the SAE is worth on held-out chunks ids (n,T): to the activations (sae.Metrics) and to the model.
+
+    ce, ce_sae, ce_zero, ce_mean  nats a token: as it is, with the SAE spliced in, with zeros or the mean instead
+    kl                            nats a token, of the first two
+    recovered_zero, _mean         share of the damage of zeros, of the mean, that the SAE undoes; absent without damage
+    left_out                      share of tokens that were sinks
+    """
+    total, limit, first = Metrics(), sae.meta["sink_norm"], None
     for part in micro(ids, args):
-        x = tokens(model, part, args)                                                            # (N,D)
-        z = sae.encode(x)                                                                        # (N,F)
-        total.update(x, sae.decode(z), z)
-    return {f"train_{k}": v for k, v in total.result().items() if not isinstance(v, torch.Tensor)}
+        x = resa.activations(model, part, args.layer, args.site).float()                         # (B,T,D)
+        x = x[~resa.is_sink(x, limit)]                                                           # (N,D)
+        first = x[:4096] if first is None else first
+        total.update(x, *sae.reconstruct(x))
+    found = {k: v for k, v in total.result().items() if not isinstance(v, torch.Tensor)}
+    found |= afa(sae, first) | {"left_out": 1 - total.n_tokens / ids.numel()}
+    mean = (total.sum_x / total.n_tokens).float()
+    inserted = {"sae": sae, "zero": resa.Ablation(torch.zeros_like(mean), sae), "mean": resa.Ablation(mean, sae)}
+    found |= spliced_nats(model, inserted, ids, args)
+    for name in ("zero", "mean"):
+        if (damage := found[f"ce_{name}"] - found["ce"]) > 0:
+            found[f"recovered_{name}"] = 1 - (found["ce_sae"] - found["ce"]) / damage
+    return found
+
+
+def spliced_nats(model, inserted, ids, args):
+    """ids (n,T) -> {"ce", "ce_NAME" with each module of `inserted` at the site, "kl" of "sae"}, in nats a token."""
+    nats = dict.fromkeys(["ce", *(f"ce_{name}" for name in inserted), "kl"], 0.0)
+    for part in micro(ids, args):
+        h, share = model.run(part), len(part) / len(ids)                                         # (B,T,D)
+        nats["ce"] += share * float(-next_token_logprobs(model, h, part).mean())
+        for name, module in inserted.items():
+            with resa.splice(model, module, args.layer, args.site):
+                spliced = model.run(part)
+            nats[f"ce_{name}"] += share * float(-next_token_logprobs(model, spliced, part).mean())
+            if name == "sae":
+                nats["kl"] += share * float(resa.kl_loss(model, model, spliced, h))
+    return nats
+
+
+def describe_sae(m):
+    """The metrics of sae_metrics, a line each for activations and model."""
+    undone = [f"{m[f'recovered_{n}']:.1%} of {n} ablation" for n in ("zero", "mean") if f"recovered_{n}" in m]
+    return (f"  held-out text   {m['n_tokens']:,} tokens; {m['left_out']:.1%} left out as sinks\n"
+            f"  activations     FVU {m['fvu']:.4f}  L0 {m['l0']:.1f}  dead {m['dead']:.1%}  cosine {m['cosine']:.4f}\n"
+            f"  cross-entropy   {m['ce']:.4f} nats, spliced {m['ce_sae']:.4f} (zeros {m['ce_zero']:.4f}, mean "
+            f"{m['ce_mean']:.4f}), KL {m['kl']:.4f}\n"
+            f"  loss recovered  {', '.join(undone) or 'no ablation does damage here'}\n"
+            f"  code length     {m['length_ratio']:.3f} of the input's (1 if atoms were orthogonal)")
 
 
 def make_sae(args, width):
     if args.init == "scratch":
-        return build(args.variant, width, args.latents, k=args.k, aux_coef=args.aux_coef, dead_after=args.dead_after,
-                     seed=args.seed)
+        return build(args.variant, width, args.latents, **settings_of(args))
     sae = open_sae(args.sae_from)
     check(sae.d_in == width, f"{args.sae_from}: made for width {sae.d_in}, the model has {width}")
     if args.init == "pretrained":
         refuse_other_site(sae, args)
     else:      # Resa: starts from an SAE of MLP outputs and fine-tunes it on block outputs; a start may be anything
-        sae.float().unit_rows_()    # files may lack unit rows, which the projection of gradients counts on
+        sae.float().settle_()       # files may lack unit rows, which the projection of gradients counts on
         for name in sorted({"aux_coef", "dead_after"} & sae.hyper.keys()):      # of training, not of the file
             setattr(sae, name, getattr(args, name))
     return sae
+
+
+def settings_of(args):
+    """The settings of the variant, by flags and by --set."""
+    check(args.variant in VARIANTS, f"--variant {args.variant}: there are {', '.join(VARIANTS)}; help describes them")
+    has = VARIANTS[args.variant].defaults
+    refuse_idle(args, " ".join({"k", "aux_coef"} - has.keys()), f"--variant {args.variant}")
+    if args.variant == "itda":
+        refuse_idle(args, "optimizer lr warmup schedule centre dead_after", "--variant itda: nothing is descended")
+    given = {name: getattr(args, name) for name in ("k", "aux_coef", "dead_after", "seed") if name in has}
+    for word in args.set:
+        name, equals, value = word.partition("=")
+        check(equals, f"--set {word}: NAME=VALUE was expected; --variant help lists the settings")
+        try:
+            given[name] = json.loads(value)
+        except ValueError:      # a word
+            given[name] = value
+    return given
+
+
+def list_variants():
+    """--variant help."""
+    for name, cls in VARIANTS.items():
+        settings = "  ".join(f"{k}={v}" for k, v in cls.defaults.items() if k not in ("dead_after", "seed"))
+        print(f"{name:15s} {cls.__doc__.splitlines()[0]}\n{'':15s} {settings}")
 
 
 def open_sae(spec):
@@ -563,8 +717,12 @@ def make_splice(args, model):
           f"{path}: the SAE is {sae.d_in} wide, the model {model.config.hidden_size}")
     refuse_other_site(sae, args)
     if args.splice == "random":
-        random = build(sae.variant, sae.d_in, sae.n_latents, k=sae.k, seed=args.seed).requires_grad_(False)
-        random.b_dec.copy_(sae.b_dec)      # so that the dictionary alone is random: the mean stays
+        check(isinstance(sae, Chosen) and sae.per_token, f"--splice random: random, {sae.variant} has another L0")
+        random = build(sae.variant, sae.d_in, sae.n_latents, **sae.hyper | {"seed": args.seed}).requires_grad_(False)
+        random.b_dec.copy_(sae.b_dec)      # so that the dictionary alone is random: the centre and the scale stay
+        random.meta = sae.meta
+        if sae.normalize == "scale":
+            random.input_scale.copy_(sae.input_scale)
         return random.to(args.device, DTYPES[args.dtype])
     return resa.MatchedNoise(sae) if args.splice == "noise" else sae
 
@@ -586,6 +744,7 @@ def fresh_adapters(args, model):
 def lora_loop(stage, args, model, loss_of, name):
     """Trains fresh adapters on loss_of(ids (B,T)); the last step is the result, never a chosen one."""
     chunks = load_chunks(args, load_tokenizer(args.target), model)
+    count_steps(args, chunks)
     learned, optimizer = fresh_adapters(args, model)
     run = Run(stage, args, {"model": model}, optimizer)
     for step in run.steps():
@@ -681,7 +840,7 @@ def run_rl(args):
     check(args.group > 1, "--group must be at least 2: an advantage is relative to the other samples")
     refuse_idle(args, "seq_len batch micro_batch epochs template shuffle", "--stage rl")
     check(args.steps > 0, "--stage rl needs --steps")
-    rows, tokenizer = resa.read_problems(args.data), load_tokenizer(args.target)
+    rows, tokenizer = resa.read_problems(data_file(args.data)), load_tokenizer(args.target)
     check(args.questions <= len(rows), f"--questions {args.questions}: {args.data} has {len(rows)}")
     model = load_model(args.target, args.dtype, args.device)
     learned, optimizer = fresh_adapters(args, model)
@@ -708,6 +867,7 @@ def run_pretrain(args):
     check(args.dtype == "float32", "--stage pretrain needs --dtype float32: in bfloat16 most updates round to nothing")
     model = load_model(args.model, args.dtype, args.device).requires_grad_(True).train()
     chunks = load_chunks(args, load_tokenizer(args.model), model)
+    count_steps(args, chunks)
     learned = list(model.parameters())
     optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     run = Run("pretrain", args, {"model": model}, optimizer)
@@ -750,7 +910,12 @@ def main(argv):
         raise ValueError(f"train.py needs --stage, one of {', '.join(STAGES)}{found}")
     at = argv.index("--stage")
     args = prepare(stage, argv[:at] + argv[at + 2:])
+    if stage == "sae" and args.variant == "help":
+        return list_variants()
     summary = RUN[stage](args)
+    if stage == "sae":
+        return print("{}: {steps} steps, {tokens:,} tokens, {seconds:.1f} s\n{}".format(
+            args.out, describe_sae(summary), **summary))
     shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in summary.items()]
     print(f"{args.out}: " + "  ".join(shown))
 

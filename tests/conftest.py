@@ -21,3 +21,11 @@ def shared():
     if not path.is_dir():
         pytest.skip("the folder of real models and tokenizers, ../shared/data, is not here")
     return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The first hundred training questions: tokenizing all of them is most of a short run."""
+    path = tmp_path_factory.mktemp("data") / "few.jsonl"
+    path.write_text("".join((ROOT / "data/tiny/train.jsonl").read_text().splitlines(keepends=True)[:100]))
+    return path

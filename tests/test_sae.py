@@ -1,19 +1,17 @@
 """
-Tests of sae.py: codes, gradients, training step, optimiser, metrics, files.
+Tests of sae.py: codes, gradients, training step, optimiser, metrics.  Files: test_sae_files.py.
 
     python -m pytest tests/test_sae.py
 
-The numbers under "golden" were computed once by sparsify 1.3.3; where sparsify and schedulefree are
-installed, the last section compares with them directly.
+Where sparsify and schedulefree are installed, the last test compares training with them.
 """
+import copy
 import json
 import math
-import os
 from contextlib import nullcontext
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import sae as S
 
@@ -34,8 +32,14 @@ def data(n=40, d=D, seed=0, dtype=torch.float32):
     return (torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) * 2 + 1).to(dtype)
 
 
+def tensors(model):
+    """Every tensor by name; what only training reads is not in state_dict()."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
 def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+    a, b = tensors(a), tensors(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---- codes ----------------------------------------------------------------------------------------
@@ -51,8 +55,10 @@ def test_topk_keeps_the_k_largest_positive_values():
 
 def test_ties_and_few_positives():
     pre = torch.tensor([[1.0, 1, 1, 1], [2, -1, -2, -3], [-1, -1, -1, -1]])
-    model = make(n_latents=4, k=2)
-    assert (S.topk(model, pre) != 0).sum(1).tolist() == [2, 1, 0]
+    model = S.build("topk", 4, 4, k=2)
+    model.W_enc.data = torch.eye(4)  # so that the input is pre
+    assert (model.encode(pre) != 0).sum(1).tolist() == [2, 1, 0]
+    assert len(model.codes(model.batch(pre)).value) == 2 * 3  # ties add nothing, and zeros are chosen too
 
 
 def test_k_equal_to_f_is_a_relu_sae():
@@ -68,6 +74,30 @@ def test_codes_depend_on_their_own_row_and_not_on_the_mode():
     assert torch.allclose(model.encode(x[7:8]), z[7:8], atol=1e-6)
     assert torch.equal(model.eval().encode(x), z)
     assert torch.equal(model.loss(x)[1]["fired"], (z != 0).any(0))
+
+
+def test_codes_are_the_dense_matrix_they_stand_for():
+    rng = torch.Generator().manual_seed(0)
+    for n, f, m in ((5, 7, 11), (5, 7, 0), (0, 7, 0), (3, 1, 2)):      # rows without an entry, no entries, no rows
+        place = torch.randperm(n * f, generator=rng)[:m].sort().values
+        z = S.Codes(torch.randn(m, generator=rng, dtype=torch.float64), place, (n, f))
+        z.value[::3] = 0      # chosen, and not active
+        full, matrix = z.dense(), torch.randn(f, 4, generator=rng, dtype=torch.float64)
+        assert full.shape == (n, f) and torch.equal(full.flatten()[place], z.value) and full.count_nonzero() <= m
+        assert torch.allclose(z.times(matrix), full @ matrix) and torch.equal(z.transpose().dense(), full.T)
+        assert torch.equal(z.counts(), (full != 0).sum(0).double())
+
+
+@pytest.mark.parametrize("shape, n", [((2048,), 8), ((2051,), 8), ((2051,), 300), ((40,), 40), ((0,), 0)])
+def test_largest_equals_topk(shape, n):
+    for score in (torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu(), torch.zeros(shape),
+                  torch.arange(math.prod(shape)).float()):      # many ties, nothing but ties, all at the end
+        place = S.largest(score, n)
+        assert len(place.unique()) == n
+        assert torch.equal(score[place].sort().values, score.topk(n).values.sort().values)
+    if 0 < n < 40:
+        score[5] = math.nan      # of weights that diverged; must not be hidden by what is chosen
+        assert score[S.largest(score, n)].isnan().sum() == 1
 
 
 def test_any_leading_shape():
@@ -102,16 +132,31 @@ def test_init():
     assert torch.allclose(a.b_dec, x.mean((0, 1)), atol=1e-6)
 
 
+def test_the_geometric_median_is_not_moved_by_a_few_huge_tokens():
+    x, model = data(200), make()
+    x[:10] += 1e4
+    S.init_b_dec(model, x, how="median")
+    usual = x[10:].mean(0)
+    assert (model.b_dec - usual).norm() < 1 < 100 < (x.mean(0) - usual).norm()
+    away = (x - model.b_dec) / (x - model.b_dec).norm(dim=1, keepdim=True)      # at the median, directions cancel
+    assert away.sum(0).norm() < 0.05
+    S.init_b_dec(model, x)
+    assert torch.allclose(model.b_dec, x.mean(0))
+
+
 def test_build_defaults_and_refusals():
     model = S.build("topk", 64, 128)
-    assert model.hyper == dict(k=32, aux_coef=0.0, k_aux=32, multi_topk=False, dead_after=10**7, seed=0)
+    assert model.hyper == dict(
+        k=32, k_start=None, warmup=0.1, aux="dead", aux_coef=0.0, k_aux=32, tau=0.5, multi_topk=False,
+        normalize="none", dead_after=10**7, seed=0)
+    assert S.VARIANTS["topk"].defaults == {**model.hyper, "k_aux": None}
     for text, args, hyper in [
         ("unknown variant 'top_k'; the nearest is 'topk'", ("top_k", D, F), {}),
         ("no setting 'aux_coeff'; the nearest is 'aux_coef'", ("topk", D, F), {"aux_coeff": 1.0}),
         ("k=13 .* from 1 to 12", ("topk", D, F), {"k": 13}),
         ("k=0 ", ("topk", D, F), {"k": 0}),
         ("k=3.0 .* int", ("topk", D, F), {"k": 3.0}),
-        ("k=4 .* from 1 to 3", ("topk", D, F), {"k": 4, "multi_topk": True}),
+        ("4 k = 16 latents of n_latents=12", ("topk", D, F), {"k": 4, "multi_topk": True}),
         ("k_aux=13", ("topk", D, F), {"k": 3, "k_aux": 13}),
         ("aux_coef=nan", ("topk", D, F), {"k": 3, "aux_coef": math.nan}),
         ("aux_coef=-1", ("topk", D, F), {"k": 3, "aux_coef": -1}),
@@ -197,11 +242,17 @@ def aux_setup(**kw):
     return model, data(20, dtype=torch.float64)
 
 
+def aux_of(model, x, e=None):
+    """The term itself, before its weight; e: an error to explain in place of the true one."""
+    b = model.batch(x, train=True)
+    model.study(b)
+    b.e = b.e if e is None else e
+    return model.aux_loss(b)["aux"][1]
+
+
 def test_aux_reaches_the_encoder_of_dead_latents_only():
     model, x = aux_setup()
-    pre = model.preacts(x)
-    e = (x - model(x)).detach()
-    model.aux_k(pre, e).backward()
+    aux_of(model, x).backward()
     dead = torch.zeros(F, dtype=torch.bool)
     dead[[1, 4]] = True
     for grad in (model.W_enc.grad, model.b_enc.grad, model.W_dec.grad):
@@ -210,11 +261,13 @@ def test_aux_reaches_the_encoder_of_dead_latents_only():
 
 def test_aux_has_no_gradient_through_the_residual_or_the_decoder_bias():
     model, x = aux_setup()
-    pre = model.preacts(x)
-    total = [model.loss(x)[0], S.SAE.aux_k(model, pre.detach(), (x - model(x)).detach())]
-    assert torch.autograd.grad(total[1], [model.b_dec], allow_unused=True)[0] is None
+    b = model.batch(x, train=True)
+    total, _ = model.study(b)
+    b.also["aux"] = b.also["aux"]._replace(value=b.also["aux"].value.detach())  # cuts the way through the encoder
+    aux = model.aux_loss(b)["aux"][1]
+    assert torch.autograd.grad(aux, [model.b_dec], allow_unused=True)[0] is None
     fvu_only = make(dtype=torch.float64)
-    with_aux = torch.autograd.grad(total[0], [model.W_dec])[0]
+    with_aux = torch.autograd.grad(total, [model.W_dec])[0]
     without = torch.autograd.grad(fvu_only.loss(x)[0], [fvu_only.W_dec])[0]
     alive = [i for i in range(F) if i not in (1, 4)]
     assert torch.allclose(with_aux[alive], without[alive], atol=1e-14)  # living rows feel the FVU alone
@@ -222,17 +275,18 @@ def test_aux_has_no_gradient_through_the_residual_or_the_decoder_bias():
 
 def test_aux_values():
     model, x = aux_setup(k_aux=4)
-    e = x - model(x)
-    variance = (e - e.mean(0)).pow(2).sum()
-    silent = model.preacts(x).detach() * 0 - 1
-    assert torch.allclose(model.aux_k(silent, e), 2 / 4 * e.pow(2).sum() / variance)  # 2 dead of k_aux 4
-    z = torch.zeros(20, F, dtype=torch.float64)
-    z[:, 1], z[:, 4] = torch.rand(2, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert model.aux_k(z, (z @ model.W_dec).detach()) < 1e-25      # the dead explain e perfectly
-    assert model.aux_k(z, torch.zeros_like(e)) == 0                # nothing left to explain, and no NaN
+    e = torch.randn(20, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z = model.preacts(x).detach().relu() * model.dead
+    assert z.any() and not z[:, ~model.dead].any()
+    assert aux_of(model, x, z @ model.W_dec.detach()) < 1e-25      # the dead explain e perfectly
+    assert aux_of(model, x, torch.zeros_like(e)) == 0              # nothing left to explain, and no NaN
+    with torch.no_grad():
+        model.b_enc[model.dead] = -100.0                           # two dead of k_aux 4, silent
+    want = 2 / 4 * e.pow(2).sum() / (e - e.mean(0)).pow(2).sum()
+    assert torch.allclose(aux_of(model, x, e), want)
     model.tokens_since_fired.zero_()
-    assert model.aux_k(z, e) == 0                                  # nobody dead
-    assert make(aux_coef=0.0).loss(data())[1]["aux"] == 0
+    assert aux_of(model, x, e) == 0                                # nobody dead
+    assert "aux" not in make(aux_coef=0.0).loss(data())[1]
 
 
 def test_loss_does_not_depend_on_the_scale_of_x():
@@ -253,8 +307,8 @@ def test_step_projects_the_gradient_and_keeps_unit_rows(name):
     model, x = make(), data()
     opt = S.make_optimizer(model, name, lr=0.05)
     for _ in range(4):
-        raw = make()
-        raw.load_state_dict(model.state_dict())
+        raw = copy.deepcopy(model)
+        raw.zero_grad()
         raw.loss(x)[0].backward()
         before = model.W_dec.detach().clone()
         S.train_step(model, opt, [x])
@@ -279,24 +333,41 @@ def test_micro_batches_weigh_the_same():
 
 
 def test_dead_counter_counts_tokens():
+    """Dead is who has not fired for more than `dead_after` tokens, as sparsify counts, not who has reached them."""
     model = make(dead_after=60)
     with torch.no_grad():
         model.b_enc[5] = -100.0
     opt = S.make_optimizer(model, "adam", lr=1e-5)
     for step in (1, 2, 3):
-        fired = S.train_step(model, opt, [data(10), data(20, seed=1).reshape(4, 5, D)])["fired"]
-        assert not fired[5] and fired.any()
-        assert model.tokens_since_fired[5] == 30 * step and not model.tokens_since_fired[fired].any()
+        one, two = data(27).reshape(9, 3, D), data(3, seed=1)
+        last = (model.encode(two) != 0).any(0)  # the counters move after each micro-batch
+        first_only = (model.encode(one) != 0).flatten(0, 1).any(0) & ~last
+        fired = S.train_step(model, opt, [one, two])["fired"]
+        assert not fired[5] and torch.equal(fired, first_only | last) and last.any() and first_only.any()
+        assert model.tokens_since_fired[5] == 30 * step and not model.tokens_since_fired[last].any()
+        assert (model.tokens_since_fired[first_only] == 3).all()
         assert model.dead[5] == (30 * step > 60) and not model.dead[fired].any()
     with torch.no_grad():
         model.b_enc[5] = 100.0
     assert S.train_step(model, opt, [data(10)])["fired"][5] and model.tokens_since_fired[5] == 0
 
 
+def test_jumprelu_clips_the_gradient_of_its_penalty():
+    model, x = S.build("jumprelu", D, F, k=1, bandwidth=1.0, warmup=0.0), data()
+    model.loss(x)[0].backward()
+
+    def norm():
+        return torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm() > 2
+    S.train_step(model, S.make_optimizer(model, "adam"), [x])
+    assert torch.allclose(norm(), torch.tensor(1.0), atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["signum", "adam"])
 def test_a_step_reads_nothing_back_from_the_device(name):
-    model = make(aux_coef=0.1, multi_topk=True).to("meta")  # there, any read of a value is an error
-    opt = S.make_optimizer(model, name)
+    model = make(multi_topk=True).to("meta")      # there, any read of a value is an error
+    # torch has no fused Adam for it; the unfused one stands in
+    opt = S.make_optimizer(model, name) if name == "signum" else torch.optim.Adam(model.parameters())
     for _ in range(2):
         parts = S.train_step(model, opt, [torch.empty(5, D, device="meta")])
     assert parts["fired"].shape == (F,) and parts["loss"].is_meta
@@ -321,6 +392,17 @@ def test_training_finds_a_planted_dictionary():
 
 
 # ---- optimisers -----------------------------------------------------------------------------------
+
+
+def test_the_fused_adam_is_adam():
+    ours, plain, x = make(dtype=torch.float64), make(dtype=torch.float64), data(dtype=torch.float64)
+    fused, unfused = S.make_optimizer(ours, "adam", 0.01), torch.optim.Adam(plain.parameters(), 0.01, plain.betas)
+    assert fused.defaults["fused"]
+    for _ in range(5):
+        S.train_step(ours, fused, [x])
+        S.train_step(plain, unfused, [x])
+    assert not same(ours, make(dtype=torch.float64))
+    assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(ours.parameters(), plain.parameters()))
 
 
 def test_signum_equals_a_reference_that_keeps_x_y_z():
@@ -361,8 +443,7 @@ def test_averaged_weights_have_unit_rows_and_training_weights_come_back_to_the_b
         assert same(model, make())
     for step in range(7):
         S.train_step(model, opt, [data(seed=step)])
-    before, mean = make(), {}
-    before.load_state_dict(model.state_dict())
+    before, mean = copy.deepcopy(model), {}
     with pytest.raises(KeyError), opt.averaged():
         mean = {n: p.detach().clone() for n, p in model.named_parameters()}
         raise KeyError("work inside may fail")
@@ -386,14 +467,16 @@ def test_resume_gives_the_same_bits(name):
     straight = make(aux_coef=0.1, dead_after=100)
     opt = S.make_optimizer(straight, name, lr=0.02)
     run(straight, opt, range(4))
-    saved, saved_opt = {n: v.clone() for n, v in straight.state_dict().items()}, opt.state_dict()
+    saved, saved_opt = {n: v.detach().clone() for n, v in tensors(straight).items()}, opt.state_dict()
     saved_opt = json.loads(json.dumps(saved_opt["param_groups"])), {
         i: {n: v.clone() for n, v in s.items()} for i, s in saved_opt["state"].items()}
     with opt.averaged() if name == "signum" else nullcontext():  # looking must not disturb the run
         assert math.isfinite(S.metrics(straight, data())["fvu"])
     run(straight, opt, range(4, 9))
     resumed = make(seed=5, aux_coef=0.1, dead_after=100)
-    resumed.load_state_dict(saved)
+    with torch.no_grad():
+        for n, v in tensors(resumed).items():
+            v.copy_(saved[n])
     opt2 = S.make_optimizer(resumed, name, lr=0.7)
     opt2.load_state_dict({"param_groups": saved_opt[0], "state": saved_opt[1]})
     run(resumed, opt2, range(4, 9))
@@ -483,224 +566,7 @@ def test_metrics_do_not_see_the_order_or_scale_of_latents():
         assert measure(x, x_hat, z * scale)[name] == pytest.approx(a[name], rel=1e-10)
 
 
-# ---- files ----------------------------------------------------------------------------------------
-
-
-def write(directory, cfg=None, tensors=None, **changes):
-    """A file as sparsify writes it; changes: key=value to set in cfg.json, key=None to leave it out."""
-    base = dict(activation="topk", expansion_factor=32, normalize_decoder=True, num_latents=F, k=K,
-                multi_topk=False, skip_connection=False, transcode=False, d_in=D)
-    base = {key: value for key, value in {**base, **changes}.items() if value is not None}
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "cfg.json").write_text(cfg if cfg is not None else json.dumps(base))
-    model = make()
-    good = {"encoder.weight": model.W_enc.data, "encoder.bias": model.b_enc.data,
-            "W_dec": model.W_dec.data, "b_dec": model.b_dec.data}
-    tensors = {**good, **(tensors or {})}
-    save_file({key: value.clone() for key, value in tensors.items() if value is not None},
-              directory / "sae.safetensors")
-    return model
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_round_trip_compares_activations(tmp_path, dtype):
-    model = make(dtype=dtype, aux_coef=0.5, k_aux=4, dead_after=77)
-    model.meta = {"site": "resid", "layer": 12, "model": "owner/name", "dtype": "bfloat16", "data": ["a"]}
-    S.save_sae(model, tmp_path / "new" / "sae")
-    loaded, x = S.load_sae(tmp_path / "new" / "sae"), data()
-    assert torch.equal(loaded.encode(x), model.encode(x)) and torch.equal(loaded(x), model(x))
-    assert loaded.W_enc.dtype == dtype and loaded.hyper == model.hyper and loaded.meta == model.meta
-    assert (loaded.variant, loaded.d_in, loaded.n_latents) == ("topk", D, F)
-    assert sorted(os.listdir(tmp_path / "new" / "sae")) == ["cfg.json", "sae.safetensors"]
-    S.train_step(loaded, S.make_optimizer(loaded, "signum"), [x])  # a loaded SAE can be trained further
-    assert loaded.tokens_since_fired.max() <= 40
-
-
-def test_the_file_has_sparsify_keys_and_names(tmp_path):
-    S.save_sae(make(), tmp_path)
-    cfg = json.loads((tmp_path / "cfg.json").read_text())
-    assert {key: cfg[key] for key in S.SPARSIFY_KEYS if key != "signed"} == dict(
-        activation="topk", expansion_factor=2, normalize_decoder=True, num_latents=F, k=K, multi_topk=False,
-        skip_connection=False, transcode=False, d_in=D)
-    shapes = {key: tuple(value.shape) for key, value in load_file(tmp_path / "sae.safetensors").items()}
-    assert shapes == {"encoder.weight": (F, D), "encoder.bias": (F,), "W_dec": (F, D), "b_dec": (D,)}
-
-
-def test_files_as_sparsify_wrote_them_over_the_years(tmp_path):
-    x = data()
-    for i, changes in enumerate([{}, dict(activation=None, transcode=None), dict(signed=False),
-                                 dict(num_latents=0, expansion_factor=2), dict(normalize_decoder=False)]):
-        model = write(tmp_path / str(i), **changes)
-        loaded = S.load_sae(tmp_path / str(i))
-        assert torch.equal(loaded.encode(x), model.encode(x)) and torch.equal(loaded(x), model(x))
-        assert loaded.meta == {} and loaded.aux_coef == 0
-    write(tmp_path / "odd", colour="green")
-    with pytest.warns(UserWarning, match="odd.cfg.json: ignored unknown keys colour"):
-        S.load_sae(tmp_path / "odd")
-
-
-def test_every_refusal_names_the_file_and_the_thing(tmp_path):
-    nan, big = torch.full((F,), math.nan), torch.full((D,), math.inf)
-    cases = [
-        ("cfg.json: not JSON", dict(cfg="{")),
-        ("cfg.json: the file", dict(cfg="[1]")),
-        ("cfg.json: the file, and its .meta.", dict(meta=3)),
-        ("cfg.json: unknown variant 'groupmax'", dict(activation="groupmax")),
-        ("cfg.json: unknown variant 'topp'; the nearest is 'topk'", dict(variant="topp", activation="topp")),
-        ("cfg.json: activation 'topk' and variant 'gated'", dict(variant="gated")),
-        ("cfg.json: skip_connection is true", dict(skip_connection=True)),
-        ("cfg.json: transcode is true", dict(transcode=True)),
-        ("cfg.json: signed is true", dict(signed=True)),
-        ("cfg.json: k=13 ", dict(k=13)),
-        ("cfg.json: k='3'", dict(k="3")),
-        ("cfg.json: no 'k'", dict(k=None)),
-        ("cfg.json: no 'd_in'", dict(d_in=None)),
-        ("cfg.json: d_in='6'", dict(d_in="6")),
-        ("cfg.json: n_latents=-1", dict(num_latents=-1)),
-        ("cfg.json: n_latents=0", dict(num_latents=0, expansion_factor=None)),
-        ("'W_dec' is missing", dict(tensors={"W_dec": None})),
-        ("'W_skip' is not expected", dict(tensors={"W_skip": torch.zeros(D, D)})),
-        ("'encoder.weight' has shape .6, 12., cfg.json says .12, 6.",
-         dict(tensors={"encoder.weight": torch.zeros(D, F)})),
-        ("'encoder.weight' has shape", dict(num_latents=2**90)),  # refused before it is allocated
-        ("'encoder.bias' holds NaN", dict(tensors={"encoder.bias": nan})),
-        ("'b_dec' holds NaN or inf", dict(tensors={"b_dec": big})),
-        ("dtypes", dict(tensors={"b_dec": torch.zeros(D, dtype=torch.float16)})),
-        ("dtypes", dict(tensors={"b_dec": torch.zeros(D, dtype=torch.int64)})),
-    ]
-    for i, (text, changes) in enumerate(cases):
-        folder = tmp_path / f"case{i}"
-        write(folder, **changes)
-        with pytest.raises(ValueError, match=text) as err:
-            S.load_sae(folder)
-        assert f"case{i}" in str(err.value) and "\n" not in str(err.value)
-    write(tmp_path / "cut")
-    whole = (tmp_path / "cut" / "sae.safetensors").read_bytes()
-    for damaged in (whole[:-8], whole[:20], b"", b"not tensors at all"):
-        (tmp_path / "cut" / "sae.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match="sae.safetensors: not a whole safetensors file"):
-            S.load_sae(tmp_path / "cut")
-    (tmp_path / "cut" / "sae.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="sae.safetensors: no such file"):
-        S.load_sae(tmp_path / "cut")
-
-
-def test_hookpoints_stay_inside_the_directory(tmp_path):
-    model, x = write(tmp_path / "run" / "layers.3.mlp"), data()
-    write(tmp_path / "outside")
-    (tmp_path / "run" / "link").symlink_to(tmp_path / "outside")
-    assert torch.equal(S.load_sae(tmp_path / "run", "layers.3.mlp")(x), model(x))
-    for bad in ("../outside", "layers.3.mlp/../../outside", str(tmp_path / "outside"), "*", "link"):
-        with pytest.raises(ValueError, match="hookpoint"):
-            S.load_sae(tmp_path / "run", bad)
-    for none in (None, "layers.4.mlp"):
-        with pytest.raises(FileNotFoundError, match="name a hookpoint .* like layers.3.mlp"):
-            S.load_sae(tmp_path / "run", none)
-    with pytest.raises(FileNotFoundError, match="nor a hub id"):
-        S.load_sae(tmp_path / "nothing here")
-
-
-def test_hub_id_is_read_from_the_cache_and_refused_in_one_line_when_offline(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    repo = tmp_path / "models--owner--sae"
-    model, x = write(repo / "snapshots" / ("a" * 40) / "layers.0.mlp"), data()
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("a" * 40)
-    assert torch.equal(S.load_sae("owner/sae", hookpoint="layers.0.mlp")(x), model(x))
-    with pytest.raises(FileNotFoundError, match="owner/absent: no such directory, and the hub") as err:
-        S.load_sae("owner/absent", hookpoint="layers.0.mlp")
-    assert "\n" not in str(err.value)
-
-
-def test_an_interrupted_save_never_loads_mixed(tmp_path, monkeypatch):
-    old, new, x = make(seed=1, k=2), make(seed=2, k=3), data()
-    seen = set()
-    for crash_at in range(5):
-        folder = tmp_path / str(crash_at)
-        S.save_sae(old, folder)
-        calls = iter(range(100))
-
-        def guard(action):
-            def run(*args, **kw):
-                if next(calls) == crash_at:
-                    raise KeyboardInterrupt
-                return action(*args, **kw)
-            return run
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", guard(os.replace))
-            patch.setattr(S, "save_file", guard(S.save_file))
-            patch.setattr(S.Path, "unlink", guard(S.Path.unlink))
-            patch.setattr(S.Path, "write_text", guard(S.Path.write_text))
-            with pytest.raises(KeyboardInterrupt):
-                S.save_sae(new, folder)
-        try:
-            loaded = S.load_sae(folder)
-            which = old if loaded.k == 2 else new
-            assert torch.equal(loaded(x), which(x))
-            seen.add(loaded.k)
-        except FileNotFoundError:
-            seen.add("refused")
-        S.save_sae(new, folder)  # the next save repairs it
-        assert torch.equal(S.load_sae(folder)(x), new(x))
-        assert sorted(os.listdir(folder)) == ["cfg.json", "sae.safetensors"]
-    assert seen == {2, "refused"}
-    old.meta = {"data": object()}
-    with pytest.raises(TypeError):
-        S.save_sae(old, tmp_path / "0")
-    assert torch.equal(S.load_sae(tmp_path / "0")(x), new(x))  # a bad meta is found before files are touched
-
-
-# ---- golden: sparsify 1.3.3 -----------------------------------------------------------------------
-
-GOLDEN = dict(
-    weights={"encoder.weight": [[1, 0, 0, .5], [0, 1, 0, -.5], [-1, .5, 0, 0],
-                                [0, 0, 1, .25], [.5, .5, .5, .5], [0, -1, .25, 0]],
-             "encoder.bias": [.125, -.25, 0, .5, 0, -.125],
-             "W_dec": [[.6, 0, 0, .8], [0, 1, 0, 0], [-.8, .6, 0, 0],
-                       [0, 0, 1, 0], [.5, .5, .5, .5], [0, -.96, .28, 0]],
-             "b_dec": [.25, -.5, 0, 1]},
-    x=[[1, 2, 3, 4], [-1, .5, 0, 1], [0, 0, 0, 0], [.25, -.5, -4, 1], [3, -2, .5, -1]],
-    z=[[0, 0, 0, 4.25, 4.625, 0], [0, .75, 1.75, 0, 0, 0], [0, .75, .5, 0, 0, 0], [.125, 0, 0, 0, 0, 0],
-       [1.875, 0, 0, 0, 0, 1.5]],
-    x_hat=[[2.5625, 1.8125, 6.5625, 3.3125], [-1.15, 1.3, 0, 1], [-.15, .55, 0, 1], [.325, -.5, 0, 1.1],
-           [1.375, -1.94, .42, 2.5]],
-    fvu=0.8569175601005554)
-
-
-def test_golden_codes_of_a_sparsify_file(tmp_path):
-    (tmp_path / "cfg.json").write_text('{"expansion_factor": 32, "normalize_decoder": true, "num_latents": 6,'
-                                       ' "k": 2, "multi_topk": false, "skip_connection": false, "d_in": 4}')
-    save_file({name: torch.tensor(value).float() for name, value in GOLDEN["weights"].items()},
-              tmp_path / "sae.safetensors")
-    model, x = S.load_sae(tmp_path), torch.tensor(GOLDEN["x"])
-    assert model.encode(x).tolist() == GOLDEN["z"]
-    assert torch.allclose(model(x), torch.tensor(GOLDEN["x_hat"]), atol=1e-6)
-    assert float(model.loss(x)[1]["fvu"]) == pytest.approx(GOLDEN["fvu"], rel=1e-6)
-    S.save_sae(model, tmp_path / "again")
-    assert S.load_sae(tmp_path / "again").encode(x).tolist() == GOLDEN["z"]
-
-
 # ---- live: sparsify and schedulefree, where installed ---------------------------------------------
-
-
-def test_our_file_loads_in_sparsify_and_theirs_here(tmp_path):
-    sparsify = pytest.importorskip("sparsify")
-    model, x = make(aux_coef=0.1), data()
-    model.meta = {"site": "resid", "layer": 12}
-    S.save_sae(model, tmp_path / "ours")
-    theirs = sparsify.SparseCoder.load_from_disk(tmp_path / "ours")
-    for back in (theirs, None):
-        if back is None:  # and the other way: what they write, we read
-            theirs.save_to_disk(tmp_path / "theirs")
-            model = S.load_sae(tmp_path / "theirs")
-        values, index, _ = theirs.encode(x)
-        codes = torch.zeros(len(x), F).scatter(1, index, values)
-        assert torch.allclose(model.encode(x), codes, atol=1e-6)
-        assert torch.allclose(model(x), theirs.decode(values, index), atol=1e-6)
-        assert torch.allclose(model.loss(x)[0], theirs(x).fvu, rtol=1e-5)
 
 
 def test_ten_training_steps_equal_sparsify():

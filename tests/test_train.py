@@ -21,14 +21,6 @@ SMALL = ["--seq-len", "64", "--batch", "2", "--log-every", "1"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The first hundred training questions: tokenizing all of them is most of a short run."""
-    path = tmp_path_factory.mktemp("data") / "few.jsonl"
-    path.write_text("".join((ROOT / "data/tiny/train.jsonl").read_text().splitlines(keepends=True)[:100]))
-    return path
-
-
-@pytest.fixture(scope="module")
 def run(data):
     """run(stage, directory, flags...): one stage in this process, small; returns the directory."""
     def go(stage, out, *flags):
