@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import eval
 import resa
+import sae
 import train
 from conftest import ROOT
 
@@ -22,7 +24,7 @@ def command(cwd, *words):
 
 def test_sae_tune_eval_merge_one_after_the_other(tmp_path):
     few = ["--steps", "2", "--batch", "4"]
-    assert "train_fvu" in command(tmp_path, "train.py", "--stage", "sae", *few)
+    assert "loss recovered" in command(tmp_path, "train.py", "--stage", "sae", *few)
     command(tmp_path, "train.py", "--stage", "tune", *few)
     distill, adapter = f"{ROOT}/data/tiny/distill", "out/tiny/adapter"
     command(tmp_path, "resa.py", "merge", "--model", f"{distill}+{adapter}", "--out", "out/merged")
@@ -55,10 +57,12 @@ def test_every_command_in_the_readmes_is_understood(line):
         at = argv.index("--stage")
         assert resa.parse_flags(train.STAGES[argv[at + 1]], argv[:at] + argv[at + 2:], script)
     elif script == "eval.py":
-        assert resa.parse_flags(eval.Eval, argv, script)
+        showing = argv[0] == "show"
+        assert resa.parse_flags(eval.Show if showing else eval.Eval, argv[2 * showing:], script)
     elif script == "resa.py":
-        merging = argv[:1] == ["merge"]
-        assert resa.parse_flags(resa.Merge if merging else resa.Experiment, argv[merging:], script)
+        named = argv[:1] and argv[0] in resa.COMMANDS
+        settings = getattr(resa, argv[0].capitalize()) if named else resa.Experiment
+        assert resa.parse_flags(settings, argv[bool(named):], script)
     else:
         assert script == "data/prepare.py" and argv in (["tiny"], ["corpora"])
 
@@ -89,3 +93,31 @@ def test_unknown_command_and_refused_merge_end_in_one_line(tmp_path):
         done = subprocess.run([sys.executable, str(ROOT / "resa.py"), *argv], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_compare_and_recover_print_a_row_for_each_variant_and_keep_the_table(tmp_path):
+    few = ["--seeds", "2", "--steps", "2", "--batch", "4", "--variants", "topk"]
+    text = command(tmp_path, "resa.py", "compare", *few, "--latents", "64", "--k", "4")
+    assert re.search(r"^topk +0\.\d{4} 0\.\d{4} \.\. 0\.\d{4} +4\.0 ", text, re.M)
+    assert "2 seeds" in text and (tmp_path / "out/tiny/compare/table.txt").read_text().strip() in text
+    assert (tmp_path / "out/tiny/compare/topk-1/cfg.json").exists()
+    text = command(tmp_path, "resa.py", "recover", *few)
+    assert re.search(r"^topk +0\.\d{3} +\d+\.\d%", text, re.M) and (tmp_path / "out/tiny/recover/table.txt").exists()
+    with pytest.raises(AssertionError, match="--variants topkk: there are relu"):
+        command(tmp_path, "resa.py", "compare", "--variants", "topkk")
+
+
+def test_convert_keeps_what_an_sae_computes(tmp_path):
+    built = sae.build("batchtopk", 8, 16, k=3)
+    built.threshold.fill_(0.1)
+    built.meta |= {"layer": 2, "site": "mlp", "sink_norm": 7.0}
+    sae.save_sae(built, tmp_path / "a")
+    assert "batchtopk, 16 latents of width 8, as saelens" in command(
+        tmp_path, "resa.py", "convert", "--sae", "a", "--out", "b", "--layout", "saelens")
+    read, x = sae.load_sae(tmp_path / "b"), torch.randn(20, 8)
+    assert read.variant == "jumprelu" and torch.allclose(read.encode(x), built.encode(x), atol=1e-6)
+    assert read.meta["layer"] == 2 and read.meta["site"] == "mlp"
+    sae.save_sae(sae.build("itda", 8, 16, k=3), tmp_path / "c")
+    with pytest.raises(AssertionError, match="itda"):
+        command(tmp_path, "resa.py", "convert", "--sae", "c", "--out", "d", "--layout", "saelens")
+    assert not (tmp_path / "d").exists()
