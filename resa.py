@@ -5,6 +5,7 @@
     python resa.py merge --model BASE+ADAPTER --out DIR          an adapter folded into its base
     python resa.py compare | recover                             every SAE variant beside the others
     python resa.py convert --sae DIR --out DIR                   an SAE from one file layout to another
+    python resa.py errors               what SAEs miss: the part of their error that is linear in x, and the rest
 
 The method is Resa (arXiv 2506.09967).  Stage I: a TopK SAE learns the activations of block `layer` of a
 *source* model (sae.py).  Stage II: the frozen SAE replaces that activation inside a *target* model, and
@@ -44,7 +45,8 @@ from torch import nn
 
 from model import (
     at_least_fp32, check_adapter, load_model, load_tokenizer, read_adapter, read_json, save_model, staged)
-from sae import VARIANTS, build, init_b_dec, load_sae, make_optimizer, metrics, save_sae, train_step
+from sae import (VARIANTS, build, decompose_error, fit_floor, init_b_dec, linear_r2, load_sae, make_optimizer, metrics,
+                 pursue, same_tokens, save_sae, train_step)
 
 HERE = Path(__file__).resolve().parent
 
@@ -58,7 +60,7 @@ TINY = HERE / "data" / "tiny"
 PRESETS = {
     "tiny": dict(source=f"{TINY}/distill+{TINY}/rl", target=f"{TINY}/distill", data=f"{TINY}/train.jsonl",
                  bench="tiny", template="chat", layer=1, latents=1024, k=16, seq_len=256, dtype="float32",
-                 max_new_tokens=96),
+                 max_new_tokens=96, errors=dict(held=f"{TINY}/test.jsonl")),
     # arXiv 2506.09967, Table 7 and section 2.1, with the released code's values where the two differ; its two
     # GPUs took a batch each, here one process takes both.
     "resa-still-v1": dict(source="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B+"
@@ -516,6 +518,17 @@ class Ablation(nn.Module):
         return self.value.to(x.dtype).expand_as(x)
 
 
+class Restored(nn.Module):
+    """x_hat with one part of the SAE's error put back: the linear one, line(x), or what is left without it."""
+
+    def __init__(self, sae, line, linear):
+        super().__init__()
+        self.sae, self.line, self.linear, self.meta = sae, line, linear, sae.meta
+
+    def forward(self, x):
+        return self.sae(x) + self.line(x) if self.linear else x - self.line(x)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The tuning objective
 # ----------------------------------------------------------------------------------------------------------
@@ -903,6 +916,247 @@ def print_variants(args, found, show, note):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# What an SAE misses: its error in parts (arXiv 2410.14670)
+# ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Errors:
+    """The error of SAEs in two parts, linear in the activation and not, over widths: one table and one chart."""
+    preset: str = "tiny"                 # bundle of defaults
+    source: str = ""                     # model spec
+    layer: int = 1                       # decoder block, counted from 0
+    site: Literal["resid", "mlp"] = "resid"      # output of the block, or of its MLP
+    sae: list[str] = field(default_factory=list)      # study these, DIR_OR_HUB_ID[#HOOKPOINT]; of other sites: predict
+    data: str = ""                       # JSONL to train on
+    held: str = ""                       # JSONL to measure on; default: the last twentieth of --data, not trained on
+    widths: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])      # without --sae: what to train
+    k: int = 16                          # active latents a token, of the SAEs trained here
+    seeds: int = 3                       # trainings of each, seeds 0, 1, ..
+    steps: int = 500                     # optimizer steps
+    lr: float = 5e-3                     # of Adam, linear to 0 over the last fifth
+    batch: int = 4                       # chunks in a step
+    seq_len: int = 256                   # tokens in a chunk
+    dtype: Literal["float32", "bfloat16"] = "float32"      # of the language model
+    device: str | None = None            # cpu, cuda, cuda:1, ...; default: cuda where there is one
+    out: str = ""                        # run directory, with a folder for every training; default out/PRESET/errors
+    workers: int = 2                     # trainings at a time, one core each
+    quick: bool = False                  # one seed, 4 steps: shows that it runs, not what it is worth
+
+
+def errors(argv):
+    """`python resa.py errors`: trains SAEs of every width and seed, then studies them seed by seed."""
+    import train
+    args = parse_flags(Errors, argv, "resa.py errors")
+    if args.quick:
+        train.refuse_idle(args, "seeds steps", "--quick, which sets it")
+        args.steps = 4
+    if args.sae:
+        train.refuse_idle(args, "widths seeds workers", "--sae, which says what to study")
+    if "data" in args.given and "held" not in args.given:      # what a preset measures on goes with its data
+        args.held = ""
+    args.seeds = 1 if args.sae or args.quick else args.seeds
+    args.widths, args.out = sorted(set(args.widths)), args.out or f"out/{args.preset}/errors"
+    at_least(args, seeds=1, steps=1, k=1, workers=1)
+    train.check(args.sae or args.k <= args.widths[0], f"--k {args.k} is more than --widths {args.widths[0]} can give")
+    train.check(0 < args.lr < math.inf, f"--lr must be above 0 and finite; it is {args.lr}")
+    train.prepare("sae", stage_flags(args, 0))                 # bad settings end here, before anything is written
+    open_run(args.out, args)
+    jobs = {out: (train_alone, flags) for seed in range(args.seeds) for out, flags in trainings(args, seed).items()}
+    dict(in_workers({} if args.sae else jobs, args.workers, "trainings"))
+    studies = {seed: (study_errors, args, seed) for seed in range(args.seeds)}
+    found = {0: study_errors(args, 0)} if args.sae else dict(in_workers(studies, args.workers, "studies"))
+    found = [found[seed] for seed in range(args.seeds)]
+    text = f"{error_table(found)}\n\n{error_chart(found)}\n\n{ERRORS.format(**vars(args) | found[0])}"
+    with staged(args.out) as temporary:
+        (temporary / "table.txt").write_text(text + "\n")
+        (temporary / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{text}\n\n{args.out}")
+
+
+def stage_flags(args, seed, **more):
+    """The flags of train.py --stage sae that these settings mean."""
+    names = "preset source layer site data k steps lr batch seq_len dtype device out".split()
+    own = {name: getattr(args, name) for name in names} | {"seed": seed, "schedule": "linear"}
+    return to_argv(own | {"save_every": args.steps} | more)
+
+
+def trainings(args, seed):
+    """{directory: flags} of one seed: every width at the site, the middle one at the sites just before it."""
+    before = [(args.layer - 1, "resid")] * (args.layer > 0) + [(args.layer, "mlp")] * (args.site == "resid")
+    at = [(args.layer, args.site, width) for width in args.widths]
+    at += [(*site, args.widths[len(args.widths) // 2]) for site in before]
+    named = {f"{args.out}/{site}-{layer}-{width}-{seed}": (layer, site, width) for layer, site, width in at}
+    return {out: stage_flags(args, seed, layer=layer, site=site, latents=width, out=out)
+            for out, (layer, site, width) in named.items()}
+
+
+def train_alone(flags):
+    """One SAE on one core.  Runs in a worker process."""
+    import train
+    torch.set_num_threads(1)
+    return train.run_sae(train.prepare("sae", flags))
+
+
+def study_errors(args, seed):
+    """The SAEs of one seed -> {"widths": {width: {label: number}}, ..}.  In a worker; with --sae, in this process."""
+    import train
+    if not args.sae:
+        torch.set_num_threads(1)
+    t = train.prepare("sae", stage_flags(args, seed))
+    model, chunks, ids = load_text(args, t, seed)
+
+    def read(layer, site):
+        return torch.cat([activations(model, part, layer, site).float() for part in train.micro(ids, t)])
+    x, half = read(args.layer, args.site), len(ids) // 2                                         # (n,T,D)
+    limit = train.sink_norm(x[:args.batch], None, t)      # one for all SAEs, whatever each was trained with
+    keep = ~is_sink(x, limit)
+    x, n_fit = x[keep], int(keep[:half].sum())                                                   # (N,D)
+    saes, others = open_saes(args, seed, limit, x.device, lambda *site: read(*site)[keep])
+    found, norms = {}, {}
+    for width, sae in saes.items():
+        line, found[width], norms[width] = study_one(sae, x, n_fit, others)
+        found[width] |= spliced_parts(model, sae, line, ids[half:], t)
+        if width == list(saes)[len(saes) // 2]:
+            found[width] |= train_on_parts(model, sae, line, chunks, x[n_fit:], args, seed)
+    across_widths(found, norms, x.norm(dim=1), n_fit)
+    return {"n_fit": n_fit, "n_test": len(x) - n_fit, "left_out": 1 - len(x) / ids.numel(), "widths": found}
+
+
+def load_text(args, t, seed):
+    """-> model, chunks (n,T) to train on, chunks to measure on: those held out or of --held, up to 65,536 tokens."""
+    import train
+    model, tokenizer = load_model(t.source, t.dtype, t.device), load_tokenizer(t.source)
+    chunks, ids = train.hold_out(train.load_chunks(t, tokenizer, model))
+    if args.held:
+        ids = train.load_chunks(train.prepare("sae", stage_flags(args, seed, data=args.held)), tokenizer, model)
+    return model, chunks, ids[:max(2, 65536 // args.seq_len)].to(t.device)
+
+
+def open_saes(args, seed, limit, device, read):
+    """-> {width: SAE} of the site, ascending; {name: (N,D)} of all others, what they see and what they make of it.
+
+    read(layer, site) gives the activations (N,D).  ValueError: none of the site, or two of one width."""
+    import train
+    saes, others = {}, {}
+    for spec in args.sae or trainings(args, seed):
+        sae = train.open_sae(spec).to(device, torch.float32).requires_grad_(False)
+        layer, site = sae.meta.get("layer", args.layer), sae.meta.get("site", args.site)
+        sae.meta["sink_norm"] = limit
+        if (layer, site) == (args.layer, args.site):
+            train.check(sae.n_latents not in saes, f"--sae: two of {sae.n_latents} latents; study one at a time")
+            saes[sae.n_latents] = sae
+        else:
+            u, name = read(layer, site), f"{site} of block {layer}"
+            others |= {f"the SAE of {name}": in_parts(sae, u), f"{name} itself": u}
+    train.check(saes, f"--sae: none of them belongs to {args.site} of block {args.layer}; see --site and --layer")
+    return dict(sorted(saes.items())), others
+
+
+@torch.no_grad()
+def in_parts(function, x):
+    """function(x) for x (N,D), a bounded number of tokens at a time."""
+    return torch.cat([function(part) for part in x.split(1024)])
+
+
+def study_one(sae, x, n_fit, others):
+    """What activations x (N,D) alone say of an SAE -> line of its error, {label: number}, norms (N,) of e, e_nl."""
+    x_hat, shown = in_parts(sae, x), metrics(sae, x[n_fit:], 1024)
+    line, m = decompose_error(x, x_hat, n_fit)
+    again = decompose_error(x, in_parts(lambda part: pursue(sae, part), x), n_fit)[1]
+    e_nl = x - x_hat - line(x)
+    found = {"L0": shown["l0"], "latents that never fire": shown["dead"],
+             "FVU of e": m["fvu"], "FVU of e_nl": m["fvu_nl"],
+             "R2 of e from x": m["r2"], "R2 of e from x, mean over dimensions": m["r2_dims"],
+             "R2 of e from x, in-sample": m["r2_fit"],
+             "R2 of |e|^2 from x": m["r2_norm"], "R2 of |e|^2 from |x| alone": m["r2_norm_x"],
+             "gradient pursuit: FVU of e": again["fvu"], "gradient pursuit: FVU of e_nl": again["fvu_nl"]}
+    found |= {f"R2 of e_nl from {name}": linear_r2(u, e_nl, n_fit) for name, u in ({"x_hat": x_hat} | others).items()}
+    return line, found, ((x - x_hat).norm(dim=1), e_nl.norm(dim=1))
+
+
+def spliced_parts(model, sae, line, ids, args):
+    """What the model makes of ids (n,T) with x_hat, and with each part of the error put back, in nats a token."""
+    import train
+    inserted = {"x_hat": sae, "x_hat + e_lin": Restored(sae, line, True), "x_hat + e_nl": Restored(sae, line, False)}
+    with torch.no_grad():
+        m = {name: train.spliced_nats(model, {"sae": module}, ids, args) for name, module in inserted.items()}
+    return ({"CE of the model": m["x_hat"]["ce"]} | {f"CE with {name}": m[name]["ce_sae"] for name in m}
+            | {f"KL with {name}": m[name]["kl"] for name in m})
+
+
+def train_on_parts(model, sae, line, chunks, held, args, seed):
+    """SAEs of the same size trained on e_lin and on e_nl -> their FVU on activations held (N,D)."""
+    import train
+    t, found = train.prepare("sae", stage_flags(args, seed, latents=sae.n_latents)), {}
+    for name, part in {"e_lin": line, "e_nl": lambda x: x - sae(x) - line(x)}.items():
+        learner = train.make_sae(t, sae.d_in).to(held)
+        optimizer = make_optimizer(learner, t.optimizer, t.lr)
+        for step in range(t.steps):
+            picked = torch.tensor(train.picked_at(step, len(chunks), t))                         # (B,)
+            xs = [train.harvest(model, sae, chunks, some, t)[0] for some in train.micro(picked, t)]
+            es = [in_parts(part, x) for x in xs]                                                 # (N,D) each
+            if step == 0:
+                init_b_dec(learner, torch.cat(es))
+            optimizer.param_groups[0]["lr"] = train.rate_at(step, t)
+            train_step(learner, optimizer, es, step / t.steps)
+        found[f"FVU of an SAE trained on {name}"] = metrics(learner, in_parts(part, held), 1024)["fvu"]
+    return found
+
+
+def across_widths(found, norms, length, n_fit):
+    """Adds what takes several widths: are the tokens the same, and, from three on, where the curve ends."""
+    (small, small_nl), baseline = next(iter(norms.values())), torch.stack([length, length**2], 1)      # (N,2)
+    for width, (large, _) in list(norms.items())[1:]:
+        same, more = same_tokens(small, small_nl, large, n_fit)
+        found[width] |= {"R2 of |e| from the smallest SAE's": same, "of the rest, from its |e_nl| too": more,
+                         "R2 of |e| from |x| alone": linear_r2(baseline, large, n_fit)}
+    if len(found) > 2:
+        c, a, m = fit_floor(list(found), [f["FVU of e"] for f in found.values()])
+        nonlinear = sum(f["FVU of e_nl"] for f in found.values()) / len(found)
+        for width, f in found.items():
+            f |= {"curve: absent": a * width**-m, "curve: linear": c - nonlinear, "curve: nonlinear": nonlinear}
+
+
+def error_table(found):
+    """Rows are the labels, columns the widths: means over seeds, and half the distance from least to most."""
+    import eval
+    runs = [list(seed["widths"].values()) for seed in found]
+
+    def cell(i, label):
+        values = [run[i][label] for run in runs if label in run[i]]
+        spread = f" ±{(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+        return f"{sum(values) / len(values):.4f}{spread}" if values else ""
+    labels = dict.fromkeys(label for f in runs[0] for label in f)
+    rows = [[label, *(cell(i, label) for i in range(len(runs[0])))] for label in labels]
+    return eval.table(rows, ["", *(f"F {width:,}" for width in found[0]["widths"])])
+
+
+def error_chart(found):
+    """A bar for each width: as long as its FVU, # as far as that is nonlinear, with | at the floor of the curve."""
+    def mean(width, *labels):
+        return sum(seed["widths"][width].get(label, 0) for label in labels for seed in found) / len(found)
+    lines = ["FVU by width: # is e_nl, = the rest of e, which is linear in x, | where the fitted curve ends"]
+    widths = list(found[0]["widths"])
+    floor = mean(widths[0], "curve: linear", "curve: nonlinear")
+    unit = max(floor, *(mean(width, "FVU of e") for width in widths)) / 80
+    for width in widths:
+        whole, rest = mean(width, "FVU of e"), mean(width, "FVU of e_nl")
+        bar = ["#" if i * unit < rest else "=" if i * unit < whole else " " for i in range(82)]
+        if len(widths) > 2:
+            bar[int(floor / unit)] = "|"
+        lines.append(f"F {width:<7,} {''.join(bar).rstrip()} {whole:.4f}")
+    return "\n".join(lines)
+
+
+ERRORS = """\
+e = x - x_hat, e_lin = its least-squares line in x, with a bias, ridge 1e-6; e_nl = e - e_lin.  Held-out text: lines
+are fitted on {n_fit:,} tokens and measured, like all else, on {n_test:,} others; {left_out:.1%} were left out as sinks.
+R2: pooled over dimensions unless said.  |x| alone: |x| and its square.  Gradient pursuit chooses codes anew, at each
+token's L0.  CE, KL: nats a token; KL from the model's own predictions.  Curve: FVU = c + a F^-m; absent is a F^-m,
+nonlinear the mean FVU of e_nl, linear c less that.  Seeds: {seeds}; ± is half the distance from least to most."""
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Front door
 # ----------------------------------------------------------------------------------------------------------
 
@@ -943,7 +1197,8 @@ def convert(argv):
     print(f"{args.out}: {sae.variant}, {sae.n_latents:,} latents of width {sae.d_in}, as {args.layout}")
 
 
-COMMANDS = {"merge": merge, "convert": convert, "compare": compare, "recover": recover}
+COMMANDS = {"merge": merge, "convert": convert, "compare": compare, "recover": recover,
+            "errors": errors}
 
 
 def main(argv):
