@@ -323,7 +323,7 @@ def test_kl_of_unit_variance_is_half_the_squared_length_of_mu():
     for sample in ("none", "unit"):
         model, x = vsae(sample), random(N, D)
         value, b = kl(model, x)
-        assert value == pytest.approx(float(b.pre.relu().pow(2).sum(1).mean() / 2), rel=1e-12)
+        assert value == pytest.approx(b.pre.relu().pow(2).sum(1).mean().item() / 2, rel=1e-12)
         assert (b.pre.relu() != 0).sum() > len(b.z.value)      # over all latents, not the chosen
 
 
