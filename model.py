@@ -21,6 +21,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import InitVar, asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -706,7 +707,8 @@ class Tokenizer:
                       add_generation_prompt=add_generation_prompt, **self.special)
 
 
-def render(template, **values):
+@lru_cache(maxsize=8)
+def compiled(template):
     """A chat template comes with a checkpoint, from strangers: it runs in jinja2's immutable sandbox."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -716,8 +718,12 @@ def render(template, **values):
     def raise_exception(message):
         raise jinja2.exceptions.TemplateError(message)
     env.globals["raise_exception"] = raise_exception
+    return env.from_string(template)
+
+
+def render(template, **values):
     try:
-        return env.from_string(template).render(**values)
+        return compiled(template).render(**values)
     except Exception as error:      # whatever a stranger's program may raise, it is the template's fault
         raise ValueError(f"chat template: {' '.join(str(error).split()) or type(error).__name__}") from None
 
