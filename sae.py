@@ -269,7 +269,7 @@ class SAE(nn.Module):
 
     def codes(self, b):
         """Batch -> z (N,F), dense or `Codes`: the sparsifier, of training or of inference as b.train says."""
-        raise NotImplementedError
+        raise TypeError("SAE is what variants share; build one of VARIANTS")
 
     def recon_loss(self, b):
         return b.e.pow(2).sum() / b.unit
@@ -542,7 +542,7 @@ class Chosen(SAE):
 
     def choose(self, b):
         """Batch with pre -> flat places (M,), in any order."""
-        raise NotImplementedError
+        raise TypeError("Chosen is what the TopK family shares; build one of VARIANTS")
 
     def k_at(self, b):
         """k of this step: it falls from k_start, where one is set, as penalties ramp up elsewhere."""

@@ -562,7 +562,7 @@ def test_one_group_is_plain_bias_adaptation_to_the_bit():
 
 def test_a_firing_gba_latent_says_how_far_not_how_far_above_its_bias():
     model, x = gba(), random(N, D)
-    u = (model.batch(x).x - model.b_dec) @ model.W_dec.T
+    u = ((model.batch(x).x - model.b_dec) @ model.W_dec.T).detach()
     low = float(u[u > 0].sort().values[:2].mean())
     assert torch.allclose(model.encode(x), u.relu())
     model.b_enc.fill_(-0.99 * float(u[u > 0].amin()))      # the same latents fire

@@ -56,7 +56,7 @@ def at_k(value, margin):
     return value * (margin >= margin.flatten().topk(K * len(margin)).values.amin())
 
 
-def report(variant, seed, ours, theirs, l0):
+def check_not_worse(variant, seed, ours, theirs, l0):
     print(f"\n{variant:11s} seed {seed}: FVU {ours:.4f}, theirs {theirs:.4f}, {100 * (ours / theirs - 1):+.1f} %; "
           f"L0 as trained {l0[0]:.1f}, theirs {l0[1]:.1f}", end="")
     assert ours <= 1.02 * theirs
@@ -121,7 +121,7 @@ def test_not_worse_than_dictionary_learning(variant):
                 trainer.update(step, x)
         (ours, ours_at_k), (theirs, theirs_at_k) = our_codes(sae, test), codes(ae, test)
         assert ours_at_k.count_nonzero() <= theirs_at_k.count_nonzero() * 1.001      # never by being less sparse
-        report(variant, seed, fvu(test, sae.rebuild(ours_at_k)), fvu(test, ae.decode(theirs_at_k)),
+        check_not_worse(variant, seed, fvu(test, sae.rebuild(ours_at_k)), fvu(test, ae.decode(theirs_at_k)),
                [float((z != 0).sum() / len(test)) for z in (ours, theirs)])
 
 
@@ -151,7 +151,7 @@ def test_topk_not_worse_than_sparsify():
                 optimizer.zero_grad()
         optimizer.eval()
         with ours.averaged():
-            report("topk", seed, fvu(test, sae(test)), fvu(test, theirs(test).sae_out), [K, K])
+            check_not_worse("topk", seed, fvu(test, sae(test)), fvu(test, theirs(test).sae_out), [K, K])
 
 
 # ---- the benchmark ------------------------------------------------------------------------------------
