@@ -902,7 +902,7 @@ class GBA(SAE):
                             ("peak", torch.zeros(self.n_latents)),                          # adaptation
                             ("tokens", torch.zeros((), dtype=torch.int64))):
             self.register_buffer(name, start, persistent=False)
-        self.adapt_tokens = self.adapt_tokens or math.ceil(3 / float(self.ceilings()[-1]))
+        self.adapt_tokens = self.adapt_tokens or math.ceil(3 / max(1e-18, float(self.ceilings()[-1])))
 
     def init_weights(self, rng):
         self.W_dec.copy_(nn.functional.normalize(torch.randn(self.W_dec.shape, generator=rng), dim=1))

@@ -536,6 +536,7 @@ def test_ceilings_sum_to_k_active_latents_a_token():
 def test_the_buffer_holds_three_firings_at_the_lowest_ceiling_unless_told():
     model = gba(256, k=6, groups=10)
     assert 3 <= model.adapt_tokens * float(model.ceilings()[-1]) < 3.01
+    assert gba(p_max=1e-200, p_ratio=1e200).adapt_tokens < 2**62      # what a file may hold
     assert gba(adapt_tokens=25600).adapt_tokens == 25600 and model.hyper["adapt_tokens"] == model.adapt_tokens
 
 
