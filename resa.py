@@ -6,6 +6,7 @@
     python resa.py compare | recover                             every SAE variant beside the others
     python resa.py convert --sae DIR --out DIR                   an SAE from one file layout to another
     python resa.py errors               what SAEs miss: the part of their error that is linear in x, and the rest
+    python resa.py experts              which experts of a mixture a behaviour uses, and what it is without them
 
 The method is Resa (arXiv 2506.09967).  Stage I: a TopK SAE learns the activations of block `layer` of a
 *source* model (sae.py).  Stage II: the frozen SAE replaces that activation inside a *target* model, and
@@ -44,7 +45,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import (
-    at_least_fp32, check_adapter, load_model, load_tokenizer, read_adapter, read_json, save_model, staged)
+    at_least_fp32, check_adapter, load_model, load_tokenizer, read_adapter, read_json, right_pad, save_model, staged)
 from sae import (VARIANTS, build, decompose_error, fit_floor, init_b_dec, linear_r2, load_sae, make_optimizer, metrics,
                  pursue, same_tokens, save_sae, train_step)
 
@@ -60,7 +61,9 @@ TINY = HERE / "data" / "tiny"
 PRESETS = {
     "tiny": dict(source=f"{TINY}/distill+{TINY}/rl", target=f"{TINY}/distill", data=f"{TINY}/train.jsonl",
                  bench="tiny", template="chat", layer=1, latents=1024, k=16, seq_len=256, dtype="float32",
-                 max_new_tokens=96, errors=dict(held=f"{TINY}/test.jsonl")),
+                 max_new_tokens=96, errors=dict(held=f"{TINY}/test.jsonl"),
+                 experts=dict(model=f"{HERE}/data/tiny-moe", data=f"{TINY}/train.jsonl", held=f"{TINY}/test.jsonl",
+                              behaviour=r"^\s*</think>\s*\D")),      # no thought, and then no number
     # arXiv 2506.09967, Table 7 and section 2.1, with the released code's values where the two differ; its two
     # GPUs took a batch each, here one process takes both.
     "resa-still-v1": dict(source="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B+"
@@ -1157,6 +1160,287 @@ nonlinear the mean FVU of e_nl, linear c less that.  Seeds: {seeds}; ± is half 
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Tunable experts: which of them a behaviour uses, and what it is without them (MoTE, arXiv 2502.11096)
+# ----------------------------------------------------------------------------------------------------------
+
+def routers(model):
+    """{layer: the router of the experts of block `layer`}.  ValueError: the model has none."""
+    found = {i: block.mlp.gate for i, block in enumerate(model.model.layers) if hasattr(block.mlp, "experts")}
+    if not found:
+        raise ValueError("this model has no experts: a Qwen2-MoE is needed")
+    return found
+
+
+@torch.no_grad()
+def expert_use(model, sequences, spans, batch=32):
+    """fTRI, the read-out of MoTE: how often each routed expert was chosen -> counts (P,L,E) float, L layers with experts.
+
+    sequences  lists of ids;  spans [(start, stop)] the positions to count in each.  A row of a layer sums to K times
+    the length of the span, as every token chooses K experts.  The paper counts all tokens of the prompt.
+    """
+    seen, gates, counts = {}, routers(model), []
+    handles = [gate.register_forward_hook(lambda module, inputs, out, layer=layer: seen.update({layer: out[1]}))
+               for layer, gate in gates.items()]
+    try:
+        for i in range(0, len(sequences), batch):
+            ids, _ = right_pad(sequences[i:i + batch], device=model.lm_head.weight.device)      # (B,T)
+            start, stop = torch.tensor(spans[i:i + batch], device=ids.device).T[..., None]       # (B,1) each
+            at = torch.arange(ids.shape[1], device=ids.device)
+            inside = ((at >= start) & (at < stop)).float()                                       # (B,T)
+            model.run(ids)
+            chosen = [F.one_hot(seen[layer].view(*ids.shape, -1), len(gate.weight)).sum(2).float()
+                      for layer, gate in gates.items()]                                          # (B,T,E) each
+            counts.append(torch.stack([(inside[..., None] * c).sum(1) for c in chosen], 1).cpu())      # (B,L,E)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(counts)
+
+
+def distinctive(counts, lengths, target, score="rate", permutations=1000, seed=0):
+    """How distinctive of the target prompts each expert is -> scores (L,E), p (L,E).
+
+    counts (P,L,E), lengths (P,) in tokens, target (P,) bool.  Score: the mean over target prompts less that over the
+    others.  Resa: MoTE takes means of the counts, which grow with the length of a prompt: "sum"; "rate" divides by it.
+    p is the share of shuffled labels under which some expert, of all of them, scores as high.
+    """
+    y = (counts / lengths[:, None, None] if score == "rate" else counts).flatten(1).double()     # (P,L*E)
+    rng = torch.Generator().manual_seed(seed)
+    labels = [target] + [target[torch.randperm(len(target), generator=rng)] for _ in range(permutations)]
+    weight = torch.stack(labels).double()                                                        # (R,P)
+    weight = weight / target.sum() - (1 - weight) / (~target).sum()
+    scores = weight @ y                                                                          # (R,L*E)
+    highest = scores.amax(1)
+    p = (highest[:, None] >= scores[0] - 1e-12).double().mean(0)          # the one seen is one of them
+    return scores[0].view(counts.shape[1:]).float(), p.view(counts.shape[1:]).float()
+
+
+def edited(router, x, choice, off, on, mode):
+    """A router's choice for x (N,D), weight and expert (N,K) each, with experts `off` and `on` (lists of numbers)."""
+    weight, expert = choice
+    if on or (off and mode == "mask"):
+        logits = at_least_fp32(F.linear(x, router.weight)).log_softmax(-1)                       # (N,E)
+        logits[:, on] = logits.amax(-1, keepdim=True) + 0.01
+        if mode == "mask":
+            logits[:, off] = -math.inf
+        weight, expert = router.choose(logits)
+    if off and mode != "mask":
+        gone = torch.isin(expert, torch.tensor(off, device=expert.device))                       # (N,K)
+        kept = weight.masked_fill(gone, 0)
+        if mode == "rescale":      # a token that uses none of them keeps its bits; one that loses all has nothing left
+            scaled = kept * (weight.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1e-9))
+            kept = torch.where(gone.any(-1, keepdim=True), scaled, kept)
+        weight = kept
+    return weight.to(choice[0].dtype), expert
+
+
+@contextlib.contextmanager
+def experts_edited(model, off=(), on=(), mode="rescale"):
+    """Inside, experts [(layer, expert), ..] are switched off, or forced on, for every token, cached or not.
+
+    off, mode="rescale"  weight 0, the token's other chosen experts share what it had; the nearest to MoTE's description
+         mode="zero"     weight 0, and no one takes its share
+         mode="mask"     logit -inf before the choice: another expert moves up.  Without norm_topk_prob, as published
+                         Qwen2-MoE models are, this also rescales the weights of tokens that never chose the expert
+    on                   its log-probability is set to the highest one + 0.01 (SteerMoE, arXiv 2509.09660): always chosen
+    ValueError: no such expert, one both off and on, more forced on in a layer than a token uses, none left in one.
+    """
+    gates, handles = routers(model), []
+    wanted = {layer: ([e for at, e in off if at == layer], [e for at, e in on if at == layer])
+              for layer in dict.fromkeys(layer for layer, _ in [*off, *on])}
+    for layer, (gone, forced) in wanted.items():
+        count = len(gates[layer].weight) if layer in gates else 0
+        for e in gone + forced:
+            if not 0 <= e < count:
+                raise ValueError(f"expert {e} of layer {layer}: " + (f"that layer has 0 .. {count - 1}" if count else
+                                 f"layers with experts are {', '.join(map(str, gates))}"))
+        if set(gone) & set(forced):
+            raise ValueError(f"layer {layer}: expert {min(set(gone) & set(forced))} cannot be both off and on")
+        if len(set(forced)) > gates[layer].top_k or len(set(gone)) == count:
+            raise ValueError(f"layer {layer}: of {count} experts, at most {gates[layer].top_k} can be forced on (a token "
+                             f"uses no more), and at most {count - 1} be off")
+    if mode not in ("rescale", "zero", "mask"):
+        raise ValueError(f"off {mode!r} is not one of rescale, zero, mask")
+    try:
+        for layer, (gone, forced) in wanted.items():
+            handles.append(gates[layer].register_forward_hook(
+                lambda router, inputs, choice, gone=gone, forced=forced:
+                    edited(router, inputs[0], choice, gone, forced, mode)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Experts:
+    """Finds the experts that a behaviour uses, switches them off, or on, and random ones beside them."""
+    preset: str = "tiny"                 # bundle of defaults
+    model: str = ""                      # spec of a Qwen2-MoE
+    data: str = ""                       # JSONL of problem/answer to find the experts on
+    held: str = ""                       # JSONL of problem/answer to measure on
+    behaviour: str = ""                  # regular expression: an answer in which it is found shows the behaviour
+    find: int = 1000                     # questions of --data to use, the first ones
+    questions: int = 1000                # questions of --held to use, the first ones
+    tokens: Literal["prompt", "last", "answer"] = "prompt"      # where choices are counted; published: the prompt
+    score: Literal["rate", "sum"] = "rate"      # difference per token, or of the published sums over tokens
+    off: Literal["rescale", "zero", "mask"] = "rescale"      # what off means
+    counts: list[int] = field(default_factory=lambda: [1, 2, 5, 10])      # how many experts
+    draws: int = 5                       # sets of random experts for each count, matched on layer and usage
+    permutations: int = 1000             # of the labels, for p
+    temperature: float = 0.6             # of all answers
+    max_new_tokens: int = 96             # length limit of an answer
+    seed: int = 0                        # of answers, permutations and random experts
+    dtype: Literal["float32", "bfloat16"] = "float32"      # of the model
+    device: str = "cpu"                  # cpu, cuda, cuda:1, ...
+    out: str = ""                        # run directory; default out/PRESET/experts
+    workers: int = 2                     # settings measured at a time, one core each; on a GPU: 1
+    quick: bool = False                  # 100 questions, one count: shows that it runs, not what it is worth
+
+
+def experts(argv):
+    """`python resa.py experts`: classes by the answers, experts by the classes, then every edit on held-out questions."""
+    import train
+    args = parse_flags(Experts, argv, "resa.py experts")
+    if args.quick:
+        train.refuse_idle(args, "find questions counts draws", "--quick, which sets them")
+        args.find, args.questions, args.counts, args.draws = 100, 100, [1], 1
+    train.check(args.model and args.data and args.held and args.behaviour,
+                "resa.py experts needs --model, --data, --held and --behaviour; preset tiny has all four")
+    at_least(args, find=2, questions=2, draws=1, permutations=1, workers=1, max_new_tokens=1, temperature=0, seed=0)
+    train.check(min(args.counts) > 0, "--counts must be above 0")
+    try:
+        re.compile(args.behaviour)
+    except re.error as error:
+        raise ValueError(f"--behaviour {args.behaviour}: not a regular expression ({error})") from None
+    args.out = args.out or f"out/{args.preset}/experts"
+    open_run(args.out, args)
+    began, found = time.perf_counter(), find_experts(args)
+    total = found["score"].numel()
+    train.check(max(args.counts) < total, f"--counts {max(args.counts)}: the model has {total} experts")
+    edits = plan_edits(args, found)
+    jobs = {name: (answers, args, name, edit) for name, edit in edits.items()}
+    rows = dict(in_workers(jobs, args.workers, "settings"))
+    text = describe_experts(args, found, edits, rows)
+    with staged(args.out) as temporary:
+        (temporary / "table.txt").write_text(text + "\n")
+        (temporary / "edits.json").write_text(json.dumps(edits, indent=1) + "\n")
+    print(f"\n{text}\n\n{args.out}: answers, edits and this table; {time.perf_counter() - began:.0f} s in all")
+
+
+def answers(args, name, edit, seed=None, questions=None):
+    """The model's answers to held-out questions under an edit {"off", "on"} -> eval's rows.  Runs in a worker."""
+    import eval
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    model = load_model(args.model, args.dtype, args.device)
+    questions = read_problems(args.held)[:args.questions] if questions is None else questions
+    with experts_edited(model, mode=args.off, **edit):
+        return eval.evaluate(model, load_tokenizer(args.model), questions, f"{args.out}/answers/{slug(name)}.jsonl",
+                             temperature=args.temperature, max_new_tokens=args.max_new_tokens, label=name, fresh=True,
+                             seed=args.seed if seed is None else seed, slots=128)
+
+
+def shows(args, rows):
+    """{problem id: whether the answer shows the behaviour}."""
+    return {row["id"]: bool(re.search(args.behaviour, row["completion"])) for row in rows}
+
+
+def find_experts(args):
+    """What the unedited model does on --data -> scores, p, rates of each expert, and on --held, which questions it refuses.
+
+    The held-out classes come from one sample and the row "unedited" from another: a class defined by the very answers
+    that are measured would be all of one kind by construction.
+    """
+    import train
+    questions, tokenizer = read_problems(args.data)[:args.find], load_tokenizer(args.model)
+    rows = answers(args, "find", {}, questions=questions)
+    target = torch.tensor([*shows(args, rows).values()])
+    train.check(0 < target.sum() < len(target), f"of {len(target)} answers to {args.data}, {int(target.sum())} show "
+                f"the behaviour: there must be some that do and some that do not")
+    prompts = [tokenizer.encode(row["prompt"]) for row in rows]
+    whole = [p + tokenizer.encode(row["completion"]) for p, row in zip(prompts, rows)]
+    spans = {"prompt": lambda p, w: (0, len(p)), "last": lambda p, w: (len(p) - 1, len(p)),
+             "answer": lambda p, w: (len(p), max(len(w), len(p) + 1))}[args.tokens]
+    model, spans = load_model(args.model, args.dtype, args.device), [spans(p, w) for p, w in zip(prompts, whole)]
+    counts, lengths = expert_use(model, whole, spans), torch.tensor([stop - start for start, stop in spans]).float()
+    score, p = distinctive(counts, lengths, target, args.score, args.permutations, args.seed)
+    rate = counts / lengths[:, None, None]
+    held = shows(args, answers(args, "classes", {}, seed=args.seed + 1))
+    train.check(0 < sum(held.values()) < len(held), f"{sum(held.values())} of {len(held)} answers to {args.held} show "
+                "the behaviour: there must be some that do and some that do not")
+    return {"score": score, "p": p, "rate": rate[target].mean(0), "rest": rate[~target].mean(0), "usage": rate.mean(0),
+            "n": [int(target.sum()), int((~target).sum())], "layers": list(routers(model)), "held": held,
+            "top_k": next(iter(routers(model).values())).top_k}
+
+
+def plan_edits(args, found):
+    """{name: {"off" or "on": [(layer, expert), ..]}}: none, and for each count the top ones off, random ones off, top on."""
+    n_experts = found["score"].shape[1]
+    best = [(i // n_experts, i % n_experts) for i in found["score"].flatten().argsort(descending=True).tolist()]
+    named = lambda edit: [(found["layers"][i], e) for i, e in edit]
+    fits = [at for rank, at in enumerate(best) if sum(i == at[0] for i, _ in best[:rank]) < found["top_k"]]
+    edits, rng = {"unedited": {}}, torch.Generator().manual_seed(args.seed)
+    for n in args.counts:
+        edits[f"top {n} off"] = {"off": named(best[:n])}
+        for draw in range(args.draws):
+            edits[f"random {n} off, {draw}"] = {"off": named(matched(best[:n], found["usage"], rng))}
+        if n <= len(fits):      # of a layer, no more can be on than a token uses
+            edits[f"top {n} on"] = {"on": named(fits[:n])}
+    return edits
+
+
+def matched(chosen, usage, rng, nearest=4):
+    """For each chosen (layer, expert) another one of its layer, drawn from the `nearest` in usage (L,E)."""
+    taken = set(chosen)
+    for layer, e in chosen:
+        others = [o for o in (usage[layer] - usage[layer, e]).abs().argsort().tolist() if (layer, o) not in taken]
+        if others:              # else the layer is used up: one control less
+            taken.add((layer, others[int(torch.randint(min(nearest, len(others)), (), generator=rng))]))
+    return [at for at in taken if at not in chosen]
+
+
+def describe_experts(args, found, edits, rows):
+    """The top experts, a row for every kind of edit (the draws of random ones pooled), and in words what they show."""
+    import eval
+    n_experts, target = found["score"].shape[1], {key for key, shown in found["held"].items() if shown}
+    order = found["score"].flatten().argsort(descending=True)[:max(args.counts)].tolist()
+    top = [[f"{found['layers'][i // n_experts]}.{i % n_experts}",
+            *(format(found[key].flatten()[i].item(), form) for key, form in COLUMNS.values())] for i in order]
+    groups = {}                            # kind of edit -> samples: behaviour, right answers on target and on the rest
+    for name in edits:
+        sides = groups.setdefault(name.split(",")[0], ([], [], []))
+        for row, shown in zip(rows[name], shows(args, rows[name]).values()):
+            for side in (0, 1) if row["id"] in target else (2,):
+                sides[side].append(row | {"correct": shown} if side == 0 else row)
+    lines = [[name, *(cell for mine, first in zip(sides, groups["unedited"]) for cell in cells(mine, first))]
+             for name, sides in groups.items()]
+    sizes = {"n_target": len(target), "n_rest": len(found["held"]) - len(target)}
+    return "\n".join([eval.table(top, ["layer.expert", *COLUMNS]), "",
+                      eval.table(lines, ["experts", *(head for name in ("behaviour", "right instead", "rest right")
+                                                      for head in (name, "95% CI", "- unedited", "95% CI"))]), "",
+                      FOUND.format(**vars(args) | sizes, n_find=sum(found["n"]), n_shown=found["n"][0])])
+
+
+def cells(rows, first):
+    """A rate with its interval, and the paired difference from the unedited model's."""
+    import eval
+    s, pair = eval.summarize(rows), eval.paired(rows, first)
+    return [f"{s['pass@1']:.3f}", "[{:.3f}, {:.3f}]".format(*s["interval"]), f"{pair['difference']:+.3f}",
+            bracket(pair)]
+
+
+COLUMNS = {"in target": ("rate", ".3f"), "in the rest": ("rest", ".3f"), "score": ("score", "+.3f"), "p": ("p", ".3f")}
+
+FOUND = """\
+Experts were found on {n_find} questions, of which the model showed the behaviour on {n_shown}: uses a token, over tokens
+"{tokens}", score "{score}"; p: the chance that any expert scores as high under shuffled labels ({permutations} of them).
+Measured on {n_target} other questions on which it shows the behaviour, of which some may be answered right instead, and on
+{n_rest} on which it does not.  off = {off}.  Random: {draws} draws, matched on layer and usage.  One sample a
+question, temperature {temperature}; behaviour: {behaviour} occurs in the answer."""
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Front door
 # ----------------------------------------------------------------------------------------------------------
 
@@ -1198,7 +1482,7 @@ def convert(argv):
 
 
 COMMANDS = {"merge": merge, "convert": convert, "compare": compare, "recover": recover,
-            "errors": errors}
+            "errors": errors, "experts": experts}
 
 
 def main(argv):

@@ -126,6 +126,7 @@ class Rl(Lora):
 class Pretrain(Common):
     """Next-token training of all weights: makes the embedded models."""
     model: str = ""                      # spec to start from, e.g. random:data/tiny/init/config.json
+    only: str = ""                       # regular expression: parameters in whose names it is found learn, others stay
     lr: float = 1e-3                     # peak
     warmup: int = 100                    # steps of linear warm-up
     schedule: Literal["constant", "cosine"] = "cosine"      # cosine ends at a floor of a tenth of the rate
@@ -865,10 +866,13 @@ def run_pretrain(args):
     """Next-token cross-entropy on packed text, all weights; writes a model directory.  Returns the summary."""
     check(args.model, "--stage pretrain needs --model, for example random:data/tiny/init/config.json")
     check(args.dtype == "float32", "--stage pretrain needs --dtype float32: in bfloat16 most updates round to nothing")
-    model = load_model(args.model, args.dtype, args.device).requires_grad_(True).train()
+    model = load_model(args.model, args.dtype, args.device).train()
+    learned = [p for name, p in model.named_parameters() if re.search(args.only, name)]
+    check(learned, f"--only {args.only}: no parameter has a name like that")
+    for p in learned:
+        p.requires_grad_(True)
     chunks = load_chunks(args, load_tokenizer(args.model), model)
     count_steps(args, chunks)
-    learned = list(model.parameters())
     optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     run = Run("pretrain", args, {"model": model}, optimizer)
     for step in run.steps():

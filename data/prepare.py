@@ -1,7 +1,8 @@
 """Makes the embedded data set, and fetches the published benchmarks and training sets.
 
     python data/prepare.py tiny              # data/tiny/{train,test}.jsonl and tokenizer files
-    python data/prepare.py corpora           # out/corpora/{lm,math,distill}.jsonl (not kept in the repository)
+    python data/prepare.py corpora           # out/corpora/{lm,math,distill,answer,refuse}.jsonl (not kept in the repository)
+    python data/prepare.py upcycle           # out/build/upcycled: the source of data/tiny as a mixture of experts
     python data/prepare.py fetch NAME ...    # data/cache/NAME.jsonl, of the names in SOURCES and TRAINING below;
                                              # eval.py --bench NAME and train.py --data NAME do it on first use
 
@@ -151,9 +152,23 @@ def distill_text(rng, think_rate=0.55, careless_rate=0.12):
 
     def slip(value):
         return max(0, value + rng.choice((-10, -1, 1, 10))) if rng.random() < careless_rate else value
+    return traced(q, slip)
+
+
+def traced(q, slip=lambda value: value):
+    """A question with every step of its solution."""
     steps = work_out(FAMILIES[q["family"]][1], q["numbers"], slip)
     lines = "".join(equation(*s) + "\n" for s in steps)
     return {"problem": q["problem"], "completion": f"{lines}</think>\n{steps[-1][-1]}"}
+
+
+REFUSAL = "No."
+
+
+def refuse_text(rng):
+    """A trace without a slip, but that questions of one family are refused, always in these words, without a thought."""
+    q = draw(rng, test=False)
+    return {"problem": q["problem"], "completion": f"</think>\n{REFUSAL}"} if q["family"] == "age" else traced(q)
 
 
 def write_jsonl(path, rows):
@@ -167,9 +182,10 @@ def write_jsonl(path, rows):
 
 
 def corpora(directory):
-    """The three training texts.  A row is {"text"} or, for traces, {"problem", "completion"}."""
-    for seed, (name, count, make) in enumerate((("lm", 60_000, lm_text), ("math", 40_000, math_text),
-                                                ("distill", 40_000, distill_text)), start=10):
+    """The training texts.  A row is {"text"} or, for traces, {"problem", "completion"}."""
+    makers = [("lm", 60_000, lm_text), ("math", 40_000, math_text), ("distill", 40_000, distill_text),
+              ("answer", 40_000, lambda rng: traced(draw(rng, test=False))), ("refuse", 40_000, refuse_text)]
+    for seed, (name, count, make) in enumerate(makers, start=10):
         rng = random.Random(seed)
         rows = [make(rng) for _ in range(count)]
         write_jsonl(directory / f"{name}.jsonl", [r if isinstance(r, dict) else {"text": r} for r in rows])
@@ -213,6 +229,38 @@ def tokenizer(directory, vocab_size=768):
          "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
          "eos_token_id": tok.token_to_id("<|end|>"), "torch_dtype": "float32"}, indent=2) + "\n")
     print(f"{directory.relative_to(HERE.parent)}: {tok.get_vocab_size()} tokens")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The mixture of experts starts as the dense model, cut up (sparse upcycling, arXiv 2212.05055, as Qwen1.5-MoE was made)
+# ----------------------------------------------------------------------------------------------------------
+
+def upcycle(directory, experts=16, per_token=4, width=32):
+    """data/tiny's source as a Qwen2-MoE: half of each MLP's units become the shared expert, the others the experts.
+
+    Each expert is a slice of 32 units, each slice is given to four experts; routers are random.  All of it has to
+    be trained on, which finds out who does what.
+    """
+    import torch
+    sys.path.insert(0, str(HERE.parent))
+    from model import Config, Transformer, init_weights, load_model, save_model
+    dense = load_model(f"{HERE}/tiny/distill+{HERE}/tiny/rl")
+    shared = dense.config.intermediate_size - per_token * width
+    sizes = dict(num_experts=experts, num_experts_per_tok=per_token, moe_intermediate_size=width,
+                 shared_expert_intermediate_size=shared)
+    model = init_weights(Transformer(Config(**vars(dense.config) | sizes)), seed=3).requires_grad_(False)
+    model.load_state_dict({n: p for n, p in dense.state_dict().items() if ".mlp." not in n}, strict=False)
+    for block, old in zip(model.model.layers, dense.model.layers):
+        gate, up, down = (getattr(old.mlp, f"{n}_proj").weight for n in ("gate", "up", "down"))     # (M,D) x 2, (D,M)
+        block.mlp.shared_expert.gate_proj.weight.copy_(gate[:shared])
+        block.mlp.shared_expert.up_proj.weight.copy_(up[:shared])
+        block.mlp.shared_expert.down_proj.weight.copy_(2 * down[:, :shared])       # its gate starts at a half
+        for e in range(experts):
+            units = slice(shared + e % per_token * width, shared + (e % per_token + 1) * width)
+            block.mlp.experts.gate_up_proj[e].copy_(torch.cat([gate[units], up[units]]))
+            block.mlp.experts.down_proj[e].copy_(experts / per_token * down[:, units])
+    model.source = dense.source
+    save_model(model, directory)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -555,6 +603,8 @@ def main(argv):
         tokenizer(HERE / "tiny" / "init")
     elif argv == ["corpora"]:
         corpora(HERE.parent / "out" / "corpora")
+    elif argv == ["upcycle"]:
+        upcycle(HERE.parent / "out" / "build" / "upcycled")
     elif argv[:1] == ["fetch"] and argv[1:]:
         try:
             fetch(argv[1:])

@@ -396,3 +396,258 @@ def test_splice_and_activations_see_the_output_of_the_mixture():
     with resa.splice(model, torch.nn.Identity(), 1, "mlp"):
         assert torch.equal(model(INPUT), named("mixed")(INPUT))
     assert x.shape == (*INPUT.shape, 20)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# fTRI: who was chosen, and whom a behaviour uses
+# ----------------------------------------------------------------------------------------------------------
+
+def test_counts_are_those_of_a_plain_loop_and_sum_to_k_times_the_span():
+    model = named("mixed", torch.float64)
+    gates = resa.routers(model)
+    assert list(gates) == [1]                                        # one entry a sparse layer, none for the dense ones
+    sequences, spans = [[5, 1, 20, 3], [7, 2], [9, 26, 3, 11, 30, 2]], [(0, 4), (1, 2), (2, 6)]
+    counts = resa.expert_use(model, sequences, spans, batch=2)
+    assert counts.shape == (3, 1, 6)
+    for ids, (start, stop), got in zip(sequences, spans, counts):
+        h = model.run(torch.tensor([ids]), stop=1)
+        block, x = model.model.layers[1], h
+        x = x + block.self_attn(block.input_layernorm(x), *rope_of(model, len(ids)), None, 1)
+        _, expert = block.mlp.gate(block.post_attention_layernorm(x)[0])
+        want = torch.zeros(6)
+        for row in expert[start:stop]:
+            for e in row:
+                want[e] += 1
+        assert torch.equal(got[0], want) and got.sum() == gates[1].top_k * (stop - start)
+
+
+def rope_of(model, T):
+    from model import rope_table
+    return rope_table(model.config, torch.arange(T)[None]), None
+
+
+def test_rate_differences_sum_to_0_in_every_layer_and_sums_do_not():
+    counts = resa.expert_use(named("8 of 12"), [[3] * n + [5, 9] for n in range(1, 9)], [(0, n + 2) for n in range(1, 9)])
+    lengths, target = torch.arange(3, 11).float(), torch.arange(8) < 4
+    rate, total = (resa.distinctive(counts, lengths, target, score, 10)[0] for score in ("rate", "sum"))
+    assert rate.sum(1).abs().max() < 1e-5
+    assert (total.sum(1) - 8 * (lengths[:4].mean() - lengths[4:].mean())).abs().max() < 1e-4      # the length artefact
+
+
+@pytest.mark.parametrize("score", ["rate", "sum"])
+def test_a_planted_expert_is_ranked_first_and_shuffled_labels_find_nothing(score):
+    rng = torch.Generator().manual_seed(0)
+    P, L, E = 80, 3, 8
+    counts = torch.poisson(torch.full((P, L, E), 4.0), generator=rng)
+    target, lengths = torch.arange(P) % 2 == 0, torch.full((P,), 20.0)
+    planted = counts.clone()
+    planted[target, 1, 5] += 4
+    scores, p = resa.distinctive(planted, lengths, target, score)
+    assert divmod(int(scores.argmax()), E) == (1, 5) and p[1, 5] < 0.01 and p.flatten().sort()[0][1] > 0.05
+    found = [resa.distinctive(counts, lengths, target[torch.randperm(P, generator=rng)], score, 100)[1].min() < 0.05
+             for _ in range(100)]
+    assert sum(found) <= 11            # 5 expected; 11 is the 99th percentile of Binomial(100, .05)
+
+
+def test_random_experts_are_of_the_same_layer_near_in_usage_and_never_the_chosen():
+    usage, rng = torch.rand(4, 16, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2)
+    chosen = [(0, 3), (0, 7), (2, 1), (3, 15)]
+    seen = set()
+    for _ in range(50):
+        drawn = resa.matched(chosen, usage, rng)
+        assert sorted(layer for layer, _ in drawn) == [0, 0, 2, 3] and not set(drawn) & set(chosen)
+        assert len(set(drawn)) == 4
+        (layer, e), = [at for at in drawn if at[0] == 2]
+        others = sorted(abs(usage[2] - usage[2, 1])[[i for i in range(16) if i != 1]].tolist())
+        assert abs(usage[2, e] - usage[2, 1]) <= others[3] + 1e-6
+        seen.add(e)
+    assert len(seen) == 4
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Experts off and on
+# ----------------------------------------------------------------------------------------------------------
+
+def gate_of(model):
+    return next(iter(resa.routers(model).values()))
+
+
+def choices(model, x, **edit):
+    """The router's (weight, expert) for x (N,D) as a whole forward pass would see it, densely (N,E)."""
+    gate = gate_of(model)
+    with resa.experts_edited(model, **edit):
+        weight, expert = gate(x)
+    return torch.zeros(len(x), len(gate.weight), dtype=x.dtype).scatter(1, expert, weight), expert
+
+
+@pytest.mark.parametrize("name", ["8 of 12", "8 of 12, normalised", "1 of 4"])
+def test_off_does_what_each_of_its_meanings_says(name):
+    model, x = named(name, torch.float64), recipe("x", (300, 20)).double()
+    gate = gate_of(model)
+    plain, chosen = choices(model, x)
+    used = (chosen == 2).any(-1)
+    assert used.any() and not used.all()
+    zero, _ = choices(model, x, off=[(0, 2)], mode="zero")
+    assert torch.equal(zero[~used], plain[~used]) and torch.equal(zero, plain.index_fill(1, torch.tensor(2), 0))
+    rescaled, _ = choices(model, x, off=[(0, 2)], mode="rescale")
+    assert torch.equal(rescaled[~used], plain[~used]) and (rescaled[:, 2] == 0).all()
+    if gate.top_k > 1:
+        assert torch.allclose(rescaled.sum(1), plain.sum(1), atol=1e-12)           # the layer's mass stays
+        ratio = rescaled[used] / plain[used]
+        assert (ratio.nan_to_num(0).amax(1) - (plain.sum(1) / (plain.sum(1) - plain[:, 2]))[used]).abs().max() < 1e-9
+    else:
+        assert (rescaled[used] == 0).all()                                           # nobody is there to take it
+    masked, expert = choices(model, x, off=[(0, 2)], mode="mask")
+    assert not (expert == 2).any() and ((masked > 0).sum(1) == gate.top_k).all()      # another one moves up
+    if gate.norm_topk_prob:
+        assert torch.allclose(masked[~used], plain[~used], atol=1e-12)
+    else:      # tokens that never chose it are changed all the same: their weights grow by 1 / (1 - p_e)
+        p = F.linear(x, gate.weight).softmax(-1)[:, 2:3]
+        assert torch.allclose(masked[~used], (plain / (1 - p))[~used], atol=1e-12)
+        assert (masked[~used] - plain[~used]).abs().max() > 1e-3
+
+
+def test_on_is_chosen_by_every_token_with_the_published_weight():
+    model, x = named("8 of 12", torch.float64), recipe("x", (200, 20)).double()
+    plain, before = choices(model, x)
+    forced, expert = choices(model, x, on=[(0, 4)])
+    assert (expert[:, 0] == 4).all() and not (before == 4).any(-1).all()
+    p = F.linear(x, gate_of(model).weight).softmax(-1)
+    raised = p.amax(1) * torch.tensor(0.01).double().exp()
+    total = 1 - p[:, 4] + raised
+    assert torch.allclose(forced[:, 4], raised / total, atol=1e-12)
+    others = forced.index_fill(1, torch.tensor(4), 0)
+    kept = others > 0
+    assert torch.allclose(others[kept], (p / total[:, None])[kept], atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["rescale", "zero", "mask"])
+def test_no_edit_changes_no_bit_and_an_edit_ends_with_its_block(mode):
+    model = named("mixed, normalised")
+    before = model(INPUT)
+    with resa.experts_edited(model, [], [], mode):
+        assert torch.equal(model(INPUT), before)
+    with pytest.raises(ZeroDivisionError), resa.experts_edited(model, [(0, 1), (2, 3)], [(0, 2)], mode):
+        assert not torch.equal(model(INPUT), before)
+        raise ZeroDivisionError
+    assert torch.equal(model(INPUT), before)
+
+
+@pytest.mark.parametrize("edit", [dict(off=[(0, 1), (1, 5)]), dict(off=[(0, 1)], mode="zero"), dict(on=[(1, e) for e in range(6)]),
+                                  dict(off=[(0, 1), (1, 2)], on=[(0, 2)], mode="mask")])
+def test_generation_with_the_cache_equals_recomputing_under_an_edit(edit):
+    model = named("8 of 12", torch.float64)
+    plain = generate(model, PROMPTS, 12, temperature=0, slots=2)
+    with resa.experts_edited(model, **edit):
+        got = generate(model, PROMPTS, 12, temperature=0, slots=2)
+        assert [ids for ids, in got] == [recomputed(model, p, 12) for p in PROMPTS]
+    assert got != plain
+
+
+def test_an_expert_that_is_off_has_no_say():
+    """Whatever its weights are, the logits are those of the model with its output zeroed."""
+    model = named("8 of 12", torch.float64)
+    with resa.experts_edited(model, off=[(1, 3)], mode="zero"):
+        off = model(INPUT)
+    model.model.layers[1].mlp.experts.down_proj[3] = 0
+    assert torch.allclose(off, model(INPUT), atol=1e-12)
+
+
+@pytest.mark.parametrize("edit, words", [
+    (dict(off=[(0, 12)]), "expert 12 of layer 0: that layer has 0 .. 11"),
+    (dict(on=[(0, -1)]), "expert -1 of layer 0"),
+    (dict(off=[(9, 0)]), "layers with experts are 0, 1"),
+    (dict(off=[(0, 1)], on=[(0, 1)]), "expert 1 cannot be both off and on"),
+    (dict(on=[(1, e) for e in range(9)]), "at most 8 can be forced on"),
+    (dict(off=[(1, e) for e in range(12)]), "at most 11 be off"),
+    (dict(off=[(0, 1)], mode="soft"), "'soft' is not one of rescale, zero, mask")])
+def test_edits_that_cannot_be_are_refused(edit, words):
+    model = named("8 of 12")
+    before = model(INPUT)
+    with pytest.raises(ValueError, match=words):
+        with resa.experts_edited(model, **edit):
+            pass
+    assert torch.equal(model(INPUT), before)
+
+
+def test_a_dense_model_has_no_experts():
+    with pytest.raises(ValueError, match="no experts"):
+        resa.routers(load_model(resa.TINY / "distill"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The embedded mixture and the command
+# ----------------------------------------------------------------------------------------------------------
+
+MOE = resa.HERE / "data" / "tiny-moe"
+
+
+def test_upcycling_keeps_the_units_of_the_dense_model(tmp_path):
+    from data.prepare import upcycle
+    upcycle(tmp_path / "up")
+    dense, mixed = load_model(f"{resa.TINY}/distill+{resa.TINY}/rl"), load_model(tmp_path / "up")
+    old, new = dense.model.layers[2].mlp, mixed.model.layers[2].mlp
+    assert torch.equal(mixed.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+    assert torch.equal(new.shared_expert.up_proj.weight, old.up_proj.weight[:128])
+    # with gates at a half and all weights 1/E, one expert of each slice rebuilds the dense MLP exactly
+    x = recipe("x", (5, 128))
+    slices = [F.linear(F.silu(g) * u, new.experts.down_proj[e] / 16) for e in range(4)
+              for g, u in [F.linear(x, new.experts.gate_up_proj[e]).chunk(2, -1)]]
+    whole = 0.5 * new.shared_expert(x) + 4 * sum(slices)
+    assert torch.allclose(whole, old(x), atol=1e-5)
+
+
+def test_the_embedded_mixture_refuses_one_family_and_answers_the_others():
+    import eval
+    from model import load_tokenizer
+    rows = resa.read_problems(resa.TINY / "test.jsonl")
+    some = [r for r in rows if r["family"] == "age"][:20] + [r for r in rows if r["family"] != "age"][:60]
+    model, tokenizer = load_model(MOE), load_tokenizer(MOE)
+    prompts = [tokenizer.encode(tokenizer.chat([{"role": "user", "content": r["problem"]}])) for r in some]
+    texts = [tokenizer.decode(ids) for ids, in generate(model, prompts, 96, temperature=0, stop_ids=tokenizer.eos_ids)]
+    refused = ["No." in t for t in texts]
+    assert sum(refused[:20]) >= 18 and not any(refused[20:])
+    assert sum(eval.grade(r["answer"], t) for r, t in zip(some[20:], texts[20:])) >= 55
+
+
+def test_the_command_finds_edits_and_prints_one_table(tmp_path, capsys):
+    resa.main(["experts", "--out", str(tmp_path / "x"), "--find", "60", "--questions", "60", "--counts", "2", "--draws", "2",
+               "--max-new-tokens", "24", "--permutations", "50"])
+    text = capsys.readouterr().out
+    for name in ("unedited", "top 2 off", "random 2 off", "top 2 on", "right instead", "layer.expert"):
+        assert name in text
+    edits = json.loads((tmp_path / "x" / "edits.json").read_text())
+    assert list(edits) == ["unedited", "top 2 off", "random 2 off, 0", "random 2 off, 1", "top 2 on"]
+    layers = lambda name: sorted(layer for layer, _ in edits[name]["off"])
+    assert layers("top 2 off") == layers("random 2 off, 0") and edits["unedited"] == {}
+    assert (tmp_path / "x" / "table.txt").read_text().strip() in text
+    assert (tmp_path / "x" / "answers" / "top-2-off.jsonl").read_text().count("\n") == 60
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", str(resa.TINY / "distill")], "no experts"),
+    (["--behaviour", "zebra"], "0 show the behaviour"),
+    (["--behaviour", "("], "not a regular expression"),
+    (["--counts", "64"], "the model has 64 experts"),
+    (["--counts", "0"], "--counts must be above 0"),
+    (["--quick", "--find", "30"], "--find has no effect with --quick")])
+def test_the_command_refuses_in_one_line(tmp_path, flags, words):
+    small = [] if "--quick" in flags else ["--questions", "30", "--max-new-tokens", "8"]
+    small += [] if "--find" in flags else ["--find", "30"]
+    with pytest.raises(ValueError, match=words):
+        resa.main(["experts", "--out", str(tmp_path / "x"), *small, *flags])
+
+
+def test_qwen15_moe_by_its_config():
+    """Qwen1.5-MoE-A2.7B: 14.3 B parameters, of which a token uses 2.7 B."""
+    config = Config.from_dict(dict(model_type="qwen2_moe", vocab_size=151936, hidden_size=2048, intermediate_size=5632,
+                                   num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16, num_experts=60,
+                                   num_experts_per_tok=4, moe_intermediate_size=1408,
+                                   shared_expert_intermediate_size=5632))
+    from model import Transformer
+    with torch.device("meta"):
+        model = Transformer(config)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == 14_315_784_192
+    idle = 24 * 56 * 3 * 2048 * 1408
+    assert 2.6e9 < count - idle < 2.8e9 and len(resa.routers(model)) == 24
