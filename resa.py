@@ -510,6 +510,18 @@ class MatchedNoise(nn.Module):
         return x + (noise * (e.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))).to(x.dtype)
 
 
+class ErrorKept(nn.Module):
+    """x itself, to the rounding of a sum, whose gradient passes the SAE: SAE(x) + stop(x - SAE(x))."""
+
+    def __init__(self, sae):
+        super().__init__()
+        self.sae, self.meta = sae, getattr(sae, "meta", {})
+
+    def forward(self, x):
+        x_hat = self.sae(x)
+        return x_hat + (x - x_hat).detach()
+
+
 class Ablation(nn.Module):
     """The far end of the scale for `sae`: one vector (D,), zero or the mean, in place of every activation."""
 
@@ -577,7 +589,8 @@ def kl_loss(student, teacher, h_s, h_t, reduction="token", chunk=256):
     return total / (B * T if reduction == "token" else B)
 
 
-def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="token", teacher=None):
+def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="token", teacher=None, into="student",
+                match=0.0):
     """The loss of SAE-Tuning (arXiv 2506.09967 eq. 8), KL(teacher || student), a scalar in nats.
 
     model    the target with LoRA attached: the student, with `sae` spliced in at block `layer`
@@ -585,12 +598,18 @@ def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="tok
     ids      (B,T).  All positions count, the first included, and there is no cross-entropy term, as published
     teacher  None: the target itself, adapters off and SAE out;  another model: that one (--teacher source)
 
+    Not in the paper, and only with another model as the teacher:
+    into     "student", as published;  "teacher": what is taught is what the teacher says through the SAE;
+             "gradient": the student keeps its x, only its gradient passes the SAE, SAE(x) + stop(x - SAE(x));
+             "nothing": the SAE is there for `match`
+    match    weight of `feature_distance` between teacher and student at the site
+
     Where no gradient can pass below the site (grad off, whole block output replaced), teacher and student
     share blocks 0 .. layer, which are then run once and without a graph; `plain_tuning_loss` is the twin.
     """
     below = [m.lora_B.abs().amax() for n, m in lora_layers(model).items() if int(n.split(".")[2]) <= layer]
     if sae is None or grad or site != "resid" or teacher is not None or (below and torch.stack(below).any()):
-        return plain_tuning_loss(model, sae, layer, ids, site, grad, reduction, teacher)
+        return plain_tuning_loss(model, sae, layer, ids, site, grad, reduction, teacher, into, match)
     check_hook(model, layer, site, grad)
     with torch.no_grad(), adapters_off(model):                 # adapters below the hook never leave zero
         h = model.run(ids, stop=layer + 1)                                                       # (B,T,D)
@@ -598,13 +617,32 @@ def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="tok
     return kl_loss(model, model, model.run(x_hat, start=layer + 1), h_t, reduction)
 
 
-def plain_tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="token", teacher=None):
+def plain_tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="token", teacher=None,
+                      into="student", match=0.0):
     """The same, in two whole passes."""
-    with torch.no_grad(), contextlib.nullcontext() if teacher is not None else adapters_off(model):
+    xs, catch = [], hooked(model, layer, site, lambda x: xs.append(x)) if match else contextlib.nullcontext()
+    nothing = contextlib.nullcontext
+    student, swaps = nothing(), lambda where: sae is not None and into == where
+    if swaps("student") or swaps("gradient"):
+        student = splice(model, ErrorKept(sae) if into == "gradient" else sae, layer, site, grad or into == "gradient")
+    with torch.no_grad(), nothing() if teacher is not None else adapters_off(model), (
+            splice(teacher, sae, layer, site) if swaps("teacher") else nothing()):
         h_t = (teacher or model).run(ids)                                                        # (B,T,D)
-    with splice(model, sae, layer, site, grad) if sae is not None else contextlib.nullcontext():
+    with catch, student:
         h_s = model.run(ids)
-    return kl_loss(model, teacher or model, h_s, h_t, reduction)
+    loss = kl_loss(model, teacher or model, h_s, h_t, reduction)
+    return loss + match * feature_distance(sae, xs[0], activations(teacher, ids, layer, site)) if match else loss
+
+
+def feature_distance(sae, x_s, x_t):
+    """How far student's and teacher's activations (B,T,D) are apart as the SAE sees them, a scalar.
+
+    |SAE(x_s) - SAE(x_t)|^2 over the variance of SAE(x_t): codes are compared in the directions that they stand for.
+    sae None: of the activations themselves.
+    """
+    a, b = (x if sae is None else insert(sae, x) for x in (x_s, x_t))
+    a, b = at_least_fp32(a), at_least_fp32(b).detach()
+    return (a - b).pow(2).sum() / (b - b.mean((0, 1))).pow(2).sum()
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -103,6 +103,8 @@ class Tune(Lora):
     splice: Literal["sae", "random", "noise", "none"] = "sae"      # what takes the activation's place
     sae_grad: Literal["off", "on"] = "off"      # off: as the code was published; on: as the text says
     teacher: Literal["target", "source"] = "target"      # whose predictions are the aim; published: target
+    into: Literal["student", "teacher", "gradient", "nothing"] = "student"      # whose x the SAE replaces; see tuning_loss
+    match: float = 0.0                   # weight of the distance of student and teacher as the SAE sees them
     kl_reduction: Literal["token", "sequence"] = "token"      # nats per token; published: sum over the sequence
 
 
@@ -143,7 +145,7 @@ def check(condition, message):
 
 
 # The least value of each number; what must be above 0 is checked beside it.
-LEAST = dict(seq_len=2, batch=1, steps=0, epochs=1, seed=0, log_every=1, save_every=1, micro_batch=0, lr=0,
+LEAST = dict(match=0, seq_len=2, batch=1, steps=0, epochs=1, seed=0, log_every=1, save_every=1, micro_batch=0, lr=0,
              lora_r=1, lora_alpha=1, lora_dropout=0, clip=0, warmup=0,
              questions=1, max_new_tokens=1, temperature=0, beta=0)
 
@@ -686,27 +688,38 @@ def refuse_other_site(sae, args):
 
 def run_tune(args):
     """SAE-Tuning, stage II of arXiv 2506.09967; writes a PEFT adapter.  Returns the summary."""
-    check(args.teacher == "source" or "source" not in args.given, "--source has no effect without --teacher source")
-    if args.splice == "none":
-        check(args.teacher == "source", "--splice none makes teacher and student the same model: nothing to learn; "
-              "with --teacher source it is plain distillation")
-        refuse_idle(args, "sae layer site sae_grad", "--splice none")
+    check_objective(args)
     model = load_model(args.target, args.dtype, args.device)
     teacher = load_model(args.source, args.dtype, args.device) if args.teacher == "source" else None
     check(teacher is None or teacher.config.vocab_size == model.config.vocab_size,
           f"{args.source} and {args.target} have different vocabularies: their predictions cannot be compared")
     inserted = None
     if args.splice != "none":
-        resa.check_hook(model, args.layer, args.site, args.sae_grad == "on")
+        through = args.sae_grad == "on" or args.into != "student"
+        resa.check_hook(model, args.layer, args.site, through)
         inserted = make_splice(args, model)
-        cut = args.sae_grad == "off" and args.site == "resid"
-        print(f"{args.splice} in place of {args.site} of block {args.layer}; adapters of blocks "
+        cut = not through and args.site == "resid"
+        print(f"{args.splice} at {args.site} of block {args.layer}, into {args.into}; adapters of blocks "
               f"{args.layer + 1 if cut else 0} .. {len(model.model.layers) - 1} can learn")
 
     def loss(ids):
         return resa.tuning_loss(model, inserted, args.layer, ids, args.site, args.sae_grad == "on",
-                                args.kl_reduction, teacher)
-    return lora_loop("tune", args, model, loss, "kl")
+                                args.kl_reduction, teacher, args.into, args.match)
+    return lora_loop("tune", args, model, loss, "kl" if not args.match else "loss")
+
+
+def check_objective(args):
+    """ValueError for an objective in which some flag could not take effect, or nothing could be learned."""
+    if args.teacher == "target":
+        refuse_idle(args, "source into match", "--teacher target")
+    if args.splice == "none":
+        check(args.teacher == "source", "--splice none makes teacher and student the same model: nothing to learn; "
+              "with --teacher source it is plain distillation")
+        refuse_idle(args, "sae sae_grad into" + ("" if args.match else " layer site"), "--splice none")
+    if args.into != "student":
+        refuse_idle(args, "sae_grad", f"--into {args.into}: gradient " + (
+            "always passes the SAE" if args.into == "gradient" else "does not meet the SAE"))
+    check(args.into != "nothing" or args.match, "--into nothing: the SAE is used by --match alone, which is 0")
 
 
 def make_splice(args, model):
