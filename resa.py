@@ -61,21 +61,60 @@ PRESETS = {
     "tiny": dict(source=f"{TINY}/distill+{TINY}/rl", target=f"{TINY}/distill", data=f"{TINY}/train.jsonl",
                  bench="tiny", template="chat", layer=1, latents=1024, k=16, seq_len=256, dtype="float32",
                  max_new_tokens=96, errors=dict(held=f"{TINY}/test.jsonl")),
-    # arXiv 2506.09967, Table 7 and section 2.1, with the released code's values where the two differ; its two
-    # GPUs took a batch each, here one process takes both.
-    "resa-still-v1": dict(source="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B+"
-                                 "Tina-Yi/R1-Distill-Qwen-1.5B-STILL#checkpoint-2000",
-                          target="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", data="still", template="resa",
-                          bench="aime24,aime25,amc23,math500,minerva,gpqa",
-                          layer=12, seq_len=2048, shuffle=False, dtype="bfloat16", device="cuda",
-                          sae=dict(init="finetune", batch=32, micro_batch=1, optimizer="signum", aux_coef=0.0,
-                                   dead_after=10_000_000,
-                                   sae_from="EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k#layers.12.mlp"),
-                          tune=dict(batch=2, epochs=2, lr=1e-6, kl_reduction="sequence"),
-                          sft=dict(batch=32, micro_batch=1, epochs=3, lr=1e-5)),
 }
-PRESETS["resa-still-v3"] = PRESETS["resa-still-v1"] | {"sae": PRESETS["resa-still-v1"]["sae"] | dict(
-    init="scratch", sae_from="", latents=65536, k=32)}
+
+# The models that the presets name, in the words of config.json: --dry-run downloads nothing.
+QWEN_1_5B = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                 num_attention_heads=12, num_key_value_heads=2)
+R1_DISTILL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+SHAPES = {R1_DISTILL: QWEN_1_5B,
+          "Qwen/Qwen2.5-1.5B": QWEN_1_5B | {"tie_word_embeddings": True},
+          "Qwen/Qwen2.5-Math-1.5B": QWEN_1_5B | {"tie_word_embeddings": True}}
+TINA = {"still": f"{R1_DISTILL}+Tina-Yi/R1-Distill-Qwen-1.5B-STILL#checkpoint-2000",
+        "deepscaler": f"{R1_DISTILL}+Tina-Yi/R1-Distill-Qwen-1.5B-DeepScaleR#checkpoint-1000"}
+REAL = dict(target=R1_DISTILL, bench="aime24,aime25,amc23,math500,minerva,gpqa", dtype="bfloat16", device="cuda")
+
+
+def published(source, init, trigger, elicitation):
+    """A row of arXiv 2506.09967, Table 1: the SAE learns on `trigger`, the adapter on `elicitation`.
+
+    Settings are those of Table 7, with the released code's values where the two differ; its two GPUs took a batch
+    each, here one process takes both.  Pretrained is the site-mismatched arm, an SAE of MLP outputs on block outputs.
+    """
+    other = {"other_site": init == "pretrained"}
+    start = "" if init == "scratch" else "EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k#layers.12.mlp"
+    return REAL | dict(
+        source=source, data=elicitation, template="resa", layer=12, seq_len=2048, shuffle=False,
+        sae=dict(data=trigger, init=init, sae_from=start, latents=65536, k=32, batch=32, micro_batch=1,
+                 optimizer="signum", aux_coef=0.0, dead_after=10_000_000) | other,
+        tune=dict(batch=2, epochs=2, lr=1e-6, kl_reduction="sequence") | other,
+        sft=dict(batch=32, micro_batch=1, epochs=3, lr=1e-5))
+
+
+def tina(data, steps, rewards):
+    """GRPO as in Tina's released code, what made the sources of arXiv 2506.09967.
+
+    Not expressed here: a limit of 512 tokens on the prompt, a system prompt and chat template of their own, and that
+    `steps` is the length of the schedule, halfway through which the published runs were stopped.
+    """
+    return REAL | dict(data=data, rl=dict(
+        steps=steps, warmup=steps // 10, schedule="cosine", lr=1e-6, questions=8, group=4, micro_batch=1,
+        temperature=0.7, max_new_tokens=3584, beta=0.04, rewards=rewards))
+
+
+PRESETS |= {
+    "resa-still-v1": published(TINA["still"], "finetune", "still", "still"),
+    "resa-still-v2": published(R1_DISTILL, "pretrained", "still", "still"),      # the source only measures the SAE
+    "resa-still-v3": published(TINA["still"], "scratch", "still", "still"),
+    "resa-still-v4": published(R1_DISTILL, "finetune", "still", "still"),
+    "resa-still-v5": published(R1_DISTILL, "scratch", "still", "still"),
+    "resa-deepscaler-v1": published(TINA["deepscaler"], "finetune", "deepscaler", "deepscaler"),
+    "resa-deepscaler-v2": published(TINA["deepscaler"], "scratch", "deepscaler", "deepscaler"),
+    "resa-deepscaler-v3": published(R1_DISTILL, "scratch", "deepscaler", "deepscaler"),
+    "resa-deepscaler-v4": published(TINA["still"], "finetune", "still", "deepscaler"),
+    "tina-still": tina("still", 7500, ["accuracy", "length"]),
+    "tina-deepscaler": tina("deepscaler", 11000, ["accuracy", "format"]),
+}
 
 
 def remarks(cls):
@@ -402,7 +441,10 @@ def save_adapter(model, directory, base=None):
 
 
 def load_adapter(model, spec):
-    """Attaches a PEFT adapter, trainable, without merging it (model.load_model merges).  Returns the model."""
+    """Attaches a PEFT adapter, trainable, without merging it (model.load_model merges).  Returns the model.
+
+    spec names one adapter and takes no factor: its scale is the layers' own, alpha / r.
+    """
     refuse_second(model)
     adapter = read_adapter(spec)
     check_adapter(model, adapter, spec)
@@ -1163,7 +1205,7 @@ nonlinear the mean FVU of e_nl, linear c less that.  Seeds: {seeds}; ± is half 
 @dataclass
 class Merge:
     """Folds the adapters of a model spec into its weights and writes a plain model directory."""
-    model: str = ""                      # BASE+ADAPTER
+    model: str = ""                      # BASE+ADAPTER, or BASE+ADAPTER*FACTOR
     out: str = ""                        # directory to write
     dtype: str | None = None             # default: the checkpoint's
 

@@ -42,7 +42,7 @@ from sae import (VARIANTS, Chosen, Metrics, afa, build, default_lr, init_b_dec, 
 
 @dataclass
 class Common:
-    preset: str = "tiny"                 # bundle of defaults: tiny, resa-still-v1, resa-still-v3
+    preset: str = "tiny"                 # bundle of defaults: tiny, or the paper's resa-still-v1 .. v5, resa-deepscaler-v1 .. v4, tina-still, tina-deepscaler
     data: str = ""                       # JSON(L) of problem/answer, text or problem/completion; or still, limr, ...
     template: Literal["chat", "resa"] = "chat"      # chat: the model's own format; resa: the published plain text
     seq_len: int = 256                   # tokens in a packed chunk; published: 2048
@@ -57,7 +57,7 @@ class Common:
     out: str = ""                        # run directory; default out/PRESET/STAGE
     resume: bool = False                 # continue the run in --out from its last checkpoint
     log_every: int = 10                  # steps between two lines of metrics.jsonl
-    save_every: int = 100                # steps between two checkpoints
+    save_every: int = 100                # steps between two checkpoints; in --stage rl each also keeps its adapter
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Sae(Common):
     source: str = ""                     # model spec whose activations are learned
     layer: int = 1                       # decoder block, counted from 0
     site: Literal["resid", "mlp"] = "resid"      # output of the block, or of its MLP
+    other_site: bool = False             # use a pretrained SAE where it was not trained; published: v2 did
     init: Literal["scratch", "finetune", "pretrained"] = "scratch"      # the three modes of the paper
     sae_from: str = ""                   # SAE to start from, DIR_OR_HUB_ID[#HOOKPOINT], for finetune and pretrained
     variant: str = "topk"                # kind of autoencoder; "help" lists them
@@ -100,6 +101,7 @@ class Tune(Lora):
     source: str = ""                     # model spec of the teacher, with --teacher source
     layer: int = 1                       # decoder block, counted from 0; must be the SAE's
     site: Literal["resid", "mlp"] = "resid"      # output of the block, or of its MLP; must be the SAE's
+    other_site: bool = False             # use an SAE where it was not trained; published: v2 did
     splice: Literal["sae", "random", "noise", "none"] = "sae"      # what takes the activation's place
     sae_grad: Literal["off", "on"] = "off"      # off: as the code was published; on: as the text says
     teacher: Literal["target", "source"] = "target"      # whose predictions are the aim; published: target
@@ -113,9 +115,13 @@ class Sft(Lora):
 
 @dataclass
 class Rl(Lora):
-    """GRPO with LoRA (arXiv 2402.03300), what turns a base into a source of reasoning."""
+    """GRPO with LoRA (arXiv 2402.03300), what turns a base into a source of reasoning.
+
+    --micro-batch counts samples here.  Every --save-every steps the adapter goes into OUT/checkpoint-STEP.
+    """
     questions: int = 32                  # questions in a step
     group: int = 8                       # samples of each question
+    warmup: int = 0                      # steps of linear warm-up
     temperature: float = 1.0             # of the samples; the Tina recipe has 0.7
     max_new_tokens: int = 96             # length limit of a sample
     beta: float = 0.0                    # weight of KL(policy || base), k3 estimate; the Tina recipe has 0.04
@@ -155,8 +161,9 @@ def check_numbers(args):
     check(getattr(args, "sink_norm", None) is None or 0 <= args.sink_norm < math.inf, "--sink-norm must be at least 0")
     check(getattr(args, "lora_dropout", 0) < 1, "--lora-dropout must be below 1")
     check(args.seed < 2**62, "--seed must be below 2^62")
-    check(not args.micro_batch or args.batch % args.micro_batch == 0, f"--micro-batch {args.micro_batch} does not "
-          f"divide --batch {args.batch}: its pieces weigh the same, so they must be equal")
+    whole, name = (args.questions * args.group, "the samples,") if isinstance(args, Rl) else (args.batch, "--batch")
+    check(not args.micro_batch or whole % args.micro_batch == 0, f"--micro-batch {args.micro_batch} does not "
+          f"divide {name} {whole}: its pieces weigh the same, so they must be equal")
     check(not args.steps or "epochs" not in args.given, "--epochs has no effect with --steps")
 
 
@@ -327,6 +334,8 @@ class Run:
         else:      # a new run that fails must not leave the last one's artifact beside its own settings
             for name in (ARTIFACT.get(stage, "adapter_config.json"), "summary.json"):
                 (self.out / name).unlink(missing_ok=True)
+            if stage == "rl":
+                remove_adapters(self.out)
         resa.open_run(self.out, args)
         self.metrics.write_text("".join(kept))
         count = sum(p.numel() for module in modules.values() for p in module.parameters() if p.requires_grad)
@@ -405,6 +414,8 @@ class Run:
     def save(self, done):
         finite = all(t.isfinite().all() for t in self.tensors().values())       # a NaN must not reach a file
         check(finite, f"step {done}: the weights are no longer finite; lower --lr")
+        if isinstance(self.args, Rl) and done % self.args.save_every == 0:      # a source after so many steps
+            resa.save_adapter(self.modules["model"], self.out / f"checkpoint-{done}", resa.relative(self.args.target))
         if done < self.args.steps:      # dropout and noise are drawn from these two generators
             cuda = torch.cuda.get_rng_state(self.args.device) if self.args.device.startswith("cuda") else None
             write_state(self.checkpoint, {"step": done, "seconds": self.elapsed(), "settings": self.settings(),
@@ -419,6 +430,17 @@ class Run:
             (temporary / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
         self.checkpoint.unlink(missing_ok=True)
         return record
+
+
+def remove_adapters(out):
+    """Removes OUT/checkpoint-STEP of an earlier run; a folder that holds anything but an adapter stays."""
+    for path in out.glob("checkpoint-*"):
+        if path.is_dir() and not path.is_symlink() and path.name.removeprefix("checkpoint-").isdecimal():
+            files = list(path.iterdir())
+            if {file.name for file in files} <= {"adapter_config.json", "adapter_model.safetensors"}:
+                for file in files:
+                    file.unlink()
+                path.rmdir()
 
 
 def rate_at(step, args, warmup=0):
@@ -462,10 +484,13 @@ def run_sae(args):
     if args.init == "pretrained":
         refuse_idle(args, "optimizer lr warmup schedule aux_coef dead_after centre steps epochs shuffle resume",
                     "--init pretrained: nothing is trained")
+    else:
+        refuse_idle(args, "other_site", f"--init {args.init}: the SAE is trained at --site of --layer")
     if args.init != "scratch":
         refuse_idle(args, "latents k variant set centre", f"--init {args.init}: the SAE that is loaded decides")
 
     # 2. Source model, data, autoencoder.
+    data_file(args.data)            # fetched now, so that a failure shows before the model is loaded
     model, tokenizer = load_model(args.source, args.dtype, args.device), load_tokenizer(args.source)
     resa.site_module(model, args.layer, args.site)
     torch.manual_seed(args.seed)    # for variants that draw noise
@@ -474,7 +499,9 @@ def run_sae(args):
     count_steps(args, chunks)
     first = torch.cat([resa.activations(model, part, args.layer, args.site).float()
                        for part in micro(batch_at(0, chunks, args), args)])                      # (B,T,D)
-    sae.meta |= {"site": args.site, "layer": args.layer, "init": args.init, "sink_norm": sink_norm(first, sae, args)}
+    here = {"site": args.site, "layer": args.layer}
+    sae.meta = here | sae.meta if args.init == "pretrained" else sae.meta | here      # it may come from --other-site
+    sae.meta |= {"init": args.init, "sink_norm": sink_norm(first, sae, args)}
     if args.init == "scratch":      # Resa: the released code overwrites b_dec with a mean even when fine-tuning
         init_b_dec(sae, first[~resa.is_sink(first, sae.meta["sink_norm"])], args.centre)
     else:                           # config.json should say what the file decided
@@ -672,11 +699,17 @@ def open_sae(spec):
 
 
 def refuse_other_site(sae, args):
-    """An SAE used where it was not trained reconstructs nothing; the released `pretrained` arm did just that."""
-    for name in ("site", "layer"):
-        if name in sae.meta:
-            check(sae.meta[name] == getattr(args, name), f"the SAE was trained at {name} {sae.meta[name]}, not at "
-                  f"{getattr(args, name)}: pass --{name} {sae.meta[name]}, or train one there")
+    """An SAE used where it was not trained reconstructs nothing; the released `pretrained` arm did just that.
+
+    Resa: --other-site restores it.
+    """
+    wrong = [name for name in ("site", "layer") if sae.meta.get(name, getattr(args, name)) != getattr(args, name)]
+    if not wrong:
+        refuse_idle(args, "other_site", "an SAE that was trained where it is used")
+    for name in wrong:
+        where = f"the SAE was trained at {name} {sae.meta[name]}, not at {getattr(args, name)}"
+        check(args.other_site, f"{where}: pass --{name} {sae.meta[name]}, or train one there, or --other-site")
+        print(f"--other-site: {where}, where it is used all the same")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -689,7 +722,8 @@ def run_tune(args):
     if args.splice == "none":
         check(args.teacher == "source", "--splice none makes teacher and student the same model: nothing to learn; "
               "with --teacher source it is plain distillation")
-        refuse_idle(args, "sae layer site sae_grad", "--splice none")
+        refuse_idle(args, "sae layer site sae_grad other_site", "--splice none")
+    data_file(args.data)
     model = load_model(args.target, args.dtype, args.device)
     teacher = load_model(args.source, args.dtype, args.device) if args.teacher == "source" else None
     check(teacher is None or teacher.config.vocab_size == model.config.vocab_size,
@@ -729,6 +763,7 @@ def make_splice(args, model):
 
 def run_sft(args):
     """The paper's baseline: cross-entropy on the packed text, every token, and nothing else changed."""
+    data_file(args.data)
     model = load_model(args.target, args.dtype, args.device)
     return lora_loop("sft", args, model, partial(cross_entropy, model), "ce")
 
@@ -838,7 +873,7 @@ def run_rl(args):
     unknown = set(args.rewards) - {"accuracy", "format", "length"}
     check(not unknown, f"--rewards {' '.join(sorted(unknown))}: there are accuracy, format, length")
     check(args.group > 1, "--group must be at least 2: an advantage is relative to the other samples")
-    refuse_idle(args, "seq_len batch micro_batch epochs template shuffle", "--stage rl")
+    refuse_idle(args, "seq_len batch epochs template shuffle", "--stage rl")
     check(args.steps > 0, "--stage rl needs --steps")
     rows, tokenizer = resa.read_problems(data_file(args.data)), load_tokenizer(args.target)
     check(args.questions <= len(rows), f"--questions {args.questions}: {args.data} has {len(rows)}")
@@ -849,9 +884,11 @@ def run_rl(args):
         picked = order(len(rows), args.seed + step)[:args.questions]
         samples, rewards = rollout(model, tokenizer, [rows[i] for i in picked], step, args)
         advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)       # (Q,G)
-        loss = partial(policy_loss, model, samples, advantages.flatten(), args.beta, args.temperature)
-        _, norm = descend([loss], learned, optimizer, rate_at(step, args), args.clip)
-        run.end_step(step, lambda: {"reward": rewards.mean(), "norm": norm, "lr": rate_at(step, args),
+        part = args.micro_batch or len(samples)
+        losses = [partial(policy_loss, model, samples[i:i + part], advantages.flatten()[i:i + part], args.beta,
+                          args.temperature) for i in range(0, len(samples), part)]
+        _, norm = descend(losses, learned, optimizer, rate_at(step, args, args.warmup), args.clip)
+        run.end_step(step, lambda: {"reward": rewards.mean(), "norm": norm, "lr": rate_at(step, args, args.warmup),
                                     "length": sum(len(a) for _, a in samples) / len(samples)})
     resa.save_adapter(model, args.out, resa.relative(args.target))
     return run.finish()
@@ -865,6 +902,7 @@ def run_pretrain(args):
     """Next-token cross-entropy on packed text, all weights; writes a model directory.  Returns the summary."""
     check(args.model, "--stage pretrain needs --model, for example random:data/tiny/init/config.json")
     check(args.dtype == "float32", "--stage pretrain needs --dtype float32: in bfloat16 most updates round to nothing")
+    data_file(args.data)
     model = load_model(args.model, args.dtype, args.device).requires_grad_(True).train()
     chunks = load_chunks(args, load_tokenizer(args.model), model)
     count_steps(args, chunks)
