@@ -6,6 +6,7 @@
     python resa.py compare | recover                             every SAE variant beside the others
     python resa.py convert --sae DIR --out DIR                   an SAE from one file layout to another
     python resa.py errors               what SAEs miss: the part of their error that is linear in x, and the rest
+    python resa.py cost                 what SAE-Tuning took beside RL: seconds, tokens, FLOPs
 
 The method is Resa (arXiv 2506.09967).  Stage I: a TopK SAE learns the activations of block `layer` of a
 *source* model (sae.py).  Stage II: the frozen SAE replaces that activation inside a *target* model, and
@@ -34,6 +35,7 @@ import time
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -117,6 +119,7 @@ PRESETS |= {
 }
 
 
+@lru_cache                                                         # Python parses the whole file for each of them
 def remarks(cls):
     """{field: the comment behind it}: the remark a reader sees in the source is what --help prints."""
     found = {}
@@ -139,7 +142,7 @@ def make_parser(cls, prog):
         default = f.default if f.default is not MISSING else " ".join(map(str, f.default_factory()))
         shown = f" (default: {default})" if default not in (None, "", (), False) else ""
         options = {"help": f"{notes.get(f.name, '')}{shown}".replace("%", "%%")}
-        if isinstance(kind, types.UnionType):                      # X | None
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:      # X | None
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -1199,6 +1202,56 @@ nonlinear the mean FVU of e_nl, linear c less that.  Seeds: {seeds}; ± is half 
 
 
 # ----------------------------------------------------------------------------------------------------------
+# What it took, beside RL
+# ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Cost:
+    """What SAE-Tuning took beside RL, from the summary.json of three runs; FLOPs as train.training_flops has them."""
+    sae: str = "out/tiny/sae"            # run directory of --stage sae
+    tune: str = "out/tiny/adapter"       # of --stage tune
+    rl: str = "out/tiny/rl"              # of --stage rl; the default falls back on what data/tiny/rl notes of its run
+
+
+def cost(argv):
+    args = parse_flags(Cost, argv, "resa.py cost")
+    if "rl" not in args.given and not Path(args.rl, "summary.json").exists():
+        args.rl = f"{TINY}/rl"
+    runs = {name: read_summary(getattr(args, stage), stage) for stage, name in
+            (("sae", "SAE"), ("tune", "adapter"), ("rl", "RL"))}
+    print(cost_table(runs) + "\n")
+    print("An RL run that made the SAE's source, as that of preset tiny, is not in SAE-Tuning's row.")
+    machines = {name: run.get("device", "not noted") for name, run in runs.items()}
+    if len(set(machines.values())) > 1:
+        where = "; ".join(f"{name}: {machine}" for name, machine in machines.items())
+        print(f"Not all made on one machine, as far as is noted ({where}):\nthe seconds do not compare.")
+    print(f"RL is that of {relative(args.rl)}.")
+
+
+def read_summary(directory, stage):
+    path = Path(directory, "summary.json")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; python train.py --stage {stage} --out {directory} makes it")
+    found = read_json(path)
+    for name in ("seconds", "tokens", "flops"):
+        if not isinstance(found.get(name, 0), (int, float)):
+            raise ValueError(f"{path}: {name} should be a number, it is {found[name]!r}")
+    return found
+
+
+def cost_table(runs):
+    """{run: its summary} -> the table; what a summary does not say is a "?", and so is what rests on it."""
+    import eval
+    units = {"seconds": ",.1f", "tokens": ",.0f", "flops": ".3g"}
+    sae, adapter, rl = ({unit: run.get(unit, math.nan) for unit in units} for run in runs.values())
+    both = {unit: sae[unit] + adapter[unit] for unit in units}
+    rows = {"SAE": sae, "adapter": adapter, "SAE-Tuning, both": both, "RL": rl}
+    cells = [[name, *(format(row[unit], form) for unit, form in units.items())] for name, row in rows.items()]
+    cells.append(["SAE-Tuning / RL", *(f"{both[unit] / (rl[unit] or math.nan):.3f}" for unit in units)])
+    return eval.table([[cell.replace("nan", "?") for cell in row] for row in cells], ["", "seconds", "tokens", "FLOPs"])
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Front door
 # ----------------------------------------------------------------------------------------------------------
 
@@ -1240,7 +1293,7 @@ def convert(argv):
 
 
 COMMANDS = {"merge": merge, "convert": convert, "compare": compare, "recover": recover,
-            "errors": errors}
+            "errors": errors, "cost": cost}
 
 
 def main(argv):
