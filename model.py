@@ -3,7 +3,8 @@
     model, tok = load_model("data/tiny/distill"), load_tokenizer("data/tiny/distill")
     generate(model, [tok.encode(tok.chat([{"role": "user", "content": "..."}]))], max_new_tokens=96)
 
-A model is named by a spec:  PATH_OR_HUB_ID[@REVISION][#SUBFOLDER][+ADAPTER ...]  or  random:CONFIG.json[@SEED]
+A model is named by a spec:  PATH_OR_HUB_ID[@REVISION][#SUBFOLDER][+ADAPTER[*FACTOR] ...]  or  random:CONFIG.json[@SEED]
+FACTOR multiplies the adapter's own scale, alpha / r: BASE+ADAPTER*0.5 goes half the way, a negative one goes back.
 Architecture: Qwen2 (arXiv 2407.10671) = pre-norm decoder, grouped-query attention with biases on q, k, v,
 rotary positions (arXiv 2104.09864), SwiGLU, RMSNorm; in Qwen2-MoE a block has many small MLPs, of which each
 token uses a few.  Parameter names are those of the checkpoints, so that loading is an identity map (but for the
@@ -398,12 +399,28 @@ def staged(directory):
 
 
 def split_spec(spec):
-    """'base@rev#sub+adapter' -> ('base@rev#sub', ['adapter', ...]).  An existing path is taken as it is."""
+    """'base@rev#sub+adapter*0.5' -> ('base@rev#sub', [('adapter', 0.5), ...]).  An existing path is taken as it is.
+
+    ValueError: what follows '*' is not a finite number.
+    """
     spec = str(spec)
     if not spec or Path(spec).exists():
         return spec, []
     base, *adapters = spec.split("+")
-    return base, adapters
+    return base, [split_factor(adapter) for adapter in adapters]
+
+
+def split_factor(adapter):
+    """'adapter*0.5' -> ('adapter', 0.5); without a factor it is 1."""
+    name, star, factor = adapter.rpartition("*")
+    if not star or Path(adapter).exists():
+        return adapter, 1.0
+    try:
+        if math.isfinite(float(factor)):
+            return name, float(factor)
+    except ValueError:
+        pass
+    raise ValueError(f"{adapter}: a finite number was expected after '*', not {factor!r}")
 
 
 def locate(spec):
@@ -517,8 +534,8 @@ def load_model(spec, dtype=None, device=None):
         load_weights(model, model.source, DTYPES[config.dtype], device)
     if config.tie_word_embeddings:                   # replacing the meta parameters has cut the tie
         model.lm_head.weight = model.model.embed_tokens.weight
-    for adapter in adapters:
-        merge_tensors(model, read_adapter(adapter), adapter)
+    for adapter, factor in adapters:
+        merge_tensors(model, read_adapter(adapter), adapter, factor)
     return model.eval().requires_grad_(False)
 
 
@@ -632,13 +649,13 @@ def check_adapter(model, adapter, where):
 
 
 @torch.no_grad()
-def merge_tensors(model, adapter, where="adapter"):
-    """W <- W + scale * B A for every pair, in place; summed in fp32, as bf16 would drop small updates."""
+def merge_tensors(model, adapter, where="adapter", factor=1.0):
+    """W <- W + factor * scale * B A for every pair, in place; summed in fp32, as bf16 would drop small updates."""
     check_adapter(model, adapter, where)
     for name, (A, B) in adapter["pairs"].items():
         weight = model.get_submodule(name).weight
         exact = torch.promote_types(weight.dtype, torch.float32)
-        delta = adapter["scale"] * (B.to(weight.device, exact) @ A.to(weight.device, exact))
+        delta = factor * adapter["scale"] * (B.to(weight.device, exact) @ A.to(weight.device, exact))
         weight.copy_(weight.to(exact) + delta)
 
 

@@ -7,6 +7,7 @@
     python resa.py convert --sae DIR --out DIR                   an SAE from one file layout to another
     python resa.py errors               what SAEs miss: the part of their error that is linear in x, and the rest
     python resa.py experts              which experts of a mixture a behaviour uses, and what it is without them
+    python resa.py cost                 what SAE-Tuning took beside RL: seconds, tokens, FLOPs
 
 The method is Resa (arXiv 2506.09967).  Stage I: a TopK SAE learns the activations of block `layer` of a
 *source* model (sae.py).  Stage II: the frozen SAE replaces that activation inside a *target* model, and
@@ -35,6 +36,7 @@ import time
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -64,23 +66,63 @@ PRESETS = {
                  max_new_tokens=96, errors=dict(held=f"{TINY}/test.jsonl"),
                  experts=dict(model=f"{HERE}/data/tiny-moe", data=f"{TINY}/train.jsonl", held=f"{TINY}/test.jsonl",
                               behaviour=r"^\s*</think>\s*\D")),      # no thought, and then no number
-    # arXiv 2506.09967, Table 7 and section 2.1, with the released code's values where the two differ; its two
-    # GPUs took a batch each, here one process takes both.
-    "resa-still-v1": dict(source="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B+"
-                                 "Tina-Yi/R1-Distill-Qwen-1.5B-STILL#checkpoint-2000",
-                          target="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", data="still", template="resa",
-                          bench="aime24,aime25,amc23,math500,minerva,gpqa",
-                          layer=12, seq_len=2048, shuffle=False, dtype="bfloat16", device="cuda",
-                          sae=dict(init="finetune", batch=32, micro_batch=1, optimizer="signum", aux_coef=0.0,
-                                   dead_after=10_000_000,
-                                   sae_from="EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k#layers.12.mlp"),
-                          tune=dict(batch=2, epochs=2, lr=1e-6, kl_reduction="sequence"),
-                          sft=dict(batch=32, micro_batch=1, epochs=3, lr=1e-5)),
 }
-PRESETS["resa-still-v3"] = PRESETS["resa-still-v1"] | {"sae": PRESETS["resa-still-v1"]["sae"] | dict(
-    init="scratch", sae_from="", latents=65536, k=32)}
+
+# The models that the presets name, in the words of config.json: --dry-run downloads nothing.
+QWEN_1_5B = dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                 num_attention_heads=12, num_key_value_heads=2)
+R1_DISTILL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+SHAPES = {R1_DISTILL: QWEN_1_5B,
+          "Qwen/Qwen2.5-1.5B": QWEN_1_5B | {"tie_word_embeddings": True},
+          "Qwen/Qwen2.5-Math-1.5B": QWEN_1_5B | {"tie_word_embeddings": True}}
+TINA = {"still": f"{R1_DISTILL}+Tina-Yi/R1-Distill-Qwen-1.5B-STILL#checkpoint-2000",
+        "deepscaler": f"{R1_DISTILL}+Tina-Yi/R1-Distill-Qwen-1.5B-DeepScaleR#checkpoint-1000"}
+REAL = dict(target=R1_DISTILL, bench="aime24,aime25,amc23,math500,minerva,gpqa", dtype="bfloat16", device="cuda")
 
 
+def published(source, init, trigger, elicitation):
+    """A row of arXiv 2506.09967, Table 1: the SAE learns on `trigger`, the adapter on `elicitation`.
+
+    Settings are those of Table 7, with the released code's values where the two differ; its two GPUs took a batch
+    each, here one process takes both.  Pretrained is the site-mismatched arm, an SAE of MLP outputs on block outputs.
+    """
+    other = {"other_site": init == "pretrained"}
+    start = "" if init == "scratch" else "EleutherAI/sae-DeepSeek-R1-Distill-Qwen-1.5B-65k#layers.12.mlp"
+    return REAL | dict(
+        source=source, data=elicitation, template="resa", layer=12, seq_len=2048, shuffle=False,
+        sae=dict(data=trigger, init=init, sae_from=start, latents=65536, k=32, batch=32, micro_batch=1,
+                 optimizer="signum", aux_coef=0.0, dead_after=10_000_000) | other,
+        tune=dict(batch=2, epochs=2, lr=1e-6, kl_reduction="sequence") | other,
+        sft=dict(batch=32, micro_batch=1, epochs=3, lr=1e-5))
+
+
+def tina(data, steps, rewards):
+    """GRPO as in Tina's released code, what made the sources of arXiv 2506.09967.
+
+    Not expressed here: a limit of 512 tokens on the prompt, a system prompt and chat template of their own, and that
+    `steps` is the length of the schedule, halfway through which the published runs were stopped.
+    """
+    return REAL | dict(data=data, rl=dict(
+        steps=steps, warmup=steps // 10, schedule="cosine", lr=1e-6, questions=8, group=4, micro_batch=1,
+        temperature=0.7, max_new_tokens=3584, beta=0.04, rewards=rewards))
+
+
+PRESETS |= {
+    "resa-still-v1": published(TINA["still"], "finetune", "still", "still"),
+    "resa-still-v2": published(R1_DISTILL, "pretrained", "still", "still"),      # the source only measures the SAE
+    "resa-still-v3": published(TINA["still"], "scratch", "still", "still"),
+    "resa-still-v4": published(R1_DISTILL, "finetune", "still", "still"),
+    "resa-still-v5": published(R1_DISTILL, "scratch", "still", "still"),
+    "resa-deepscaler-v1": published(TINA["deepscaler"], "finetune", "deepscaler", "deepscaler"),
+    "resa-deepscaler-v2": published(TINA["deepscaler"], "scratch", "deepscaler", "deepscaler"),
+    "resa-deepscaler-v3": published(R1_DISTILL, "scratch", "deepscaler", "deepscaler"),
+    "resa-deepscaler-v4": published(TINA["still"], "finetune", "still", "deepscaler"),
+    "tina-still": tina("still", 7500, ["accuracy", "length"]),
+    "tina-deepscaler": tina("deepscaler", 11000, ["accuracy", "format"]),
+}
+
+
+@lru_cache                                                         # Python parses the whole file for each of them
 def remarks(cls):
     """{field: the comment behind it}: the remark a reader sees in the source is what --help prints."""
     found = {}
@@ -103,7 +145,7 @@ def make_parser(cls, prog):
         default = f.default if f.default is not MISSING else " ".join(map(str, f.default_factory()))
         shown = f" (default: {default})" if default not in (None, "", (), False) else ""
         options = {"help": f"{notes.get(f.name, '')}{shown}".replace("%", "%%")}
-        if isinstance(kind, types.UnionType):                      # X | None
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:      # X | None
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -405,7 +447,10 @@ def save_adapter(model, directory, base=None):
 
 
 def load_adapter(model, spec):
-    """Attaches a PEFT adapter, trainable, without merging it (model.load_model merges).  Returns the model."""
+    """Attaches a PEFT adapter, trainable, without merging it (model.load_model merges).  Returns the model.
+
+    spec names one adapter and takes no factor: its scale is the layers' own, alpha / r.
+    """
     refuse_second(model)
     adapter = read_adapter(spec)
     check_adapter(model, adapter, spec)
@@ -1479,13 +1524,63 @@ question, temperature {temperature}; behaviour: {behaviour} occurs in the answer
 
 
 # ----------------------------------------------------------------------------------------------------------
+# What it took, beside RL
+# ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Cost:
+    """What SAE-Tuning took beside RL, from the summary.json of three runs; FLOPs as train.training_flops has them."""
+    sae: str = "out/tiny/sae"            # run directory of --stage sae
+    tune: str = "out/tiny/adapter"       # of --stage tune
+    rl: str = "out/tiny/rl"              # of --stage rl; the default falls back on what data/tiny/rl notes of its run
+
+
+def cost(argv):
+    args = parse_flags(Cost, argv, "resa.py cost")
+    if "rl" not in args.given and not Path(args.rl, "summary.json").exists():
+        args.rl = f"{TINY}/rl"
+    runs = {name: read_summary(getattr(args, stage), stage) for stage, name in
+            (("sae", "SAE"), ("tune", "adapter"), ("rl", "RL"))}
+    print(cost_table(runs) + "\n")
+    print("An RL run that made the SAE's source, as that of preset tiny, is not in SAE-Tuning's row.")
+    machines = {name: run.get("device", "not noted") for name, run in runs.items()}
+    if len(set(machines.values())) > 1:
+        where = "; ".join(f"{name}: {machine}" for name, machine in machines.items())
+        print(f"Not all made on one machine, as far as is noted ({where}):\nthe seconds do not compare.")
+    print(f"RL is that of {relative(args.rl)}.")
+
+
+def read_summary(directory, stage):
+    path = Path(directory, "summary.json")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; python train.py --stage {stage} --out {directory} makes it")
+    found = read_json(path)
+    for name in ("seconds", "tokens", "flops"):
+        if not isinstance(found.get(name, 0), (int, float)):
+            raise ValueError(f"{path}: {name} should be a number, it is {found[name]!r}")
+    return found
+
+
+def cost_table(runs):
+    """{run: its summary} -> the table; what a summary does not say is a "?", and so is what rests on it."""
+    import eval
+    units = {"seconds": ",.1f", "tokens": ",.0f", "flops": ".3g"}
+    sae, adapter, rl = ({unit: run.get(unit, math.nan) for unit in units} for run in runs.values())
+    both = {unit: sae[unit] + adapter[unit] for unit in units}
+    rows = {"SAE": sae, "adapter": adapter, "SAE-Tuning, both": both, "RL": rl}
+    cells = [[name, *(format(row[unit], form) for unit, form in units.items())] for name, row in rows.items()]
+    cells.append(["SAE-Tuning / RL", *(f"{both[unit] / (rl[unit] or math.nan):.3f}" for unit in units)])
+    return eval.table([[cell.replace("nan", "?") for cell in row] for row in cells], ["", "seconds", "tokens", "FLOPs"])
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Front door
 # ----------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Merge:
     """Folds the adapters of a model spec into its weights and writes a plain model directory."""
-    model: str = ""                      # BASE+ADAPTER
+    model: str = ""                      # BASE+ADAPTER, or BASE+ADAPTER*FACTOR
     out: str = ""                        # directory to write
     dtype: str | None = None             # default: the checkpoint's
 
@@ -1520,7 +1615,7 @@ def convert(argv):
 
 
 COMMANDS = {"merge": merge, "convert": convert, "compare": compare, "recover": recover,
-            "errors": errors, "experts": experts}
+            "errors": errors, "experts": experts, "cost": cost}
 
 
 def main(argv):

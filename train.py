@@ -5,6 +5,7 @@
     python train.py --stage sft          the baseline: LoRA on the same text          -> out/tiny/sft
     python train.py --stage rl           LoRA by GRPO, what makes a source model      -> out/tiny/rl
     python train.py --stage pretrain     a whole model on text                        -> out/tiny/pretrain/model
+    python train.py ... --dry-run        what it would take, nothing loaded; without --stage, of the whole preset
 
 Every stage is the same sequence: data -> batches -> steps -> checkpoint.  A run directory holds config.json
 (settings, versions), metrics.jsonl (one object a logged step), checkpoint.safetensors (until the run is done)
@@ -18,8 +19,10 @@ import json
 import math
 import os
 import re
+import textwrap
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -31,18 +34,22 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import resa
-from model import DTYPES, collect, load_model, load_tokenizer, right_pad, save_model, staged
-from sae import (VARIANTS, Chosen, Metrics, afa, build, default_lr, init_b_dec, load_sae, make_optimizer, save_sae,
-                 train_step)
+from model import (DTYPES, Config, Transformer, collect, load_model, load_tokenizer, read_json, right_pad, rope_table,
+                   save_model, split_spec, staged)
+from sae import (CHUNK, VARIANTS, Chosen, Metrics, afa, build, default_lr, init_b_dec, load_sae, make_optimizer,
+                 resolve_hyper, save_sae, train_step)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Settings: one dataclass per stage, each remark is the --help of its flag
 # ----------------------------------------------------------------------------------------------------------
 
+GPU = Literal["l40s", "rtx6000ada", "a100", "h100", "h200", "cpu"]      # the rows of GPUS
+
+
 @dataclass
 class Common:
-    preset: str = "tiny"                 # bundle of defaults: tiny, resa-still-v1, resa-still-v3
+    preset: str = "tiny"                 # bundle of defaults: tiny, or one of resa-{still,deepscaler}-vN and tina-*
     data: str = ""                       # JSON(L) of problem/answer, text or problem/completion; or still, limr, ...
     template: Literal["chat", "resa"] = "chat"      # chat: the model's own format; resa: the published plain text
     seq_len: int = 256                   # tokens in a packed chunk; published: 2048
@@ -57,7 +64,10 @@ class Common:
     out: str = ""                        # run directory; default out/PRESET/STAGE
     resume: bool = False                 # continue the run in --out from its last checkpoint
     log_every: int = 10                  # steps between two lines of metrics.jsonl
-    save_every: int = 100                # steps between two checkpoints
+    save_every: int = 100                # steps between two checkpoints; in --stage rl each also keeps its adapter
+    dry_run: bool = False                # print what the run would take; nothing is downloaded, loaded or written
+    gpu: GPU | None = None               # whose time --dry-run estimates; default: l40s, but cpu with --device cpu
+    dollars_per_hour: float | None = None      # its price in --dry-run; default: an assumption, which is printed
 
 
 @dataclass
@@ -66,6 +76,7 @@ class Sae(Common):
     source: str = ""                     # model spec whose activations are learned
     layer: int = 1                       # decoder block, counted from 0
     site: Literal["resid", "mlp"] = "resid"      # output of the block, or of its MLP
+    other_site: bool = False             # use a pretrained SAE where it was not trained; published: v2 did
     init: Literal["scratch", "finetune", "pretrained"] = "scratch"      # the three modes of the paper
     sae_from: str = ""                   # SAE to start from, DIR_OR_HUB_ID[#HOOKPOINT], for finetune and pretrained
     variant: str = "topk"                # kind of autoencoder; "help" lists them
@@ -100,6 +111,7 @@ class Tune(Lora):
     source: str = ""                     # model spec of the teacher, with --teacher source
     layer: int = 1                       # decoder block, counted from 0; must be the SAE's
     site: Literal["resid", "mlp"] = "resid"      # output of the block, or of its MLP; must be the SAE's
+    other_site: bool = False             # use an SAE where it was not trained; published: v2 did
     splice: Literal["sae", "random", "noise", "none"] = "sae"      # what takes the activation's place
     sae_grad: Literal["off", "on"] = "off"      # off: as the code was published; on: as the text says
     teacher: Literal["target", "source"] = "target"      # whose predictions are the aim; published: target
@@ -115,9 +127,13 @@ class Sft(Lora):
 
 @dataclass
 class Rl(Lora):
-    """GRPO with LoRA (arXiv 2402.03300), what turns a base into a source of reasoning."""
+    """GRPO with LoRA (arXiv 2402.03300), what turns a base into a source of reasoning.
+
+    --micro-batch counts samples here.  Every --save-every steps the adapter goes into OUT/checkpoint-STEP.
+    """
     questions: int = 32                  # questions in a step
     group: int = 8                       # samples of each question
+    warmup: int = 0                      # steps of linear warm-up
     temperature: float = 1.0             # of the samples; the Tina recipe has 0.7
     max_new_tokens: int = 96             # length limit of a sample
     beta: float = 0.0                    # weight of KL(policy || base), k3 estimate; the Tina recipe has 0.04
@@ -155,11 +171,14 @@ def check_numbers(args):
     for name in ("lr", "clip", "temperature"):
         zero_is_a_rule = name == "lr" and isinstance(args, Sae)
         check(getattr(args, name, 1) > 0 or zero_is_a_rule, f"--{name} must be above 0: with 0 nothing is learned")
-    check(getattr(args, "sink_norm", None) is None or 0 <= args.sink_norm < math.inf, "--sink-norm must be at least 0")
+    for name in ("sink_norm", "dollars_per_hour"):
+        given = getattr(args, name, None)
+        check(given is None or 0 <= given < math.inf, f"--{name.replace('_', '-')} must be at least 0")
     check(getattr(args, "lora_dropout", 0) < 1, "--lora-dropout must be below 1")
     check(args.seed < 2**62, "--seed must be below 2^62")
-    check(not args.micro_batch or args.batch % args.micro_batch == 0, f"--micro-batch {args.micro_batch} does not "
-          f"divide --batch {args.batch}: its pieces weigh the same, so they must be equal")
+    whole, name = (args.questions * args.group, "the samples,") if isinstance(args, Rl) else (args.batch, "--batch")
+    check(not args.micro_batch or whole % args.micro_batch == 0, f"--micro-batch {args.micro_batch} does not "
+          f"divide {name} {whole}: its pieces weigh the same, so they must be equal")
     check(not args.steps or "epochs" not in args.given, "--epochs has no effect with --steps")
 
 
@@ -323,6 +342,7 @@ class Run:
         self.out = Path(args.out)
         self.checkpoint, self.metrics = self.out / "checkpoint.safetensors", self.out / "metrics.jsonl"
         self.seconds, self.began, kept = 0.0, time.perf_counter(), []
+        self.tokens, self.flops = 0, 0.0
         if args.resume:
             kept = self.restore()
         elif self.checkpoint.exists():
@@ -330,6 +350,9 @@ class Run:
         else:      # a new run that fails must not leave the last one's artifact beside its own settings
             for name in (ARTIFACT.get(stage, "adapter_config.json"), "summary.json"):
                 (self.out / name).unlink(missing_ok=True)
+            if stage == "rl":
+                remove_adapters(self.out)
+        self.resumed = self.tokens
         resa.open_run(self.out, args)
         self.metrics.write_text("".join(kept))
         count = sum(p.numel() for module in modules.values() for p in module.parameters() if p.requires_grad)
@@ -358,6 +381,7 @@ class Run:
             changed = [k for k in now if now[k] != then.get(k)]
             check(not changed, f"{self.out}: cannot resume with other settings ({', '.join(changed)} changed)")
             self.start, self.seconds = state["step"], state["seconds"]
+            self.tokens, self.flops = state["tokens"], state["flops"]
             check(0 < self.start < self.args.steps, f"{self.checkpoint}: its step {self.start} is not of this run")
             self.fill(state)
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -386,19 +410,18 @@ class Run:
     def elapsed(self):
         return self.seconds + time.perf_counter() - self.began
 
-    def end_step(self, step, values, tokens=0):
-        """Counts the step (of `tokens` tokens); at the chosen intervals logs `values()` and writes a checkpoint."""
-        done = step + 1
+    def end_step(self, step, values, tokens, flops):
+        """Counts the step and what it took; at the chosen intervals logs `values()` and writes a checkpoint."""
+        done, self.tokens, self.flops = step + 1, self.tokens + tokens, self.flops + flops
         self.bar.update()
         if done % self.args.log_every == 0 or done == self.args.steps or step == self.start:
-            self.log(done, values(), tokens)
+            self.log(done, values())
         if done % self.args.save_every == 0 or done == self.args.steps:
             self.save(done)
 
-    def log(self, done, values, tokens):
+    def log(self, done, values):
         row = {"step": done} | {k: float(torch.as_tensor(v).detach()) for k, v in values.items()}
-        if tokens:
-            row["tok/s"] = (done - self.start) * tokens / (time.perf_counter() - self.began)
+        row["tok/s"] = (self.tokens - self.resumed) / (time.perf_counter() - self.began)
         row["seconds"] = round(self.elapsed(), 3)
         check(all(map(math.isfinite, row.values())), f"step {done}: not a finite number: {row}; lower --lr")
         with open(self.metrics, "a", encoding="utf-8") as f:
@@ -408,20 +431,37 @@ class Run:
     def save(self, done):
         finite = all(t.isfinite().all() for t in self.tensors().values())       # a NaN must not reach a file
         check(finite, f"step {done}: the weights are no longer finite; lower --lr")
+        if isinstance(self.args, Rl) and done % self.args.save_every == 0:      # a source after so many steps
+            resa.save_adapter(self.modules["model"], self.out / f"checkpoint-{done}", resa.relative(self.args.target))
         if done < self.args.steps:      # dropout and noise are drawn from these two generators
             cuda = torch.cuda.get_rng_state(self.args.device) if self.args.device.startswith("cuda") else None
             write_state(self.checkpoint, {"step": done, "seconds": self.elapsed(), "settings": self.settings(),
+                                          "tokens": self.tokens, "flops": self.flops,
                                           "tensors": self.tensors(), "optimizer": self.optimizer.state_dict(),
                                           "rng": torch.get_rng_state(), "cuda_rng": cuda})
 
     def finish(self, **summary):
         """The artifact is written: note what it took, drop the checkpoint."""
         self.bar.close()
-        record = {"steps": self.args.steps, "seconds": round(self.elapsed(), 2)} | summary
+        device = (f"cpu, threads: {torch.get_num_threads()}" if self.args.device == "cpu"
+                  else torch.cuda.get_device_name(self.args.device))
+        record = {"steps": self.args.steps, "tokens": self.tokens, "flops": self.flops,
+                  "seconds": round(self.elapsed(), 2), "device": device} | summary
         with staged(self.out) as temporary:
             (temporary / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
         self.checkpoint.unlink(missing_ok=True)
         return record
+
+
+def remove_adapters(out):
+    """Removes OUT/checkpoint-STEP of an earlier run; a folder that holds anything but an adapter stays."""
+    for path in out.glob("checkpoint-*"):
+        if path.is_dir() and not path.is_symlink() and path.name.removeprefix("checkpoint-").isdecimal():
+            files = list(path.iterdir())
+            if {file.name for file in files} <= {"adapter_config.json", "adapter_model.safetensors"}:
+                for file in files:
+                    file.unlink()
+                path.rmdir()
 
 
 def rate_at(step, args, warmup=0):
@@ -465,10 +505,16 @@ def run_sae(args):
     if args.init == "pretrained":
         refuse_idle(args, "optimizer lr warmup schedule aux_coef dead_after centre steps epochs shuffle resume",
                     "--init pretrained: nothing is trained")
+    else:
+        refuse_idle(args, "other_site", f"--init {args.init}: the SAE is trained at --site of --layer")
     if args.init != "scratch":
         refuse_idle(args, "latents k variant set centre", f"--init {args.init}: the SAE that is loaded decides")
 
+    if args.dry_run:
+        return dry_run("sae", args)
+
     # 2. Source model, data, autoencoder.
+    data_file(args.data)            # fetched now, so that a failure shows before the model is loaded
     model, tokenizer = load_model(args.source, args.dtype, args.device), load_tokenizer(args.source)
     resa.site_module(model, args.layer, args.site)
     torch.manual_seed(args.seed)    # for variants that draw noise
@@ -477,7 +523,9 @@ def run_sae(args):
     count_steps(args, chunks)
     first = torch.cat([resa.activations(model, part, args.layer, args.site).float()
                        for part in micro(batch_at(0, chunks, args), args)])                      # (B,T,D)
-    sae.meta |= {"site": args.site, "layer": args.layer, "init": args.init, "sink_norm": sink_norm(first, sae, args)}
+    here = {"site": args.site, "layer": args.layer}
+    sae.meta = here | sae.meta if args.init == "pretrained" else sae.meta | here      # it may come from --other-site
+    sae.meta |= {"init": args.init, "sink_norm": sink_norm(first, sae, args)}
     if args.init == "scratch":      # Resa: the released code overwrites b_dec with a mean even when fine-tuning
         init_b_dec(sae, first[~resa.is_sink(first, sae.meta["sink_norm"])], args.centre)
     else:                           # config.json should say what the file decided
@@ -489,6 +537,7 @@ def run_sae(args):
     args.lr = args.lr or default_lr(args.optimizer, sae.n_latents)
     args.steps = 0 if args.init == "pretrained" else args.steps
     optimizer = make_optimizer(sae, args.optimizer, args.lr)
+    per_token = sum(training_flops("sae", args, model, sae).values())
     run = Run("sae", args, {"sae": sae}, optimizer)
     for step in run.steps():
         picked = torch.tensor(picked_at(step, len(chunks), args))                                # (B,)
@@ -497,16 +546,17 @@ def run_sae(args):
             group["lr"] = rate_at(step, args, args.warmup)
         parts = train_step(sae, optimizer, xs, progress=step / args.steps)
         run.end_step(step, lambda: {"fvu": parts["fvu"], "l0": parts["l0"], "dead": sae.dead.float().mean()},
-                     args.batch * args.seq_len)
+                     args.batch * args.seq_len, args.batch * args.seq_len * per_token)
 
     # 4. Finish, measure on text that was held out, save, then forget the checkpoint.
     with getattr(optimizer, "averaged", contextlib.nullcontext)():      # signum saves its running mean
         if args.steps:
             finish_sae(model, sae, chunks, args)
         measured = sae_metrics(model, sae, held.to(args.device), args)
+        run.flops += held.numel() * sum(measuring_flops(args, model, sae).values())
         check(math.isfinite(measured["fvu"]), f"the SAE ends with FVU {measured['fvu']}; lower --lr")
         save_sae(sae, args.out)
-    return run.finish(tokens=args.steps * args.batch * args.seq_len, **measured)
+    return run.finish(**measured)
 
 
 def hold_out(chunks):
@@ -675,11 +725,17 @@ def open_sae(spec):
 
 
 def refuse_other_site(sae, args):
-    """An SAE used where it was not trained reconstructs nothing; the released `pretrained` arm did just that."""
-    for name in ("site", "layer"):
-        if name in sae.meta:
-            check(sae.meta[name] == getattr(args, name), f"the SAE was trained at {name} {sae.meta[name]}, not at "
-                  f"{getattr(args, name)}: pass --{name} {sae.meta[name]}, or train one there")
+    """An SAE used where it was not trained reconstructs nothing; the released `pretrained` arm did just that.
+
+    Resa: --other-site restores it.
+    """
+    wrong = [name for name in ("site", "layer") if sae.meta.get(name, getattr(args, name)) != getattr(args, name)]
+    if not wrong:
+        refuse_idle(args, "other_site", "an SAE that was trained where it is used")
+    for name in wrong:
+        where = f"the SAE was trained at {name} {sae.meta[name]}, not at {getattr(args, name)}"
+        check(args.other_site, f"{where}: pass --{name} {sae.meta[name]}, or train one there, or --other-site")
+        print(f"--other-site: {where}, where it is used all the same")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -689,6 +745,9 @@ def refuse_other_site(sae, args):
 def run_tune(args):
     """SAE-Tuning, stage II of arXiv 2506.09967; writes a PEFT adapter.  Returns the summary."""
     check_objective(args)
+    if args.dry_run:
+        return dry_run("tune", args)
+    data_file(args.data)
     model = load_model(args.target, args.dtype, args.device)
     teacher = load_model(args.source, args.dtype, args.device) if args.teacher == "source" else None
     check(teacher is None or teacher.config.vocab_size == model.config.vocab_size,
@@ -705,7 +764,8 @@ def run_tune(args):
     def loss(ids):
         return resa.tuning_loss(model, inserted, args.layer, ids, args.site, args.sae_grad == "on",
                                 args.kl_reduction, teacher, args.into, args.match)
-    return lora_loop("tune", args, model, loss, "kl" if not args.match else "loss")
+    name = "loss" if args.match else "kl"
+    return lora_loop("tune", args, model, loss, name, getattr(inserted, "sae", inserted), teacher)
 
 
 def check_objective(args):
@@ -715,7 +775,7 @@ def check_objective(args):
     if args.splice == "none":
         check(args.teacher == "source", "--splice none makes teacher and student the same model: nothing to learn; "
               "with --teacher source it is plain distillation")
-        refuse_idle(args, "sae sae_grad into" + ("" if args.match else " layer site"), "--splice none")
+        refuse_idle(args, "sae sae_grad into other_site" + ("" if args.match else " layer site"), "--splice none")
     if args.into != "student":
         refuse_idle(args, "sae_grad", f"--into {args.into}: gradient " + (
             "always passes the SAE" if args.into == "gradient" else "does not meet the SAE"))
@@ -743,6 +803,9 @@ def make_splice(args, model):
 
 def run_sft(args):
     """The paper's baseline: cross-entropy on the packed text, every token, and nothing else changed."""
+    if args.dry_run:
+        return dry_run("sft", args)
+    data_file(args.data)
     model = load_model(args.target, args.dtype, args.device)
     return lora_loop("sft", args, model, partial(cross_entropy, model), "ce")
 
@@ -755,19 +818,24 @@ def fresh_adapters(args, model):
     return learned, torch.optim.AdamW(learned, lr=args.lr, weight_decay=0.01)
 
 
-def lora_loop(stage, args, model, loss_of, name):
-    """Trains fresh adapters on loss_of(ids (B,T)); the last step is the result, never a chosen one."""
+def lora_loop(stage, args, model, loss_of, name, *inserted):
+    """Trains fresh adapters on loss_of(ids (B,T)); the last step is the result, never a chosen one.
+
+    inserted  what training_flops should know of an SAE and a teacher
+    """
     chunks = load_chunks(args, load_tokenizer(args.target), model)
     count_steps(args, chunks)
     learned, optimizer = fresh_adapters(args, model)
+    per_token = sum(training_flops(stage, args, model, *inserted).values())
     run = Run(stage, args, {"model": model}, optimizer)
     for step in run.steps():
         ids = batch_at(step, chunks, args)                                                       # (B,T)
         losses = [partial(loss_of, part) for part in micro(ids, args)]
         loss, norm = descend(losses, learned, optimizer, rate_at(step, args), args.clip)
-        run.end_step(step, lambda: {name: loss, "norm": norm, "lr": rate_at(step, args)}, ids.numel())
+        run.end_step(step, lambda: {name: loss, "norm": norm, "lr": rate_at(step, args)}, ids.numel(),
+                     ids.numel() * per_token)
     resa.save_adapter(model, args.out, resa.relative(args.target))
-    return run.finish(tokens=args.steps * args.batch * args.seq_len)
+    return run.finish()
 
 
 def next_token_logprobs(model, h, ids, chunk=4096, temperature=1.0):
@@ -847,13 +915,25 @@ def policy_loss(model, samples, advantages, beta, temperature=1.0):
     return -((gain * answer).sum(-1) / answer.sum(-1)).mean()
 
 
+def rl_work(args, model, samples):
+    """[(prompt ids, answer ids)] of a step -> tokens that were learned from, FLOPs of sampling and learning."""
+    answers = sum(len(a) for _, a in samples)
+    tokens = sum(len(p) for p, _ in samples) + answers
+    seen = sum(len(p) for p, _ in samples[::args.group]) + answers      # a question is read once for its group
+    T = tokens / len(samples)
+    return tokens, (tokens * sum(training_flops("rl", args, model, T=T).values())
+                    + seen * sum(sampling_flops(model, T).values()))
+
+
 def run_rl(args):
     """GRPO with LoRA; writes a PEFT adapter.  Returns the summary."""
     unknown = set(args.rewards) - {"accuracy", "format", "length"}
     check(not unknown, f"--rewards {' '.join(sorted(unknown))}: there are accuracy, format, length")
     check(args.group > 1, "--group must be at least 2: an advantage is relative to the other samples")
-    refuse_idle(args, "seq_len batch micro_batch epochs template shuffle", "--stage rl")
+    refuse_idle(args, "seq_len batch epochs template shuffle", "--stage rl")
     check(args.steps > 0, "--stage rl needs --steps")
+    if args.dry_run:
+        return dry_run("rl", args)
     rows, tokenizer = resa.read_problems(data_file(args.data)), load_tokenizer(args.target)
     check(args.questions <= len(rows), f"--questions {args.questions}: {args.data} has {len(rows)}")
     model = load_model(args.target, args.dtype, args.device)
@@ -863,10 +943,13 @@ def run_rl(args):
         picked = order(len(rows), args.seed + step)[:args.questions]
         samples, rewards = rollout(model, tokenizer, [rows[i] for i in picked], step, args)
         advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)       # (Q,G)
-        loss = partial(policy_loss, model, samples, advantages.flatten(), args.beta, args.temperature)
-        _, norm = descend([loss], learned, optimizer, rate_at(step, args), args.clip)
-        run.end_step(step, lambda: {"reward": rewards.mean(), "norm": norm, "lr": rate_at(step, args),
-                                    "length": sum(len(a) for _, a in samples) / len(samples)})
+        part = args.micro_batch or len(samples)
+        losses = [partial(policy_loss, model, samples[i:i + part], advantages.flatten()[i:i + part], args.beta,
+                          args.temperature) for i in range(0, len(samples), part)]
+        _, norm = descend(losses, learned, optimizer, rate_at(step, args, args.warmup), args.clip)
+        run.end_step(step, lambda: {"reward": rewards.mean(), "norm": norm, "lr": rate_at(step, args, args.warmup),
+                                    "length": sum(len(a) for _, a in samples) / len(samples)},
+                     *rl_work(args, model, samples))
     resa.save_adapter(model, args.out, resa.relative(args.target))
     return run.finish()
 
@@ -875,26 +958,306 @@ def run_rl(args):
 # --stage pretrain
 # ----------------------------------------------------------------------------------------------------------
 
+def unfreeze(model, pattern):
+    """Lets the parameters learn in whose names `pattern` is found -> these parameters."""
+    try:
+        learned = [p.requires_grad_(True) for name, p in model.named_parameters() if re.search(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"--only {pattern}: not a regular expression ({error})") from None
+    check(learned, f"--only {pattern}: no parameter has a name like that")
+    return learned
+
+
 def run_pretrain(args):
     """Next-token cross-entropy on packed text, all weights; writes a model directory.  Returns the summary."""
     check(args.model, "--stage pretrain needs --model, for example random:data/tiny/init/config.json")
     check(args.dtype == "float32", "--stage pretrain needs --dtype float32: in bfloat16 most updates round to nothing")
+    if args.dry_run:
+        return dry_run("pretrain", args)
+    data_file(args.data)
     model = load_model(args.model, args.dtype, args.device).train()
-    learned = [p for name, p in model.named_parameters() if re.search(args.only, name)]
-    check(learned, f"--only {args.only}: no parameter has a name like that")
-    for p in learned:
-        p.requires_grad_(True)
+    learned = unfreeze(model, args.only)
     chunks = load_chunks(args, load_tokenizer(args.model), model)
     count_steps(args, chunks)
     optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    per_token = sum(training_flops("pretrain", args, model).values())
     run = Run("pretrain", args, {"model": model}, optimizer)
     for step in run.steps():
         ids = batch_at(step, chunks, args)                                                       # (B,T)
         losses = [partial(cross_entropy, model, part) for part in micro(ids, args)]
         loss, norm = descend(losses, learned, optimizer, rate_at(step, args, args.warmup), 1.0)
-        run.end_step(step, lambda: {"loss": loss, "norm": norm, "lr": rate_at(step, args, args.warmup)}, ids.numel())
+        run.end_step(step, lambda: {"loss": loss, "norm": norm, "lr": rate_at(step, args, args.warmup)}, ids.numel(),
+                     ids.numel() * per_token)
     save_model(model, run.out / "model")
-    return run.finish(tokens=args.steps * args.batch * args.seq_len)
+    return run.finish()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What a run takes: FLOPs, and by --dry-run memory, time and money
+# ----------------------------------------------------------------------------------------------------------
+
+# Peak TFLOP/s in bf16 (dense) and in fp32, GB, GB/s: the vendors' data sheets.  Dollars an hour are assumptions; the
+# paper has $1.  cpu: two cores at 3 GHz with 32 operations a cycle.
+GPUS = {"l40s": (362, 91.6, 48, 864, 1.0), "rtx6000ada": (364, 91.1, 48, 960, 1.0), "a100": (312, 19.5, 80, 2039, 1.8),
+        "h100": (989, 67, 80, 3350, 3.0), "h200": (989, 67, 141, 4800, 3.5), "cpu": (0.19, 0.19, 8, 40, 0.05)}
+UTILISATION = 0.4      # share of the peak that is reached: an assumption
+# Chunks of 2,048 tokens that the published text of these sets makes: twice the steps of arXiv 2506.09967's epochs.
+CHUNKS = {"still": 2 * 1448, "deepscaler": 2 * 1914, "open_s1": 2 * 1063}
+
+
+def block_flops(model, T, start=0, stop=None, passes=1, lora=0, back=0):
+    """FLOPs a token of blocks start .. stop-1 in so many passes forward, with and without LoRA, and backward.
+
+    A product with n weights takes 2 n.  Backward it takes as much for the gradient of its input, and again for that
+    of the weights if they are trained.  Attention takes 2 T D_attn, the causal half of 4 T D_attn, and 2.5 times
+    that backward, where the scores are made again.  Norms, activations and softmax are left out.
+    """
+    config, n = model.config, Counter()
+    for block in model.model.layers[start:stop]:
+        for name, p in block.named_parameters():
+            used = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1
+            if "lora_" in name:
+                n["LoRA"] += 2 * p.numel() * (lora + 2 * back)
+            elif p.dim() > 1:
+                n["blocks"] += 2 * p.numel() * used * (passes + back * (1 + p.requires_grad))
+        n["attention"] += 2 * T * config.num_attention_heads * config.head_dim * (passes + 2.5 * back)
+    return n
+
+
+def shared_blocks(stage, args, sae, teacher):
+    """How many blocks teacher and student share, as tuning_loss does it: those keep nothing and learn nothing."""
+    shares = stage == "tune" and sae and args.sae_grad == "off" and args.site == "resid" and not teacher
+    return args.layer + 1 if shares else 0
+
+
+def training_flops(stage, args, model, sae=None, teacher=None, T=0):
+    """FLOPs a token of training, {part: FLOPs}.  T: tokens in a row, if not seq_len.
+
+    sae       blocks to the hook; the encoder, 2 D F; decoder and backward pass read the active latents alone, five
+              times 2 D k (all latents, where the variant is dense).  Without what AuxK and the gradient of gsae add
+    tune      blocks to the hook once, those above as teacher, student and backward; where they share none, all of them;
+              --match reads the teacher's activation once more, and both through the SAE
+    pretrain  as if all learned, whatever --only says
+    the head, 2 D V: student, teacher and gradient in tune; forward, backward, and past 4,096 tokens again in the others
+    """
+    D, T = model.config.hidden_size, T or args.seq_len
+    head, (F, k) = 2 * D * model.config.vocab_size, size_of(sae) if sae else (0, 0)
+    if stage == "sae":
+        return block_flops(model, T, 0, args.layer + 1) + Counter({"SAE": 2 * D * F, "SAE sparse": 10 * D * k})
+    if stage == "tune":
+        shared, passes = shared_blocks(stage, args, sae, teacher), (args.into != "nothing") + 2 * (args.match > 0)
+        grad = args.sae_grad == "on" or args.into == "gradient" or args.match > 0
+        n = block_flops(model, T, 0, shared) + block_flops(teacher or model, T, shared)
+        n += block_flops(model, T, shared, lora=1, back=1)
+        n += block_flops(teacher or model, T, 0, args.layer + 1) if args.match else Counter()
+        return n + Counter({"head": 3 * head, "SAE": passes * 2 * D * F, "SAE sparse": (2 * passes + 4 * grad) * D * k})
+    whole = args.micro_batch or (args.questions * args.group if stage == "rl" else args.batch)
+    again = whole * T > 4096                                       # next_token_logprobs
+    n = block_flops(model, T, lora=1, back=1) + Counter({"head": (2 + (stage == "pretrain") + again) * head})
+    if stage == "rl" and args.beta:
+        n += block_flops(model, T) + Counter({"head": head})
+    return n
+
+
+def sampling_flops(model, T):
+    """FLOPs a token that is sampled, in a row of T."""
+    return block_flops(model, T) + Counter({"head": 2 * model.config.hidden_size * model.config.vocab_size})
+
+
+def measuring_flops(args, model, sae):
+    """FLOPs a held-out token of sae_metrics: four whole passes, seven heads, the SAE twice."""
+    D, (F, k) = model.config.hidden_size, size_of(sae)
+    return (block_flops(model, args.seq_len, 0, args.layer + 1) + block_flops(model, args.seq_len, passes=4)
+            + Counter({"head": 14 * D * model.config.vocab_size, "SAE": 4 * D * F, "SAE sparse": 4 * D * k}))
+
+
+def size_of(sae):
+    """(latents, those that decoding reads)."""
+    return sae.n_latents, getattr(sae, "k", sae.n_latents) if isinstance(sae, Chosen) else sae.n_latents
+
+
+def times(n, parts):
+    return Counter({part: n * value for part, value in parts.items()})
+
+
+def outline(spec, args):
+    """A spec's model on the meta device: shapes without weights, from a local config.json or resa.SHAPES."""
+    base, name = split_spec(spec)[0], re.split("[@#]", split_spec(spec)[0])[0]
+    local = base.startswith("random:") or Path(base).is_dir() or Path(name).is_dir()
+    check(local or name in resa.SHAPES, f"{name}: no local directory, and its shapes are not noted; --dry-run asks no "
+          f"hub, it knows {', '.join(resa.SHAPES)}")
+    with torch.device("meta"):
+        model = Transformer(Config.from_pretrained(base) if local else Config(**resa.SHAPES[name]))
+    return model.to(DTYPES[args.dtype])
+
+
+def outline_sae(stage, args, width):
+    """The SAE of a run on the meta device: by its own cfg.json where that is here, else by the preset's settings."""
+    if stage == "tune":
+        spec = args.sae = args.sae or f"out/{args.preset}/sae"
+        args = resa.parse_flags(Sae, ["--preset", args.preset], "train.py")
+    else:
+        spec = args.sae_from
+    path = Path(*spec.split("#")) / "cfg.json"
+    if spec and path.is_file():
+        found = read_json(path)
+        args.variant, args.latents, args.k = (found.get(key, own) for key, own in (
+            ("variant", "topk"), ("num_latents", args.latents), ("k", args.k)))
+    hyper = resolve_hyper(args.variant, width, args.latents, settings_of(args))
+    if stage == "sae":
+        args.lr = args.lr or default_lr(args.optimizer, args.latents)
+    with torch.device("meta"):
+        sae = VARIANTS[args.variant](width, args.latents, hyper)
+    return sae.requires_grad_(stage == "sae" and args.init != "pretrained")
+
+
+def outline_data(stage, args, spec):
+    """-> chunks (n,T) on the meta device or None, tokens of a prompt (rl), what is known in words.
+
+    Counted where data and tokenizer are here and small, else the published number, else not said.
+    """
+    from data.prepare import CACHE, TRAINING
+    named, base = args.data in TRAINING and not Path(args.data).exists(), split_spec(spec)[0]
+    path = CACHE / f"{args.data}.jsonl" if named else Path(data_file(args.data))
+    if path.exists() and path.stat().st_size < 2**24 and (base.startswith("random:") or Path(base).is_dir()):
+        tokenizer = load_tokenizer(base)
+        if stage != "rl":
+            chunks = pack(read_rows(path), tokenizer, args.template, args.seq_len).to("meta")
+            return chunks, 0, f"{chunks.numel():,} tokens in {len(chunks):,} chunks, counted"
+        rows = resa.read_problems(path)
+        check(args.questions <= len(rows), f"--questions {args.questions}: {args.data} has {len(rows)}")
+        asked = [tokenizer.chat([{"role": "user", "content": row["problem"]}]) for row in rows[:200]]
+        prompt = round(sum(len(tokenizer.encode(text)) for text in asked) / len(asked))
+        return None, prompt, f"{len(rows):,} questions of about {prompt} tokens"
+    if stage == "rl":
+        return None, 0, "how long its prompts are is not known here, they are left out"
+    if args.data not in CHUNKS or args.template != "resa":
+        return None, 0, "how many tokens it makes is not known here"
+    chunks = torch.empty(CHUNKS[args.data] * 2048 // args.seq_len, args.seq_len, device="meta")
+    return chunks, 0, f"{chunks.numel():,} tokens in {len(chunks):,} chunks, as published (arXiv 2506.09967)"
+
+
+def kept_bytes(model):
+    """Bytes a token that one block keeps for its backward pass: counted on the meta device, in training mode.
+
+    In a row of one token, because fused attention keeps no scores.  0 for experts, whose loads are not known.
+    """
+    if model.config.num_experts:
+        return 0
+    block, kept = model.model.layers[-1].train(), {}
+    x = torch.empty(1, 1, model.config.hidden_size, dtype=model.lm_head.weight.dtype, device="meta", requires_grad=True)
+
+    def note(t):
+        kept[t.untyped_storage()._cdata] = t      # holding it keeps its address from being given out again
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        block(x, rope_table(model.config, torch.zeros(1, 1, device="meta")), None, None, 0)
+    weights = {p.untyped_storage()._cdata for p in block.parameters()}
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+
+
+def trained(*modules):
+    return sum(p.numel() for module in modules if module for p in module.parameters() if p.requires_grad)
+
+
+def memory(stage, args, model, sae, teacher, T):
+    """{what: bytes}: weights, what is trained, and what a micro-batch keeps until its backward pass."""
+    c, size, learned = model.config, DTYPES[args.dtype].itemsize, trained(model, sae)
+    whole = args.questions * args.group if stage == "rl" else args.batch
+    tokens, rows = (args.micro_batch or whole) * T, whole * T
+    weights = sum(p.numel() for m in (model, teacher) if m for n, p in m.named_parameters() if "lora_" not in n)
+    # Beside the trained: the gradient and two of the optimizer's; of signum one, and one at the end for its mean.
+    parts = {"model": size * weights, "gradient and optimizer": 12 * learned}
+    if stage == "sae":
+        return parts | {"SAE": 4 * sum(p.numel() for p in sae.parameters()), "activations": 4 * rows * c.hidden_size,
+                        "pre-activations": 4 * min(tokens * sae.n_latents, CHUNK)}
+    blocks = c.num_hidden_layers - shared_blocks(stage, args, sae, teacher)
+    cached = 2 * rows * c.num_key_value_heads * c.head_dim * c.num_hidden_layers
+    return parts | {"adapters": 4 * learned * (stage != "pretrain"),
+                    "SAE": size * sum(p.numel() for p in sae.parameters()) if sae else 0,
+                    "kept for the backward pass": tokens * blocks * kept_bytes(model),
+                    "logits": 16 * min(tokens, 256 if stage == "tune" else 4096) * c.vocab_size,
+                    "keys and values": size * cached * (stage == "rl")}
+
+
+def budget(stage, args, model, sae, teacher, chunks, prompt):
+    """Fills in --steps -> tokens of a row, of a step, held out, {part: FLOPs of the run}."""
+    if stage == "rl":      # every sample as long as it may be
+        T, samples = prompt + args.max_new_tokens, args.questions * args.group
+        seen = args.questions * prompt + samples * args.max_new_tokens
+        per_step = times(samples * T, training_flops(stage, args, model, T=T)) + times(seen, sampling_flops(model, T))
+        return T, samples * T, 0, times(args.steps, per_step)
+    tokens, held = args.batch * args.seq_len, 0
+    if chunks is not None:
+        kept, out = hold_out(chunks) if stage == "sae" else (chunks, chunks[:0])
+        held = out.numel()
+        count_steps(args, kept)
+    args.steps = 0 if getattr(args, "init", "") == "pretrained" else args.steps or 1
+    work = times(args.steps * tokens, training_flops(stage, args, model, sae, teacher))
+    return args.seq_len, tokens, held, work + (times(held, measuring_flops(args, model, sae)) if held else Counter())
+
+
+def seconds_of(stage, args, work, weights, gpu):
+    """{part: FLOPs} -> seconds.  Adapters, and an SAE in training, compute in fp32 whatever --dtype says."""
+    half, single, _, bandwidth, _ = GPUS[gpu]
+    exact = {"LoRA"} | ({"SAE", "SAE sparse"} if stage == "sae" else set())
+    seconds = sum(n / (single if part in exact or args.dtype == "float32" else half) for part, n in work.items())
+    reading = args.steps * args.max_new_tokens * weights / (bandwidth * 1e9) if stage == "rl" else 0
+    return seconds / (UTILISATION * 1e12) + reading      # each token of all samples together reads all weights
+
+
+def outlines(stage, args, spec):
+    """-> model, SAE or None, teacher or None: on the meta device, what is trained with requires_grad."""
+    model, sae, teacher = outline(spec, args).requires_grad_(False), None, None
+    if stage == "pretrain":
+        unfreeze(model, args.only)
+    if stage == "sae" or stage == "tune" and args.splice != "none":
+        sae = outline_sae(stage, args, model.config.hidden_size)
+        through = stage == "sae" or args.sae_grad == "on" or args.into != "student"
+        resa.check_hook(model, args.layer, args.site, through)
+    if stage == "tune" and args.teacher == "source":
+        teacher = outline(args.source, args)
+    if stage in ("tune", "sft", "rl"):
+        resa.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
+    return model, sae, teacher
+
+
+def dry_run(stage, args):
+    """Prints what a run would take, from shapes alone -> (seconds, dollars), None if the steps are not known."""
+    spec = getattr(args, {"sae": "source", "pretrain": "model"}.get(stage, "target"))
+    gpu, (model, sae, teacher) = args.gpu or ("cpu" if args.device == "cpu" else "l40s"), outlines(stage, args, spec)
+    chunks, prompt, data = outline_data(stage, args, spec)
+    known = args.steps or chunks is not None
+    T, tokens, held, work = budget(stage, args, model, sae, teacher, chunks, prompt)
+    parts = memory(stage, args, model, sae, teacher, T)
+    seconds, (half, single, room, _, price) = seconds_of(stage, args, work, parts["model"], gpu), GPUS[gpu]
+    price, assumed = (price, ", an assumption") if args.dollars_per_hour is None else (args.dollars_per_hour, "")
+    settings = {f.name: getattr(args, f.name) for f in fields(args)
+                if f.name not in ("preset", "resume", "dry_run", "gpu", "dollars_per_hour")}
+    fits = "fits" if sum(parts.values()) < 0.9e9 * room else "does not fit"
+    print(f"--stage {stage} --preset {args.preset}: nothing is downloaded, loaded or written")
+    for name, text in {
+            "settings": "  ".join(f"{name}={resa.relative(value)}" for name, value in settings.items()),
+            "model": f"{sum(p.numel() for n, p in model.named_parameters() if 'lora_' not in n):,} parameters",
+            "trained": f"{trained(model, sae):,} parameters",
+            "data": f"{resa.relative(args.data)}: {data}",
+            "steps": f"{args.steps:,} of {tokens:,} tokens: {args.steps * tokens:,}" + " at most" * (stage == "rl")
+                     + f", and {held:,} held out to measure on" * bool(held)
+                     + ".  What follows is of one step; --steps would say how many" * (not known),
+            "memory": ", ".join(f"{part} {n / 1e9:.3g}" for part, n in parts.items() if n)
+                      + f": {sum(parts.values()) / 1e9:.3g} GB of {room}, {fits}, with a tenth left to the system"
+                      + "; without what experts keep" * bool(model.config.num_experts),
+            "FLOPs": ", ".join(f"{part} {n:.3g}" for part, n in work.items() if n) + f": {sum(work.values()):.3g}",
+            "time": f"{duration(seconds)} on one {gpu} at {UTILISATION:.0%}, an assumption, of its {half} TFLOP/s in "
+                    f"bf16 and {single} in fp32",
+            "cost": f"${seconds / 3600 * price:.2f} at ${price:.2f} an hour{assumed}"}.items():
+        print(textwrap.fill(f"  {name:9s} {text}", 120, subsequent_indent=" " * 12, break_on_hyphens=False))
+    return (seconds, seconds / 3600 * price) if known else None
+
+
+def duration(seconds):
+    minutes = seconds / 60
+    return f"{seconds:.3g} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -907,11 +1270,25 @@ def prepare(stage, argv):
     args.out = args.out or f"out/{args.preset}/{FOLDER.get(stage, stage)}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check(re.fullmatch(r"cpu|cuda(:\d+)?", args.device), f"--device {args.device}: it can be cpu, cuda or cuda:N")
+    check_numbers(args)
+    if args.dry_run:
+        refuse_idle(args, "resume", "--dry-run")
+        return args
+    refuse_idle(args, "gpu dollars_per_hour", "a real run, only with --dry-run")
     check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is visible here")
     check(args.device in ("cpu", "cuda") or int(args.device[5:]) < torch.cuda.device_count(),
           f"--device {args.device}: there are {torch.cuda.device_count()} GPUs here")
-    check_numbers(args)
     return args
+
+
+def dry_run_preset(argv):
+    """--dry-run without --stage: every stage of the preset, and their sum."""
+    preset = resa.parse_flags(Common, argv, "train.py", others=STAGES).preset
+    stages = ["rl"] if "rl" in resa.PRESETS[preset] else ["sae", "tune"]
+    found = [RUN[stage](prepare(stage, argv)) for stage in stages]
+    if None not in found:
+        seconds, dollars = map(sum, zip(*found))
+        print(f"in all: {duration(seconds)}, ${dollars:.2f}")
 
 
 RUN = {"sae": run_sae, "tune": run_tune, "sft": run_sft, "rl": run_rl, "pretrain": run_pretrain}
@@ -923,6 +1300,8 @@ def main(argv):
     if stage not in STAGES:
         if "-h" in argv or "--help" in argv:
             return print(__doc__)
+        if stage is None and "--dry-run" in argv:
+            return dry_run_preset(argv)
         found = f"; {stage!r} is none of them" if stage else ""
         raise ValueError(f"train.py needs --stage, one of {', '.join(STAGES)}{found}")
     at = argv.index("--stage")
@@ -930,11 +1309,12 @@ def main(argv):
     if stage == "sae" and args.variant == "help":
         return list_variants()
     summary = RUN[stage](args)
+    if args.dry_run:
+        return
+    print("{}: {steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs, {seconds:.1f} s on {device}".format(
+        args.out, **summary))
     if stage == "sae":
-        return print("{}: {steps} steps, {tokens:,} tokens, {seconds:.1f} s\n{}".format(
-            args.out, describe_sae(summary), **summary))
-    shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in summary.items()]
-    print(f"{args.out}: " + "  ".join(shown))
+        print(describe_sae(summary))
 
 
 if __name__ == "__main__":

@@ -54,8 +54,9 @@ def test_every_command_in_the_readmes_is_understood(line):
     script, *argv = shlex.split(line)
     assert (ROOT / script).exists()
     if script == "train.py":
-        at = argv.index("--stage")
-        assert resa.parse_flags(train.STAGES[argv[at + 1]], argv[:at] + argv[at + 2:], script)
+        at = argv.index("--stage") if "--stage" in argv else len(argv)      # without: the --dry-run of a preset
+        settings = train.STAGES[argv[at + 1]] if argv[at:] else train.Common
+        assert resa.parse_flags(settings, argv[:at] + argv[at + 2:], script)
     elif script == "eval.py":
         showing = argv[0] == "show"
         assert resa.parse_flags(eval.Show if showing else eval.Eval, argv[2 * showing:], script)

@@ -814,8 +814,8 @@ def test_show_keeps_long_and_hostile_text_readable(whole, tmp_path, capsys):
 
 
 def test_labels_are_file_names_one_to_one():
-    specs = ["a/b", "a~b", "a%7Eb", "a b", "/a/b", "a/b/", "A+B", "o/n@main#sub+x/y", "..", "\u00fc",
-             "x" * 300, "x" * 301]
+    specs = ["a/b", "a+b", "a+b*.5", "a+b*-.5", "a+b%2A.5", "a~b", "a%7Eb", "a b", "/a/b", "a/b/",
+             "A+B", "o/n@main#sub+x/y", "..", "\u00fc", "x" * 300, "x" * 301]
     labels = [ev.label_of(spec) for spec in specs]
     assert len(set(labels)) == len(specs) and all("/" not in x and len(x) < 160 for x in labels)
     assert ev.label_of(f"{HERE}/a+{HERE}/b/c") == "a+b~c", "no machine paths in file names"

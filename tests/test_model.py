@@ -691,6 +691,22 @@ def test_merge_sums_in_fp32_for_a_bf16_model(tmp_path):
     assert torch.equal(model.get_submodule(Q).weight, (base.float() + 3.0 * (B @ A)).bfloat16())
 
 
+def test_a_factor_scales_an_adapter(tmp_path):
+    base, spec = checkpoint(tmp_path / "m"), adapter(tmp_path / "ad")
+    weight = lambda spec: load_model(spec).get_submodule(Q).weight
+    plain, delta = weight(f"{base}+{spec}"), weight(f"{base}+{spec}") - weight(str(base))
+    assert torch.equal(weight(f"{base}+{spec}*0"), weight(str(base))) and delta.abs().max() > 0.1
+    assert torch.equal(weight(f"{base}+{spec}*1"), plain) and torch.equal(weight(f"{base}+{spec}*1e0"), plain)
+    assert torch.allclose(weight(f"{base}+{spec}*2") - weight(str(base)), 2 * delta, atol=1e-6)
+    assert torch.allclose(weight(f"{base}+{spec}*-.5+{spec}"), weight(str(base)) + delta / 2, atol=1e-6)
+    starred = adapter(tmp_path / "ad*3")                            # a path that exists is no product
+    assert torch.equal(weight(f"{base}+{starred}"), plain) and torch.equal(weight(f"{base}+{starred}*0"), weight(str(base)))
+    (tmp_path / "m+ad*2").symlink_to(base)
+    assert torch.equal(weight(f"{tmp_path}/m+ad*2"), weight(str(base)))
+    for bad in ("", "half", "nan", "inf", "1e999", "2*"):
+        check_refused(lambda: load_model(f"{base}+{spec}*{bad}"), "a finite number was expected after '*'", "ad*")
+
+
 @pytest.mark.parametrize("fields, word", [
     (dict(peft_type="IA3"), "IA3"), (dict(r=0), "'r'"), (dict(r="2"), "'r'"), (dict(r=3), "rank 3"),
     (dict(lora_alpha=None), "lora_alpha"), (dict(use_dora=True), "use_dora"), (dict(bias="all"), "bias"),

@@ -750,6 +750,84 @@ def test_another_model_as_the_teacher(sae, grad, width):
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
+# ---- objectives that are not in the paper ------------------------------------------------------------------
+
+
+def beyond(site="resid", **settings):
+    """(student, teacher, SAE, loss) in fp64: adapters everywhere, another model as the teacher."""
+    model, teacher = adapted(toy(dtype=torch.float64), above=-1).double(), toy(seed=3, dtype=torch.float64)
+    sae = settings.pop("sae", toy_sae(dtype=torch.float64))
+    return model, teacher, sae, resa.tuning_loss(model, sae, LAYER, IDS, site, False, "sequence", teacher, **settings)
+
+
+def by_block(found):
+    """{block: whether its adapters have a gradient that is not zero}."""
+    return {i: any(g.any() for n, g in found.items() if n.startswith(f"model.layers.{i}.")) for i in range(L)}
+
+
+@pytest.mark.parametrize("site", ["resid", "mlp"])
+def test_into_teacher_teaches_what_the_teacher_says_through_the_sae(site):
+    model, teacher, sae, got = beyond(site, into="teacher")
+    with resa.splice(teacher, sae, LAYER, site):
+        y = teacher(IDS)
+    want = naive_kl(model(IDS), y)
+    check_close(got, want, 1e-11)
+    assert (got - naive_kl(model(IDS), teacher(IDS))).abs() > 0.1 and hooks(model) == hooks(teacher) == 0
+    expected = grads(model, want)
+    for name, g in grads(model, got).items():
+        check_close(g, expected[name], 1e-11)
+
+
+@pytest.mark.parametrize("site", ["resid", "mlp"])
+def test_into_gradient_keeps_the_value_and_sends_the_gradient_through_the_sae(site):
+    model, teacher, sae, got = beyond(site, into="gradient")
+    plain = naive_kl(model(IDS), teacher(IDS))
+    check_close(got, plain, 1e-11)                       # nothing is replaced
+    found, unspliced = grads(model, got), grads(model, plain)
+    above = [n for n in found if int(n.split(".")[2]) > LAYER]
+    for name in above:
+        check_close(found[name], unspliced[name], 1e-11)
+    below = [n for n in found if n not in above]
+    assert max((found[n] - unspliced[n]).abs().max() for n in below) > 1e-3
+    # by hand: the gradient at x is that at x_hat, through the SAE's Jacobian
+    x = resa.activations(model, IDS, LAYER, site).requires_grad_()
+    with resa.hooked(model, LAYER, site, lambda _: x):
+        at, = torch.autograd.grad(naive_kl(model(IDS), teacher(IDS)), x)
+    through, = torch.autograd.grad(sae(x), x, at)
+    caught = []
+    with resa.hooked(model, LAYER, site, lambda h: caught.append(h)):
+        model(IDS)
+    want = torch.autograd.grad((caught[0] * through.detach()).sum(), [p for p in model.parameters() if p.requires_grad],
+                               allow_unused=True)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    for name, g in zip(names, want):
+        if name in below and site == "resid":
+            check_close(found[name], g if g is not None else torch.zeros_like(found[name]), 1e-10)
+
+
+def test_match_adds_the_distance_that_the_sae_sees():
+    model, teacher, sae, got = beyond(into="nothing", match=0.7)
+    plain = naive_kl(model(IDS), teacher(IDS))
+    a, b = (sae(resa.activations(m, IDS, LAYER)) for m in (model, teacher))
+    want = (a - b).square().sum() / (b - b.flatten(0, 1).mean(0)).square().sum()
+    check_close(got, plain + 0.7 * want, 1e-11)
+    assert want > 0.1
+    x_s, x_t = (resa.activations(m, IDS, LAYER) for m in (model, teacher))
+    raw = (x_s - x_t).square().sum() / (x_t - x_t.flatten(0, 1).mean(0)).square().sum()
+    check_close(beyond(sae=None, match=0.7)[3], plain + 0.7 * raw, 1e-11)       # without an SAE: x itself
+    assert resa.feature_distance(sae, x_t, x_t) == 0
+
+
+def test_match_teaches_the_blocks_up_to_the_site_and_the_teacher_nothing():
+    model, teacher, sae, got = beyond(into="nothing", match=1.0)
+    without = beyond(into="nothing")[3]
+    alone = grads(model, got - without.detach())
+    plain = grads(beyond_model := adapted(toy(dtype=torch.float64), above=-1).double(),
+                  resa.tuning_loss(beyond_model, None, LAYER, IDS, "resid", False, "sequence", teacher))
+    moved = by_block({n: alone[n] - plain[n] for n in alone})
+    assert moved == {i: i <= LAYER for i in range(L)} and not any(p.requires_grad for p in teacher.parameters())
+
+
 def test_a_source_that_differs_from_the_target_by_its_adapter_has_something_to_teach():
     """teacher=source, no SAE: the loss is zero for a student that holds the source's adapter."""
     source = resa.merge_adapter(adapted(above=-1))
