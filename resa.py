@@ -1171,7 +1171,7 @@ def reasoning_features(model, saes, prompt_ids, open_id, close_id, every=True):
     saes        {layer: SAE}, each at the site that its meta names, else at resid
     prompt_ids  list of T ids; open_id, close_id: those of the two tags
     every       at every occurrence of both tags, or (False) at one of each at least; the text does not say which
-    -> {layer: [latents]}.  Active is z != 0; at an attention sink nothing counts as active.  ValueError: a tag is missing.
+    -> {layer: [latents]}.  Active is z != 0; at an attention sink no latent counts as active.  ValueError: no such tag
     """
     ids = torch.tensor([prompt_ids], device=model.lm_head.weight.device)                         # (1,T)
     opens, closes = ids[0] == open_id, ids[0] == close_id                                        # (T,)
@@ -1208,24 +1208,28 @@ def correlation(x, y, draws=10_000, seed=0):
     """Pearson's r of two lists, and its two-sided p by permutation.  A constant list has r = 0."""
     x, y = (np.asarray(side, dtype=float) - np.mean(side) for side in (x, y))                    # (n,)
     shuffled = np.random.default_rng(seed).permuted(np.tile(y, (draws, 1)), axis=1)              # (draws,n)
-    products, scale = np.vstack([y, shuffled]) @ x, math.sqrt(x @ x * (y @ y))
-    return float(products[0] / scale) if scale else 0.0, float(np.mean(abs(products) >= abs(products[0]) - 1e-9 * scale))
+    products, scale = np.vstack([y, shuffled]) @ x, math.sqrt(x @ x * (y @ y))                  # (1+draws,)
+    r, sizes = products[0] / scale if scale else 0.0, np.abs(products)
+    return float(r), float(np.mean(sizes >= sizes[0] - 1e-9 * scale))
 
 
 def mixture(x, weights, k=3, gain=1e-8):
-    """k Gaussians fitted to places x (n,) of these weights, by EM -> {"means", "shares", "sds"}, ascending at the start.
+    """k Gaussians fitted by EM to places x (n,), ascending, of these weights -> {"means", "shares", "sds"}.
 
-    It starts at the quantiles and ends when a step raises the mean log-likelihood by less than `gain` nats.
-    A variance is at least a thousandth of the whole.
+    It starts at quantiles and ends when a step raises the mean log-likelihood by less than `gain` nats.  A variance
+    is at least a thousandth of the whole.
     """
-    x, w = np.asarray(x, dtype=float), np.asarray(weights, dtype=float) / np.sum(weights)        # (n,), x ascending
+    x, w = np.asarray(x, dtype=float), np.asarray(weights, dtype=float)                          # (n,)
+    if (w < 0).any() or (w > 0).sum() < k:
+        raise ValueError(f"{k} components need as many places with a weight above 0")
+    w = w / w.sum()
     mean = np.interp((np.arange(k) + 0.5) / k, np.cumsum(w) - w / 2, x)                          # (k,)
     whole = w @ (x - w @ x)**2
     share, variance, last = np.full(k, 1 / k), np.full(k, whole / k**2), -math.inf
     while True:
         log = np.log(share) - 0.5 * np.log(2 * np.pi * variance) - 0.5 * (x[:, None] - mean)**2 / variance      # (n,k)
         likelihood = np.logaddexp.reduce(log, 1)                                                 # (n,)
-        if w @ likelihood - last < gain:
+        if not w @ likelihood - last >= gain:
             return {"means": mean.tolist(), "shares": share.tolist(), "sds": np.sqrt(variance).tolist()}
         last, r = w @ likelihood, np.exp(log - likelihood[:, None]) * w[:, None]                 # whose is each x
         share = r.sum(0)
@@ -1234,8 +1238,8 @@ def mixture(x, weights, k=3, gain=1e-8):
 
 
 # arXiv 2506.09967, Table 6: average Pass@1 of the best checkpoint, and reasoning features, of layers 2 .. 27 from 1.
-SCORES = [47.84, 46.48, 47.11, 48.05, 46.59, 46.04, 45.69, 47.13, 46.58, 48.12, 47.60, 47.28, 45.48, 48.97, 46.67, 48.09,
-          49.42, 47.66, 45.83, 47.90, 46.70, 46.07, 46.38, 48.46, 45.84, 47.59]
+SCORES = [47.84, 46.48, 47.11, 48.05, 46.59, 46.04, 45.69, 47.13, 46.58, 48.12, 47.60, 47.28, 45.48, 48.97, 46.67,
+          48.09, 49.42, 47.66, 45.83, 47.90, 46.70, 46.07, 46.38, 48.46, 45.84, 47.59]
 COUNTS = [1, 4, 3, 2, 2, 3, 0, 3, 3, 1, 1, 3, 3, 3, 0, 3, 0, 5, 3, 0, 1, 2, 2, 1, 2, 2]
 # Its two fits: to the features of the base, whose counts are not given, and to the 26 scores.
 FITS = [[4.9, 14.5, 22.7], [5.6, 15.1, 23.0]]
@@ -1244,22 +1248,28 @@ FITS = [[4.9, 14.5, 22.7], [5.6, 15.1, 23.0]]
 def published(draws=200):
     """The published check again: counts against scores, and the two mixtures against data without any structure."""
     import eval
-    layers, rng = np.arange(2, 28), np.random.default_rng(0)
-    near, lines = np.abs(np.subtract(*FITS)).mean(), [["published: features of the base", *FITS[0]],
-                                                      ["published: scores", *FITS[1]]]
-    random, words = rng.poisson(2, (draws, len(layers))), []
-    for name, gain in (("EM to the end", 1e-8), ("EM until a step gains < 0.001", 1e-3)):
-        fit = lambda weights: mixture(layers, weights, gain=gain)["means"]
+    layers, near, words = np.arange(2, 28), np.abs(np.subtract(*FITS)).mean(), []
+    random = np.random.default_rng(0).poisson(2, (draws, len(layers)))
+    lines = [["published: features of the base", *FITS[0]], ["published: scores", *FITS[1]]]
+    for name, gain in (("to the end", 1e-8), ("until a step gains < 0.001", 1e-3)):
+        fit = lambda weights: np.array(mixture(layers, weights, gain=gain)["means"])             # (3,)
         flat, null = fit(np.ones(len(layers))), np.array([fit(counts) for counts in random])     # (3,), (draws,3)
-        lines += [[f"{name}: {what}", *(f"{mean:.1f}" for mean in means)] for what, means in {
-            "every layer the same": flat, "Table 6 scores": fit(SCORES), "Table 6 counts": fit(COUNTS),
-            f"Poisson(2) counts, mean of {draws}": null.mean(0), "Poisson(2) counts, sd": null.std(0)}.items()]
-        words.append(f"{name}: {np.mean(np.abs(null - flat).mean(1) <= near):.0%}")
+        means = {"every layer the same": flat, "Table 6 scores": fit(SCORES), "Table 6 counts": fit(COUNTS),
+                 f"Poisson(2) counts, mean of {draws}": null.mean(0), "their standard deviation": null.std(0)}
+        lines += [[f"EM {name}: {what}", *(f"{m:.1f}" for m in values)] for what, values in means.items()]
+        words.append(f"{np.mean(np.abs(null - flat).mean(1) <= near):.0%} with EM {name}")
     r, p = correlation(COUNTS, SCORES)
-    return (f"{eval.table(lines, ['means of 3 components, in layers', '1', '2', '3'])}\n\n"
-            f"Features and scores of the 26 layers (Table 6): r = {r:+.2f}, p = {p:.2f} by permutation.\n"
-            f"The two published fits are {near:.2f} layers apart, on the mean of three.  Counts drawn from Poisson(2) are\n"
-            f"as near to layers that are all the same in this share of draws: {'; '.join(words)}.")
+    return PUBLISHED.format(table=eval.table(lines, ["means of 3 components, as layers", "1", "2", "3"]), r=r, p=p,
+                            near=near, words=", ".join(words))
+
+
+PUBLISHED = """\
+{table}
+
+Features and scores of the 26 layers (Table 6): r = {r:+.2f}, p = {p:.2f} by permutation.
+The two published fits are {near:.2f} layers apart, on the mean of three.  Counts drawn from Poisson(2) come as near to
+layers that are all the same in this share of draws: {words}.
+How the published fits were made is not said; a fit that stops early stays near its start, whatever the data."""
 
 
 class Steered(nn.Module):
@@ -1350,32 +1360,37 @@ def effects(model, tokenizer, sae, layer, train_rows, test_rows, rule=(), top=5,
     documents = []
     for row in ask(model, tokenizer, train_rows, seed, **asking):
         start = "" if think_prefix(row["prompt"]) else "<think>\n"
-        documents.append([tokenizer.encode(row["prompt"] + start), tokenizer.encode(row["completion"].removeprefix(start))])
+        texts = row["prompt"] + start, row["completion"].removeprefix(start)
+        documents.append([tokenizer.encode(text) for text in texts])
     rate, typical, attribution = attribute(model, sae, layer, documents, close_id)
-    base, found = ask(model, tokenizer, test_rows, seed, **asking), []
+    base, latents = ask(model, tokenizer, test_rows, seed, **asking), []
     for f, names in choose(rate, attribution, rule, top, seed).items():
         row = {"latent": f, "chosen": names, "rate": float(rate[f]), "typical": float(typical[f]),
                "attribution": float(attribution[f])}
         for how, strength in (("ablate", 1.0), ("boost", boost * row["typical"])):
             with splice(model, Steered(sae, f, how, strength), layer, sae.meta.get("site", "resid")):
                 row[how] = difference(ask(model, tokenizer, test_rows, seed, **asking), base)
-        found.append(row)
-    return {"base": {what: sum(row[what] for row in base) / len(base) for what in ("correct", "thinks")},
-            "latents": found, "null": {how: {what: against_random(found, how, what) for what in ("correct", "thinks")}
-                                       for how in ("ablate", "boost")}}
+        latents.append(row)
+    null = {how: {what: against_random(latents, how, what) for what in MEASURES} for how in ("ablate", "boost")}
+    return {"base": {what: sum(row[what] for row in base) / len(base) for what in MEASURES}, "latents": latents,
+            "null": null}
+
+
+MEASURES = {"correct": "Pass@1", "thinks": "thinks"}
 
 
 def difference(rows, base):
-    """Rows of `ask` -> {"correct", "thinks": [rows - base, low, high]}, paired by question."""
+    """Rows of `ask` -> {measure: [rows - base, low, high]}, paired by question."""
     import eval
     pairs = {what: eval.paired(*([row | {"correct": row[what]} for row in side] for side in (rows, base)))
-             for what in ("correct", "thinks")}
+             for what in MEASURES}
     return {what: [pair["difference"], *pair["interval"]] for what, pair in pairs.items()}
 
 
 def against_random(latents, how, what):
-    """-> {"ranked", "rule", "random": [latent, effect] of the strongest or None, "ranked_p", "rule_p"}: do the sizes
-    of the effects of this group and of the random one differ?  By permutation; None where there is nothing to compare."""
+    """-> {"ranked", "rule", "random": [latent, effect] of the strongest, or None; "ranked_p", "rule_p"}.
+
+    p of whether the sizes of the effects differ between this group and the random one; None without two random ones."""
     found, sizes = {}, {}
     for name in ("ranked", "rule", "random"):
         group = [[row["latent"], row[how][what][0]] for row in latents if name in row["chosen"]]
@@ -1390,19 +1405,18 @@ def against_random(latents, how, what):
 class Features:
     """Reasoning features of every layer by the published rule, and what single latents do to the answers."""
     preset: str = "tiny"                 # bundle of defaults
-    target: str = ""                     # model spec that is studied
+    model: str = ""                      # model spec that is studied; default: the preset's target
     source: str = ""                     # model spec whose activations the SAEs learn, without --sae
     sae: list[str] = field(default_factory=list)      # DIR_OR_HUB_ID[#HOOKPOINT], one a layer; default: trained here
     layers: list[int] = field(default_factory=list)   # decoder blocks to train SAEs of, from 0; default: all
     site: Literal["resid", "mlp"] = "resid"      # output of a block, or of its MLP
     steps: int = 60                      # optimizer steps of an SAE, of 16 chunks each
     data: str = ""                       # JSONL of problem/answer: to train SAEs, and to rank latents by attribution
-    bench: str = "tiny"                  # what effects are measured on: a name of eval.py --bench, or a file
+    bench: str = ""                      # what effects are measured on: a name of eval.py --bench, or a file
     questions: int = 300                 # of each of the two
-    prompt: str = ""                     # text with both tags, for the rule; default: --prompts questions with answers
-    prompts: int = 20                    # the first of --bench, the gold answer inside the think tags
+    prompt: str = ""                     # text with both tags, for the rule; default: 20 of --bench, answer in tags
     every: bool = True                   # the rule asks for every occurrence of a tag; --no-every: for one of each
-    top: int = 5                         # latents a layer by attribution, as many at most by the rule; each with a random one
+    top: int = 5                         # latents a layer by attribution, as many by the rule, a random one for each
     boost: float = 1.0                   # what is added at every token, in typical values of the latent
     max_new_tokens: int = 2048           # of an answer
     seed: int = 0                        # of SAEs, samples and random latents
@@ -1422,25 +1436,26 @@ def features(argv):
         return print(published())
     if args.sae:
         train.refuse_idle(args, "source layers site steps", "--sae, which says what to study")
-    if args.prompt:
-        train.refuse_idle(args, "prompts", "--prompt, which is the only one")
-    at_least(args, steps=1, questions=2, prompts=1, top=1, boost=0, max_new_tokens=1, workers=1, seed=0)
-    args.out = args.out or f"out/{args.preset}/features"
+    if not args.prompt:
+        train.refuse_idle(args, "every", "questions as prompts, where a tag occurs once")
+    at_least(args, steps=1, questions=2, top=1, boost=0, max_new_tokens=1, workers=1, seed=0)
+    args.model, args.out = args.model or PRESETS[args.preset]["target"], args.out or f"out/{args.preset}/features"
     args.device = train.prepare("sae", stage_flags(args, args.seed, layer=0)).device
-    specs = {}
+    config, specs = Config.from_pretrained(args.model), {}
     for spec in args.sae:
-        layer = train.open_sae(spec).meta.get("layer")
+        sae = train.open_sae(spec)
+        layer = sae.meta.get("layer")
         train.check(layer is not None, f"{spec}: its file does not say which layer it belongs to")
         train.check(layer not in specs, f"--sae: two of layer {layer}; study one at a time")
+        train.check(sae.d_in == config.hidden_size, f"{spec}: {sae.d_in} wide, {args.model} is {config.hidden_size}")
         specs[layer] = spec
-    count = Config.from_pretrained(args.target).num_hidden_layers
+    count = config.num_hidden_layers
     layers = sorted(set(specs or args.layers or range(count)))
-    train.check(0 <= layers[0] <= layers[-1] < count, f"{args.target} has layers 0 .. {count - 1}, asked for are {layers}")
-    material(args)
+    train.check(set(layers) <= set(range(count)), f"{args.model} has layers 0 .. {count - 1}, asked for are {layers}")
+    material(args)                                             # bad settings end here, before anything is written
     open_run(args.out, args)
     jobs = {layer: (study_features, args, layer, specs.get(layer)) for layer in layers}
-    found = dict(in_workers(jobs, args.workers, "layers"))
-    found = {layer: found[layer] for layer in layers}
+    found = dict(sorted(in_workers(jobs, args.workers, "layers")))
     text = features_table(found, args)
     with staged(args.out) as temporary:
         (temporary / "table.txt").write_text(text + "\n")
@@ -1449,24 +1464,27 @@ def features(argv):
 
 
 def material(args):
-    """-> tokenizer, rows to rank on, rows to measure on, prompts for the rule as ids, ids of the two tags."""
+    """-> tokenizer, rows to rank on, rows to measure on, prompts for the rule (ids), the two tags (ids).
+
+    The published system prompt is not here.  By default: text as SAEs learn it, questions with gold answers.
+    """
     import eval
     import train
-    tokenizer = load_tokenizer(args.target)
+    tokenizer = load_tokenizer(args.model)
     data, (bench, _) = read_problems(train.data_file(args.data)), eval.read_bench(args.bench)
     for rows, name in ((data, args.data), (bench, args.bench)):
         train.check(args.questions <= len(rows), f"--questions {args.questions}: {name} has {len(rows)}")
-    texts = [args.prompt] if args.prompt else [train.as_text(row, tokenizer, "chat") for row in bench[:args.prompts]]
-    tags = [tokenizer.encode(tag) for tag in ("<think>", "</think>")]
-    train.check(all(len(tag) == 1 for tag in tags), f"{args.target}: <think> and </think> are not single tokens of it")
-    train.check(all(tag in text for text in texts for tag in ("<think>", "</think>")), "--prompt needs both tags in it")
-    return tokenizer, data[:args.questions], bench[:args.questions], [tokenizer.encode(t) for t in texts], sum(tags, [])
+    texts = [args.prompt] if args.prompt else [train.as_text(row, tokenizer, "chat") for row in bench[:20]]
+    prompts, tags = (list(map(tokenizer.encode, some)) for some in (texts, ("<think>", "</think>")))
+    train.check(all(len(tag) == 1 for tag in tags), f"{args.model}: <think> and </think> are not single tokens of it")
+    train.check(all(tag[0] in ids for tag in tags for ids in prompts), "--prompt needs <think> and </think> in it")
+    return tokenizer, data[:args.questions], bench[:args.questions], prompts, sum(tags, [])
 
 
 def study_features(args, layer, spec):
     """One layer -> what the rule finds, and `effects` of what it finds most often.  In a worker.
 
-    "count" latents a prompt, mean;  "rule" {latent: number of prompts}, most often first"""
+    "prompts", "count" latents a prompt, mean;  "rule" {latent: number of prompts}, most often first"""
     import eval
     import train
     torch.set_num_threads(1)
@@ -1474,13 +1492,11 @@ def study_features(args, layer, spec):
         spec = f"{args.out}/sae-{layer}"
         train.run_sae(train.prepare("sae", stage_flags(args, args.seed, layer=layer, batch=16, out=spec)))
     sae = train.open_sae(spec).to(args.device).float().requires_grad_(False)
-    model = load_model(args.target, args.dtype, args.device)
-    train.check(sae.d_in == model.config.hidden_size, f"{spec}: the SAE is {sae.d_in} wide, {args.target} is "
-                f"{model.config.hidden_size}")
+    model = load_model(args.model, args.dtype, args.device)
     tokenizer, data, bench, prompts, tags = material(args)
     found = [reasoning_features(model, {layer: sae}, ids, *tags, args.every)[layer] for ids in prompts]
     rule = dict(Counter(f for one in found for f in one).most_common())
-    return {"count": sum(rule.values()) / len(prompts), "rule": rule} | effects(
+    return {"prompts": len(prompts), "count": sum(rule.values()) / len(prompts), "rule": rule} | effects(
         model, tokenizer, sae, layer, data, bench, list(rule), args.top, args.boost, args.seed,
         max_new_tokens=args.max_new_tokens, prompt=eval.BENCHES.get(args.bench, "{problem}"))
 
@@ -1488,48 +1504,45 @@ def study_features(args, layer, spec):
 def features_table(found, args):
     """{layer: study_features} -> a table per layer, one that sets them against random latents, and what they say."""
     import eval
-    asked = [(how, what) for how in ("ablate", "boost") for what in ("correct", "thinks")]
-    parts, lines, most = [], [], []
+    asked = [(how, what) for how in ("ablate", "boost") for what in MEASURES]
+    parts, lines, words, most = [], [], [], {}
     for layer, study in found.items():
-        prompts = 1 if args.prompt else args.prompts
-        every = sum(n == prompts for n in study["rule"].values())
-        parts.append(f"Layer {layer}: by the rule {study['count']:.1f} latents a prompt, {len(study['rule'])} in at least "
-                     f"one of {prompts}, {every} in all.")
         rows = [[row["latent"], " ".join(row["chosen"]), f"{row['rate']:.1%}", f"{row['attribution']:.3f}",
                  *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[how][what]) for how, what in asked)]
                 for row in study["latents"] if "random" not in row["chosen"]]
-        parts += [eval.table(rows, FEATURES_HEADER), ""]
+        every = sum(n == study["prompts"] for n in study["rule"].values())
+        parts += [f"Layer {layer}: by the rule {study['count']:.1f} latents a prompt, {len(study['rule'])} in at least "
+                  f"one of {study['prompts']}, {every} in all.", eval.table(rows, FEATURES_HEADER), ""]
         for how, what in asked:
-            null, measure = study["null"][how][what], "Pass@1" if what == "correct" else "thinks"
-            cells = [[f"{null[name][1]:+.3f} ({null[name][0]})" if null[name] else "",
-                      f"{null[name + '_p']:.4f}" if null.get(name + "_p") is not None else ""]
-                     for name in ("ranked", "rule", "random")]
-            lines.append([f"{layer} {how}", measure, *sum(cells, [])[:5]])
-            most += [(measure, name == "random", abs(null[name][1]), f"{null[name][1]:+.3f} (latent {null[name][0]} of "
-                      f"layer {layer}, {how})") for name in ("ranked", "rule", "random") if null[name]]
-    words = []
-    for measure in ("Pass@1", "thinks"):
-        ours, theirs = (max([m for m in most if m[0] == measure and m[1] == random], default=None, key=lambda m: m[2])
-                        for random in (False, True))
-        if ours and theirs:
-            words.append(f"{measure}: the strongest chosen latent does {ours[3]}, the strongest random one {theirs[3]}: "
-                         + ("more than any random one." if ours[2] > theirs[2] else "no more than chance finds."))
+            null = study["null"][how][what]
+            cell = {name: f"{x[1]:+.3f} ({x[0]})" if isinstance(x, list) else f"{x:.4f}"
+                    for name, x in null.items() if x is not None}
+            lines.append([f"{layer} {how}", MEASURES[what]]
+                         + [cell.get(name, "") for name in ("ranked", "ranked_p", "rule", "rule_p", "random")])
+            for name in cell.keys() & {"ranked", "rule", "random"}:
+                entry = abs(null[name][1]), f"{cell[name]} of layer {layer}, {how}"
+                most[what, name] = max(entry, most.get((what, name), entry))
+    for what, name in most:
+        null = most.get((what, "random"), (0.0, "none"))
+        if name != "random":
+            words.append(f"{MEASURES[what]}, strongest {name}: {most[what, name][1]}; strongest random: {null[1]}: "
+                         + ("beyond chance's." if most[what, name][0] > null[0] else "no more than chance's."))
     for at, name in ((3, "ranked"), (5, "rule")):
         p = [float(line[at]) for line in lines if line[at]]
-        words.append(f"{name} against random: p < 0.05 in {sum(x < 0.05 for x in p)} of {len(p)} comparisons.")
-    base = next(iter(found.values()))["base"]
-    header = ["layer", "strongest on", "ranked", "p", "rule", "p", "random"]
-    return "\n".join([*parts, eval.table(lines, header), "", FEATURES_NOTE.format(**vars(args) | base), "", *words])
+        words.append(f"The {name} against the random ones: p < 0.05 in {sum(x < 0.05 for x in p)} of {len(p)} cases.")
+    header, base = ["layer", "on", "ranked", "p", "rule", "p", "random"], next(iter(found.values()))["base"]
+    return "\n".join([*parts, "The strongest effect of each group (its latent), and p of the group against random ones",
+                      eval.table(lines, header), "", *words, "", FEATURES_NOTE.format(**vars(args) | base)])
 
 
 FEATURES_HEADER = ["latent", "chosen", "fires", "attribution", "ablated: Pass@1", "thinks", "boosted: Pass@1", "thinks"]
 FEATURES_NOTE = """\
-The model alone: Pass@1 {correct:.3f}, and thinks {thinks:.3f}: the share of answers with text before </think>; {questions}
+The model alone: Pass@1 {correct:.3f}, thinks {thinks:.3f}, the share of answers with text before </think>; {questions}
 held-out questions x 1.  Effects are differences from that, paired by question, same random numbers, 95 % intervals.
 ablated: z W_dec is taken out where the latent fires.  boosted: {boost:g} x its mean value is added at every token.
-ranked: by first-order attribution to the odds of thinking, on {questions} training questions.  rule: active at <think> and
-</think> and at no other token of a prompt.  random: for each of these one other latent of about the same firing rate.
-p: do sizes of effects differ from those of the random ones, by permutation; no number here is corrected for their number."""
+ranked: by first-order attribution to the odds of thinking, on {questions} training questions.  rule: active at <think>
+and </think> and at no other token of a prompt.  random: one for each of these, of about the same firing rate.
+p: whether the sizes of the effects differ, by permutation.  Nothing is corrected for the number of comparisons."""
 
 
 # ----------------------------------------------------------------------------------------------------------
