@@ -1195,13 +1195,15 @@ def anova(groups, draws=10_000, seed=0):
     sizes, values = np.array([len(group) for group in groups]), np.concatenate(groups)           # (G,), (n,)
     if len(groups) < 2 or sizes.min() < 1 or len(values) <= len(groups):
         raise ValueError("an analysis of variance needs two groups, and two numbers in one of them")
+    if not np.ptp(values):
+        return 0.0, 1.0
     values = values - values.mean()
     shuffled = np.random.default_rng(seed).permuted(np.tile(values, (draws, 1)), axis=1)         # (draws,n)
     sums = np.add.reduceat(np.vstack([values, shuffled]), np.cumsum(sizes) - sizes, axis=1)      # (1+draws,G)
     between, whole = (sums**2 / sizes).sum(1), values @ values      # F grows with the part between groups
     within = max(0.0, whole - between[0])
     f = between[0] / (len(groups) - 1) / (within / (len(values) - len(groups))) if within > 1e-12 * whole else math.inf
-    return float(f) if whole else 0.0, float(np.mean(between >= between[0] - 1e-9 * whole))
+    return float(f), float(np.mean(between >= between[0] - 1e-9 * whole))
 
 
 def correlation(x, y, draws=10_000, seed=0):
@@ -1229,7 +1231,7 @@ def mixture(x, weights, k=3, gain=1e-8):
     while True:
         log = np.log(share) - 0.5 * np.log(2 * np.pi * variance) - 0.5 * (x[:, None] - mean)**2 / variance      # (n,k)
         likelihood = np.logaddexp.reduce(log, 1)                                                 # (n,)
-        if not w @ likelihood - last >= gain:
+        if not w @ likelihood - last >= gain:                # nan ends it too
             return {"means": mean.tolist(), "shares": share.tolist(), "sds": np.sqrt(variance).tolist()}
         last, r = w @ likelihood, np.exp(log - likelihood[:, None]) * w[:, None]                 # whose is each x
         share = r.sum(0)
@@ -1519,14 +1521,15 @@ def features_table(found, args):
                     for name, x in null.items() if x is not None}
             lines.append([f"{layer} {how}", MEASURES[what]]
                          + [cell.get(name, "") for name in ("ranked", "ranked_p", "rule", "rule_p", "random")])
-            for name in cell.keys() & {"ranked", "rule", "random"}:
-                entry = abs(null[name][1]), f"{cell[name]} of layer {layer}, {how}"
-                most[what, name] = max(entry, most.get((what, name), entry))
-    for what, name in most:
+            for name in ("ranked", "rule", "random"):
+                if null[name]:
+                    one = abs(null[name][1]), f"{null[name][1]:+.3f} ({how} {null[name][0]} of layer {layer})"
+                    most[what, name] = max(one, most.get((what, name), one))
+    for what, measure in MEASURES.items():
         null = most.get((what, "random"), (0.0, "none"))
-        if name != "random":
-            words.append(f"{MEASURES[what]}, strongest {name}: {most[what, name][1]}; strongest random: {null[1]}: "
-                         + ("beyond chance's." if most[what, name][0] > null[0] else "no more than chance's."))
+        told = [f"{name} {most[what, name][1]}, {'' if most[what, name][0] > null[0] else 'not '}stronger"
+                for name in ("ranked", "rule") if (what, name) in most]
+        words.append(f"Strongest on {measure}: " + "; ".join([f"random {null[1]}", *told]) + ".")
     for at, name in ((3, "ranked"), (5, "rule")):
         p = [float(line[at]) for line in lines if line[at]]
         words.append(f"The {name} against the random ones: p < 0.05 in {sum(x < 0.05 for x in p)} of {len(p)} cases.")
