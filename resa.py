@@ -1545,7 +1545,8 @@ held-out questions x 1.  Effects are differences from that, paired by question, 
 ablated: z W_dec is taken out where the latent fires.  boosted: {boost:g} x its mean value is added at every token.
 ranked: by first-order attribution to the odds of thinking, on {questions} training questions.  rule: active at <think>
 and </think> and at no other token of a prompt.  random: one for each of these, of about the same firing rate.
-p: whether the sizes of the effects differ, by permutation.  Nothing is corrected for the number of comparisons."""
+p: whether the sizes of the effects differ, by permutation; not corrected for the number of comparisons.  That the
+strongest was looked for is allowed for: the random ones, at least as many, were searched in the same way."""
 
 
 # ----------------------------------------------------------------------------------------------------------
