@@ -8,6 +8,7 @@
     python resa.py errors               what SAEs miss: the part of their error that is linear in x, and the rest
     python resa.py experts              which experts of a mixture a behaviour uses, and what it is without them
     python resa.py cost                 what SAE-Tuning took beside RL: seconds, tokens, FLOPs
+    python resa.py features             reasoning features by the published rule, and what single latents do
 
 The method is Resa (arXiv 2506.09967).  Stage I: a TopK SAE learns the activations of block `layer` of a
 *source* model (sae.py).  Stage II: the frozen SAE replaces that activation inside a *target* model, and
@@ -35,11 +36,13 @@ import sys
 import time
 import types
 import typing
+from collections import Counter
 from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -47,9 +50,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import (
-    at_least_fp32, check_adapter, load_model, load_tokenizer, read_adapter, read_json, right_pad, save_model, staged)
-from sae import (VARIANTS, build, decompose_error, fit_floor, init_b_dec, linear_r2, load_sae, make_optimizer, metrics,
-                 pursue, same_tokens, save_sae, train_step)
+    Config, at_least_fp32, check_adapter, load_model, load_tokenizer, read_adapter, read_json, right_pad, save_model,
+    staged)
+from sae import (VARIANTS, build, decompose_error, dense, fit_floor, init_b_dec, linear_r2, load_sae, make_optimizer,
+                 metrics, pursue, same_tokens, save_sae, train_step)
 
 HERE = Path(__file__).resolve().parent
 
@@ -506,7 +510,8 @@ def is_sink(x, limit):
     if limit is None:
         return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     sink = x.float().norm(dim=-1) > limit
-    sink[:, 0] = True
+    if x.shape[1] > 1:                   # a lone token is one that is generated: it follows those in the cache
+        sink[:, 0] = True
     return sink
 
 
@@ -1062,7 +1067,7 @@ def errors(argv):
 def stage_flags(args, seed, **more):
     """The flags of train.py --stage sae that these settings mean."""
     names = "preset source layer site data k steps lr batch seq_len dtype device out".split()
-    own = {name: getattr(args, name) for name in names} | {"seed": seed, "schedule": "linear"}
+    own = {name: getattr(args, name) for name in names if hasattr(args, name)} | {"seed": seed, "schedule": "linear"}
     return to_argv(own | {"save_every": args.steps} | more)
 
 
@@ -1240,6 +1245,395 @@ are fitted on {n_fit:,} tokens and measured, like all else, on {n_test:,} others
 R2: pooled over dimensions unless said.  |x| alone: |x| and its square.  Gradient pursuit chooses codes anew, at each
 token's L0.  CE, KL: nats a token; KL from the model's own predictions.  Curve: FVU = c + a F^-m; absent is a F^-m,
 nonlinear the mean FVU of e_nl, linear c less that.  Seeds: {seeds}; ± is half the distance from least to most."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Transparency: reasoning features, and what they are worth (arXiv 2506.09967 section 5)
+# ----------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def reasoning_features(model, saes, prompt_ids, open_id, close_id, every=True):
+    """The published rule on one prompt: latents active at <think> and at </think> and at no other token.
+
+    saes        {layer: SAE}, each at the site that its meta names, else at resid
+    prompt_ids  list of T ids; open_id, close_id: those of the two tags
+    every       at every occurrence of both tags, or (False) at one of each at least; the text does not say which
+    -> {layer: [latents]}.  Active is z != 0; at an attention sink no latent counts as active.  ValueError: no such tag
+    """
+    ids = torch.tensor([prompt_ids], device=model.lm_head.weight.device)                         # (1,T)
+    opens, closes = ids[0] == open_id, ids[0] == close_id                                        # (T,)
+    if not opens.any() or not closes.any():
+        raise ValueError(f"the prompt has no {'</think>' if opens.any() else '<think>'}, where a feature should fire")
+    found, at_tag = {}, torch.all if every else torch.any
+    for layer, sae in saes.items():
+        x = activations(model, ids, layer, sae.meta.get("site", "resid"))                        # (1,T,D)
+        on = (sae.encode(x)[0] != 0) & ~is_sink(x, sae.meta.get("sink_norm")).T                  # (T,F)
+        rule = at_tag(on[opens], 0) & at_tag(on[closes], 0) & ~on[~(opens | closes)].any(0)      # (F,)
+        found[layer] = rule.nonzero()[:, 0].tolist()
+    return found
+
+
+def anova(groups, draws=10_000, seed=0):
+    """Does the group matter?  Lists of numbers -> F of a one-way analysis of variance, its p by permutation.
+
+    p is the share of `draws` random regroupings, the one seen among them, whose F is at least as large.
+    """
+    groups = [np.asarray(group, dtype=float) for group in groups]
+    sizes, values = np.array([len(group) for group in groups]), np.concatenate(groups)           # (G,), (n,)
+    if len(groups) < 2 or sizes.min() < 1 or len(values) <= len(groups):
+        raise ValueError("an analysis of variance needs two groups, and two numbers in one of them")
+    if not np.ptp(values):
+        return 0.0, 1.0
+    values = values - values.mean()
+    shuffled = np.random.default_rng(seed).permuted(np.tile(values, (draws, 1)), axis=1)         # (draws,n)
+    sums = np.add.reduceat(np.vstack([values, shuffled]), np.cumsum(sizes) - sizes, axis=1)      # (1+draws,G)
+    between, whole = (sums**2 / sizes).sum(1), values @ values      # F grows with the part between groups
+    within = max(0.0, whole - between[0])
+    f = between[0] / (len(groups) - 1) / (within / (len(values) - len(groups))) if within > 1e-12 * whole else math.inf
+    return float(f), float(np.mean(between >= between[0] - 1e-9 * whole))
+
+
+def correlation(x, y, draws=10_000, seed=0):
+    """Pearson's r of two lists, and its two-sided p by permutation.  A constant list has r = 0."""
+    x, y = (np.asarray(side, dtype=float) - np.mean(side) for side in (x, y))                    # (n,)
+    shuffled = np.random.default_rng(seed).permuted(np.tile(y, (draws, 1)), axis=1)              # (draws,n)
+    products, scale = np.vstack([y, shuffled]) @ x, math.sqrt(x @ x * (y @ y))                  # (1+draws,)
+    r, sizes = products[0] / scale if scale else 0.0, np.abs(products)
+    return float(r), float(np.mean(sizes >= sizes[0] - 1e-9 * scale))
+
+
+def mixture(x, weights, k=3, gain=1e-8):
+    """k Gaussians fitted by EM to places x (n,), ascending, of these weights -> {"means", "shares", "sds"}.
+
+    It starts at quantiles and ends when a step raises the mean log-likelihood by less than `gain` nats.  A variance
+    is at least a thousandth of the whole.
+    """
+    x, w = np.asarray(x, dtype=float), np.asarray(weights, dtype=float)                          # (n,)
+    if (w < 0).any() or (w > 0).sum() < k:
+        raise ValueError(f"{k} components need as many places with a weight above 0")
+    w = w / w.sum()
+    mean = np.interp((np.arange(k) + 0.5) / k, np.cumsum(w) - w / 2, x)                          # (k,)
+    whole = w @ (x - w @ x)**2
+    share, variance, last = np.full(k, 1 / k), np.full(k, whole / k**2), -math.inf
+    while True:
+        log = np.log(share) - 0.5 * np.log(2 * np.pi * variance) - 0.5 * (x[:, None] - mean)**2 / variance      # (n,k)
+        likelihood = np.logaddexp.reduce(log, 1)                                                 # (n,)
+        if not w @ likelihood - last >= gain:                # nan ends it too
+            return {"means": mean.tolist(), "shares": share.tolist(), "sds": np.sqrt(variance).tolist()}
+        last, r = w @ likelihood, np.exp(log - likelihood[:, None]) * w[:, None]                 # whose is each x
+        share = r.sum(0)
+        mean = r.T @ x / share
+        variance = np.maximum((r * (x[:, None] - mean)**2).sum(0) / share, whole / 1000)
+
+
+# arXiv 2506.09967, Table 6: average Pass@1 of the best checkpoint, and reasoning features, of layers 2 .. 27 from 1.
+SCORES = [47.84, 46.48, 47.11, 48.05, 46.59, 46.04, 45.69, 47.13, 46.58, 48.12, 47.60, 47.28, 45.48, 48.97, 46.67,
+          48.09, 49.42, 47.66, 45.83, 47.90, 46.70, 46.07, 46.38, 48.46, 45.84, 47.59]
+COUNTS = [1, 4, 3, 2, 2, 3, 0, 3, 3, 1, 1, 3, 3, 3, 0, 3, 0, 5, 3, 0, 1, 2, 2, 1, 2, 2]
+# Its two fits: to the features of the base, whose counts are not given, and to the 26 scores.
+FITS = [[4.9, 14.5, 22.7], [5.6, 15.1, 23.0]]
+
+
+def published_again(draws=200):
+    """The published check again: counts against scores, and the two mixtures against data without any structure."""
+    import eval
+    layers, near, words = np.arange(2, 28), np.abs(np.subtract(*FITS)).mean(), []
+    random = np.random.default_rng(0).poisson(2, (draws, len(layers)))
+    lines = [["published: features of the base", *FITS[0]], ["published: scores", *FITS[1]]]
+    for name, gain in (("to the end", 1e-8), ("until a step gains < 0.001", 1e-3)):
+        fit = lambda weights: np.array(mixture(layers, weights, gain=gain)["means"])             # (3,)
+        flat, null = fit(np.ones(len(layers))), np.array([fit(counts) for counts in random])     # (3,), (draws,3)
+        means = {"every layer the same": flat, "Table 6 scores": fit(SCORES), "Table 6 counts": fit(COUNTS),
+                 f"Poisson(2) counts, mean of {draws}": null.mean(0), "their standard deviation": null.std(0)}
+        lines += [[f"EM {name}: {what}", *(f"{m:.1f}" for m in values)] for what, values in means.items()]
+        words.append(f"{np.mean(np.abs(null - flat).mean(1) <= near):.0%} with EM {name}")
+    r, p = correlation(COUNTS, SCORES)
+    return PUBLISHED.format(table=eval.table(lines, ["means of 3 components, as layers", "1", "2", "3"]), r=r, p=p,
+                            near=near, words=", ".join(words))
+
+
+PUBLISHED = """\
+{table}
+
+Features and scores of the 26 layers (Table 6): r = {r:+.2f}, p = {p:.2f} by permutation.
+The two published fits are {near:.2f} layers apart, on the mean of three.  Counts drawn from Poisson(2) come as near to
+layers that are all the same in this share of draws: {words}.
+How the published fits were made is not said; a fit that stops early stays near its start, whatever the data."""
+
+
+class Steered(nn.Module):
+    """x with one latent changed at every token; the others and the SAE's error stay as they are.
+
+    how  "ablate": x - strength z_f W_dec[f]        "boost": x + strength W_dec[f], strength in units of z
+    """
+
+    def __init__(self, sae, latent, how, strength):
+        super().__init__()
+        self.sae, self.latent, self.how, self.strength, self.meta = sae, latent, how, strength, sae.meta
+
+    def forward(self, x):
+        b = self.sae.batch(x)
+        z = -dense(self.sae.codes(b))[:, self.latent] if self.how == "ablate" else b.x.new_ones(len(b.x))      # (N,)
+        return x + (self.strength * z[:, None] * self.sae.W_dec[self.latent] * b.undo[1]).to(x.dtype).view_as(x)
+
+
+@torch.no_grad()
+def ask(model, tokenizer, problems, seed=0, max_new_tokens=96, prompt="{problem}"):
+    """One graded answer to each problem, as rows of eval.py, with "thinks": is there any text before </think>?"""
+    import eval
+    from tqdm import tqdm
+    sampling = dict(max_new_tokens=max_new_tokens, temperature=0.6, top_p=0.95)
+    plan, ids_of = eval.make_plan(model, tokenizer, problems, 1, seed, sampling | {"label": "features"}, prompt)
+    rows = eval.generate_rows(model, tokenizer, list(plan.values()), ids_of, tqdm(disable=True), right=0, done=0,
+                              grader="resa", slots=128, **sampling)
+
+    def thought(row):
+        return (think_prefix(row["prompt"]) + row["completion"]).partition("<think>")[2].partition("</think>")[0]
+    return [row | {"thinks": bool(thought(row).strip())} for row in rows]
+
+
+def attribute(model, sae, layer, documents, close_id):
+    """documents [(prompt ids, answer ids)] -> rate, typical, attribution of each latent, (F,) each.
+
+    rate, typical  share of the tokens where it fires, and its mean value there
+    attribution    mean over documents of | sum over the prompt of z_f W_dec[f] . g |: to first order, what ablation
+                   would do to the log odds of thinking, log (1 - p) / p with p = p(</think>) after the prompt
+    """
+    site, tokens, totals, caught = sae.meta.get("site", "resid"), 0, torch.zeros(3, sae.n_latents), []
+
+    def leaf(x):
+        caught.append(x.detach().requires_grad_())
+        return caught[-1]
+    for prompt, answer in documents:
+        with hooked(model, layer, site, leaf):
+            h = model.run(torch.tensor([prompt + answer], device=model.lm_head.weight.device))   # (1,T,D)
+        logits = model.head(h[0, len(prompt) - 1]).float()                                       # (V,)
+        odds = logits.index_fill(0, torch.tensor(close_id, device=h.device), -math.inf).logsumexp(0) - logits[close_id]
+        g, x = torch.autograd.grad(odds, caught[-1])[0][0].float(), caught.pop().detach()        # (T,D), (1,T,D)
+        b = sae.batch(x)
+        z = dense(sae.codes(b)).float() * ~is_sink(x, sae.meta.get("sink_norm")).T               # (T,F)
+        effect = (z * ((g * b.undo[1]) @ sae.W_dec.float().T)).sum(0).abs()                      # (F,)
+        totals, tokens = totals + torch.stack([(z != 0).sum(0), z.sum(0), effect]).cpu(), tokens + len(z)
+    fired, value, effect = totals
+    return fired / tokens, value / fired.clamp(min=1), effect / len(documents)
+
+
+def choose(rate, attribution, rule, top, seed):
+    """-> {latent: names}: the `top` by attribution ("ranked"), the first `top` of `rule` ("rule"), and for each of them
+    one at random ("random") of the 10 others that fire and whose rates are nearest to its own."""
+    chosen, rng = {}, np.random.default_rng(seed)
+    ranked = [f for f in attribution.argsort(descending=True, stable=True)[:top].tolist() if attribution[f] > 0]
+    for name, latents in (("ranked", ranked), ("rule", rule[:top])):
+        for latent in latents:
+            chosen.setdefault(latent, []).append(name)
+    for latent in list(chosen):
+        near = (rate - rate[latent]).abs().argsort(stable=True).tolist()
+        near = [f for f in near if f not in chosen and rate[f] > 0][:10]
+        chosen |= {f: ["random"] for f in rng.permutation(near)[:1].tolist()}
+    return chosen
+
+
+def effects(model, tokenizer, sae, layer, train_rows, test_rows, rule=(), top=5, boost=1.0, seed=0, **asking):
+    """What single latents do to the answers: each is ablated, then boosted, while the model answers.
+
+    train_rows  questions on whose answers rates, typical values and attributions are measured
+    test_rows   others, for the effects: differences from the model's own answers, paired by question, in [difference,
+                low, high] of Pass@1 ("correct") and of the share of answers that think ("thinks")
+    rule        latents to study beside the ranked ones, the first `top` of them
+    boost       times a latent's typical value, added at every token
+    asking      max_new_tokens, prompt: see `ask`
+    -> {"base": {what: share}, "latents": [{"latent", "chosen", "rate", "typical", "attribution", how: {what: effect}}],
+        "null": {how: {what: against_random}}}
+    """
+    close_id, = tokenizer.encode("</think>")
+    documents = []
+    for row in ask(model, tokenizer, train_rows, seed, **asking):
+        start = "" if think_prefix(row["prompt"]) else "<think>\n"
+        texts = row["prompt"] + start, row["completion"].removeprefix(start)
+        documents.append([tokenizer.encode(text) for text in texts])
+    rate, typical, attribution = attribute(model, sae, layer, documents, close_id)
+    base, latents = ask(model, tokenizer, test_rows, seed, **asking), []
+    for f, names in choose(rate, attribution, rule, top, seed).items():
+        row = {"latent": f, "chosen": names, "rate": float(rate[f]), "typical": float(typical[f]),
+               "attribution": float(attribution[f])}
+        for how, strength in (("ablate", 1.0), ("boost", boost * row["typical"])):
+            with splice(model, Steered(sae, f, how, strength), layer, sae.meta.get("site", "resid")):
+                row[how] = difference(ask(model, tokenizer, test_rows, seed, **asking), base)
+        latents.append(row)
+    null = {how: {what: against_random(latents, how, what) for what in MEASURES} for how in ("ablate", "boost")}
+    return {"base": {what: sum(row[what] for row in base) / len(base) for what in MEASURES}, "latents": latents,
+            "null": null}
+
+
+MEASURES = {"correct": "Pass@1", "thinks": "thinks"}
+
+
+def difference(rows, base):
+    """Rows of `ask` -> {measure: [rows - base, low, high]}, paired by question."""
+    import eval
+    pairs = {what: eval.paired(*([row | {"correct": row[what]} for row in side] for side in (rows, base)))
+             for what in MEASURES}
+    return {what: [pair["difference"], *pair["interval"]] for what, pair in pairs.items()}
+
+
+def against_random(latents, how, what):
+    """-> {"ranked", "rule", "random": [latent, effect] of the strongest, or None; "ranked_p", "rule_p"}.
+
+    p of whether the sizes of the effects differ between this group and the random one; None without two random ones."""
+    found, sizes = {}, {}
+    for name in ("ranked", "rule", "random"):
+        group = [[row["latent"], row[how][what][0]] for row in latents if name in row["chosen"]]
+        found[name], sizes[name] = max(group, key=lambda one: abs(one[1]), default=None), [abs(d) for _, d in group]
+    for name in ("ranked", "rule"):
+        enough = sizes[name] and len(sizes["random"]) > 1
+        found[f"{name}_p"] = anova([sizes[name], sizes["random"]])[1] if enough else None
+    return found
+
+
+@dataclass
+class Features:
+    """Reasoning features of every layer by the published rule, and what single latents do to the answers."""
+    preset: str = "tiny"                 # bundle of defaults
+    model: str = ""                      # model spec that is studied; default: the preset's target
+    source: str = ""                     # model spec whose activations the SAEs learn, without --sae
+    sae: list[str] = field(default_factory=list)      # DIR_OR_HUB_ID[#HOOKPOINT], one a layer; default: trained here
+    layers: list[int] = field(default_factory=list)   # decoder blocks to train SAEs of, from 0; default: all
+    site: Literal["resid", "mlp"] = "resid"      # output of a block, or of its MLP
+    steps: int = 60                      # optimizer steps of an SAE, of 16 chunks each
+    data: str = ""                       # JSONL of problem/answer: to train SAEs, and to rank latents by attribution
+    bench: str = ""                      # what effects are measured on: a name of eval.py --bench, or a file
+    questions: int = 300                 # of each of the two
+    prompt: str = ""                     # text with both tags, for the rule; default: 20 of --bench, answer in tags
+    every: bool = True                   # the rule asks for every occurrence of a tag; --no-every: for one of each
+    top: int = 5                         # latents a layer by attribution, as many by the rule, a random one for each
+    boost: float = 1.0                   # what is added at every token, in typical values of the latent
+    max_new_tokens: int = 2048           # of an answer
+    seed: int = 0                        # of SAEs, samples and random latents
+    dtype: Literal["float32", "bfloat16"] = "float32"      # of the language model
+    device: str | None = None            # cpu, cuda, cuda:1, ...; default: cuda where there is one
+    out: str = ""                        # run directory, with a folder for every SAE; default out/PRESET/features
+    workers: int = 2                     # layers at a time, one core each
+    published: bool = False              # only redo the published statistics, from its Table 6
+
+
+def features(argv):
+    """`python resa.py features`: the rule, then ablation and boosting, layer by layer."""
+    import train
+    args = parse_flags(Features, argv, "resa.py features")
+    if args.published:
+        train.refuse_idle(args, " ".join(sorted(args.given - {"published"})), "--published, which runs no model")
+        return print(published_again())
+    if args.sae:
+        train.refuse_idle(args, "source layers site steps", "--sae, which says what to study")
+    if not args.prompt:
+        train.refuse_idle(args, "every", "questions as prompts, where a tag occurs once")
+    at_least(args, steps=1, questions=2, top=1, boost=0, max_new_tokens=1, workers=1, seed=0)
+    args.model, args.out = args.model or PRESETS[args.preset]["target"], args.out or f"out/{args.preset}/features"
+    args.device = train.prepare("sae", stage_flags(args, args.seed, layer=0)).device
+    config, specs = Config.from_pretrained(args.model), {}
+    for spec in args.sae:
+        sae = train.open_sae(spec)
+        layer = sae.meta.get("layer")
+        train.check(layer is not None, f"{spec}: its file does not say which layer it belongs to")
+        train.check(layer not in specs, f"--sae: two of layer {layer}; study one at a time")
+        train.check(sae.d_in == config.hidden_size, f"{spec}: {sae.d_in} wide, {args.model} is {config.hidden_size}")
+        specs[layer] = spec
+    count = config.num_hidden_layers
+    layers = sorted(set(specs or args.layers or range(count)))
+    train.check(set(layers) <= set(range(count)), f"{args.model} has layers 0 .. {count - 1}, asked for are {layers}")
+    material(args)                                             # bad settings end here, before anything is written
+    open_run(args.out, args)
+    jobs = {layer: (study_features, args, layer, specs.get(layer)) for layer in layers}
+    found = dict(sorted(in_workers(jobs, args.workers, "layers")))
+    text = features_table(found, args)
+    with staged(args.out) as temporary:
+        (temporary / "table.txt").write_text(text + "\n")
+        (temporary / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{text}\n\n{args.out}")
+
+
+def material(args):
+    """-> tokenizer, rows to rank on, rows to measure on, prompts for the rule (ids), the two tags (ids).
+
+    The published system prompt is not here.  By default: text as SAEs learn it, questions with gold answers.
+    """
+    import eval
+    import train
+    tokenizer = load_tokenizer(args.model)
+    data, (bench, _) = read_problems(train.data_file(args.data)), eval.read_bench(args.bench)
+    for rows, name in ((data, args.data), (bench, args.bench)):
+        train.check(args.questions <= len(rows), f"--questions {args.questions}: {name} has {len(rows)}")
+    texts = [args.prompt] if args.prompt else [train.as_text(row, tokenizer, "chat") for row in bench[:20]]
+    prompts, tags = (list(map(tokenizer.encode, some)) for some in (texts, ("<think>", "</think>")))
+    train.check(all(len(tag) == 1 for tag in tags), f"{args.model}: <think> and </think> are not single tokens of it")
+    train.check(all(tag[0] in ids for tag in tags for ids in prompts), "--prompt needs <think> and </think> in it")
+    return tokenizer, data[:args.questions], bench[:args.questions], prompts, sum(tags, [])
+
+
+def study_features(args, layer, spec):
+    """One layer -> what the rule finds, and `effects` of what it finds most often.  In a worker.
+
+    "prompts", "count" latents a prompt, mean;  "rule" {latent: number of prompts}, most often first"""
+    import eval
+    import train
+    torch.set_num_threads(1)
+    if spec is None:
+        spec = f"{args.out}/sae-{layer}"
+        train.run_sae(train.prepare("sae", stage_flags(args, args.seed, layer=layer, batch=16, out=spec)))
+    sae = train.open_sae(spec).to(args.device).float().requires_grad_(False)
+    model = load_model(args.model, args.dtype, args.device)
+    tokenizer, data, bench, prompts, tags = material(args)
+    found = [reasoning_features(model, {layer: sae}, ids, *tags, args.every)[layer] for ids in prompts]
+    rule = dict(Counter(f for one in found for f in one).most_common())
+    return {"prompts": len(prompts), "count": sum(rule.values()) / len(prompts), "rule": rule} | effects(
+        model, tokenizer, sae, layer, data, bench, list(rule), args.top, args.boost, args.seed,
+        max_new_tokens=args.max_new_tokens, prompt=eval.BENCHES.get(args.bench, "{problem}"))
+
+
+def features_table(found, args):
+    """{layer: study_features} -> a table per layer, one that sets them against random latents, and what they say."""
+    import eval
+    asked = [(how, what) for how in ("ablate", "boost") for what in MEASURES]
+    parts, lines, words, most = [], [], [], {}
+    for layer, study in found.items():
+        rows = [[row["latent"], " ".join(row["chosen"]), f"{row['rate']:.1%}", f"{row['attribution']:.3f}",
+                 *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[how][what]) for how, what in asked)]
+                for row in study["latents"] if "random" not in row["chosen"]]
+        every = sum(n == study["prompts"] for n in study["rule"].values())
+        parts += [f"Layer {layer}: by the rule {study['count']:.1f} latents a prompt, {len(study['rule'])} in at least "
+                  f"one of {study['prompts']}, {every} in all.", eval.table(rows, FEATURES_HEADER), ""]
+        for how, what in asked:
+            null = study["null"][how][what]
+            cell = {name: f"{x[1]:+.3f} ({x[0]})" if isinstance(x, list) else f"{x:.4f}"
+                    for name, x in null.items() if x is not None}
+            lines.append([f"{layer} {how}", MEASURES[what]]
+                         + [cell.get(name, "") for name in ("ranked", "ranked_p", "rule", "rule_p", "random")])
+            for name in ("ranked", "rule", "random"):
+                if null[name]:
+                    one = abs(null[name][1]), f"{null[name][1]:+.3f} ({how} {null[name][0]} of layer {layer})"
+                    most[what, name] = max(one, most.get((what, name), one))
+    for what, measure in MEASURES.items():
+        null = most.get((what, "random"), (0.0, "none"))
+        told = [f"{name} {most[what, name][1]}, {'' if most[what, name][0] > null[0] else 'not '}stronger"
+                for name in ("ranked", "rule") if (what, name) in most]
+        words.append(f"Strongest on {measure}: " + "; ".join([f"random {null[1]}", *told]) + ".")
+    for at, name in ((3, "ranked"), (5, "rule")):
+        p = [float(line[at]) for line in lines if line[at]]
+        words.append(f"The {name} against the random ones: p < 0.05 in {sum(x < 0.05 for x in p)} of {len(p)} cases.")
+    header, base = ["layer", "on", "ranked", "p", "rule", "p", "random"], next(iter(found.values()))["base"]
+    return "\n".join([*parts, "The strongest effect of each group (its latent), and p of the group against random ones",
+                      eval.table(lines, header), "", *words, "", FEATURES_NOTE.format(**vars(args) | base)])
+
+
+FEATURES_HEADER = ["latent", "chosen", "fires", "attribution", "ablated: Pass@1", "thinks", "boosted: Pass@1", "thinks"]
+FEATURES_NOTE = """\
+The model alone: Pass@1 {correct:.3f}, thinks {thinks:.3f}, the share of answers with text before </think>; {questions}
+held-out questions x 1.  Effects are differences from that, paired by question, same random numbers, 95 % intervals.
+ablated: z W_dec is taken out where the latent fires.  boosted: {boost:g} x its mean value is added at every token.
+ranked: by first-order attribution to the odds of thinking, on {questions} training questions.  rule: active at <think>
+and </think> and at no other token of a prompt.  random: one for each of these, of about the same firing rate.
+p: whether the sizes of the effects differ, by permutation; not corrected for the number of comparisons.  That the
+strongest was looked for is allowed for: the random ones, at least as many, were searched in the same way."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1615,7 +2009,7 @@ def convert(argv):
 
 
 COMMANDS = {"merge": merge, "convert": convert, "compare": compare, "recover": recover,
-            "errors": errors, "experts": experts, "cost": cost}
+            "errors": errors, "features": features, "experts": experts, "cost": cost}
 
 
 def main(argv):
