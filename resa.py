@@ -9,6 +9,8 @@
     python resa.py experts              which experts of a mixture a behaviour uses, and what it is without them
     python resa.py cost                 what SAE-Tuning took beside RL: seconds, tokens, FLOPs
     python resa.py features             reasoning features by the published rule, and what single latents do
+    python resa.py view                 an answer token by token under the SAE's features: a page to look at
+    python resa.py report --results FILE.json                    results as a page with charts, and as Markdown
 
 The method is Resa (arXiv 2506.09967).  Stage I: a TopK SAE learns the activations of block `layer` of a
 *source* model (sae.py).  Stage II: the frozen SAE replaces that activation inside a *target* model, and
@@ -50,8 +52,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import (
-    Config, at_least_fp32, check_adapter, load_model, load_tokenizer, read_adapter, read_json, right_pad, save_model,
-    staged)
+    Config, at_least_fp32, check_adapter, collect, load_model, load_tokenizer, read_adapter, read_json, right_pad,
+    save_model, staged)
 from sae import (VARIANTS, build, decompose_error, dense, fit_floor, init_b_dec, linear_r2, load_sae, make_optimizer,
                  metrics, pursue, same_tokens, save_sae, train_step)
 
@@ -1968,6 +1970,298 @@ def cost_table(runs):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Something to look at: features over an answer, and results, each as one page that needs nothing else
+# ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class View:
+    """Writes one HTML page: an answer token by token, and the features of an SAE that are active in it."""
+    preset: str = "tiny"                 # bundle of defaults
+    model: str = ""                      # model spec that answers; default: the preset's source
+    sae: str = ""                        # DIR_OR_HUB_ID[#HOOKPOINT]; default out/PRESET/sae
+    layer: int = 1                       # decoder block, counted from 0, where the SAE's file does not say it
+    site: Literal["resid", "mlp"] = "resid"      # output of the block, or of its MLP, where the file does not say it
+    prompt: str = ""                     # what the user asks; default: the first of data/tiny/test.jsonl
+    max_new_tokens: int = 2048           # length limit of the answer
+    temperature: float = 0.6             # 0 is greedy
+    seed: int = 0                        # of the sample
+    data: str = ""                       # text in which examples of each feature are looked for
+    template: Literal["chat", "resa"] = "chat"      # of that text, as in train.py
+    seq_len: int = 256                   # tokens in a chunk of it
+    chunks: int = 64                     # how many chunks are looked through, the first ones
+    dtype: Literal["float32", "bfloat16"] = "float32"      # of the language model
+    device: str | None = None            # cpu, cuda, ...; default: cuda where there is one
+    out: str = ""                        # the page; default out/PRESET/view.html
+
+
+def view(argv):
+    """`python resa.py view`: asks the model, reads its answer through the SAE, writes the page."""
+    import train
+    args = parse_flags(View, argv, "resa.py view")
+    args.model, args.out = args.model or PRESETS[args.preset]["source"], args.out or f"out/{args.preset}/view.html"
+    train.choose_device(args)
+    at_least(args, max_new_tokens=1, temperature=0, seed=0, seq_len=2, chunks=1)
+    check_page(args.out)
+    train.check("prompt" not in args.given or args.prompt.strip(), "--prompt is empty: there is nothing to answer")
+    train.check(args.temperature or "seed" not in args.given, "--seed has no effect with --temperature 0")
+    model, tokenizer = load_model(args.model, args.dtype, args.device), load_tokenizer(args.model)
+    sae = placed_sae(args, model)
+    chunks = train.load_chunks(args, tokenizer, model)[:args.chunks].to(args.device)             # (C,T)
+    asked = args.prompt or read_problems(TINY / "test.jsonl")[0]["problem"]
+    prompt, answer, finish = answer_once(model, tokenizer, asked, args)
+    reasoning = reasoning_in_prompt(model, tokenizer, sae, asked, answer)
+    data = view_data(model, tokenizer, sae, prompt + answer, len(prompt), chunks, reasoning)
+    named = {"model": args.model, "sae": args.sae or f"out/{args.preset}/sae", "examples_from": args.data}
+    write_page(args.out, "view.html", data | {k: relative(v) for k, v in named.items()} | {"finish": finish})
+    print(f"{args.out}: {len(answer)} tokens of answer, {data['n_features']:,} of {sae.n_latents:,} features "
+          f"active, {len(reasoning)} reasoning features, {Path(args.out).stat().st_size / 1e6:.1f} MB")
+
+
+def placed_sae(args, model):
+    """--sae in fp32, with layer and site in its meta: from its file, which --layer and --site may not contradict."""
+    import train
+    sae = train.fitting_sae(args, model).float()
+    for name in ("layer", "site"):
+        if name not in args.given:
+            setattr(args, name, sae.meta.get(name, getattr(args, name)))
+    train.refuse_other_site(sae, args)
+    site_module(model, args.layer, args.site)                  # a layer that is not there ends here
+    sae.meta |= {"layer": args.layer, "site": args.site}
+    return sae
+
+
+def answer_once(model, tokenizer, asked, args):
+    """One sample, that of eval.py for its first problem with this seed -> ids of the prompt and the answer, its end."""
+    prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": asked}]))
+    room = model.config.max_position_embeddings - len(prompt)
+    if room < 1:
+        raise ValueError(f"--prompt makes {len(prompt)} tokens, and the model has {room + len(prompt)} positions")
+    done, = collect(model, [(prompt, (args.seed, 0, 0))], max_new_tokens=min(args.max_new_tokens, room),
+                    temperature=args.temperature, stop_ids=tokenizer.eos_ids)
+    return prompt, *done
+
+
+def reasoning_in_prompt(model, tokenizer, sae, asked, answer):
+    """The reasoning features of one SAE, from the question with the model's own answer (ids) between the think tags."""
+    import eval
+    import train
+    think = [tokenizer.fast.token_to_id(word) for word in ("<think>", "</think>")]
+    if None in think:
+        return []
+    row = {"problem": asked, "answer": eval.extract_answer(tokenizer.decode(answer)) or ""}
+    ids, layer = tokenizer.encode(train.as_text(row, tokenizer, "chat")), sae.meta["layer"]
+    return reasoning_features(model, {layer: sae}, ids, *think)[layer]
+
+
+@torch.no_grad()
+def active_codes(sae, x):
+    """x (B,T,D) -> token (M,) of B*T, latent (M,) and code (M,) wherever a code is not 0, by token; sinks have none."""
+    keep, found = (~is_sink(x, sae.meta.get("sink_norm"))).flatten().nonzero()[:, 0], []
+    for some in keep.split(256):                     # dense codes of 65,536 latents: 64 MB at a time
+        z = sae.encode(x.flatten(0, 1)[some].float())                                            # (256,F)
+        token, latent = z.nonzero(as_tuple=True)
+        found.append((some[token], latent, z[token, latent]))
+    return [torch.cat(parts) for parts in zip(*found)]
+
+
+def strongest(group, value, n):
+    """group, value (M,) -> where the n largest values, by size, of each group are, and each one's rank in it."""
+    order = value.abs().argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    rank = torch.arange(len(order), device=group.device) - torch.searchsorted(group[order], group[order])
+    return order[rank < n], rank[rank < n]
+
+
+@torch.no_grad()
+def promoted(model, directions, n=10):
+    """directions (M,D) in the residual stream -> (M,n): the tokens whose logits each of them raises most.
+
+    The logit lens of a direction: final norm's weight, then lm_head.  It leaves out what later blocks make of the
+    direction, and the norm's division by the size of the whole stream, which scales all tokens alike."""
+    directions = directions.to(model.lm_head.weight.dtype) * model.model.norm.weight
+    return torch.cat([model.lm_head(some).topk(n).indices for some in directions.split(256)])
+
+
+@torch.no_grad()
+def examples(model, sae, chunks, shown, n):
+    """Where in chunks (C,T) the latents shown (F',), ascending, are strongest -> place and code (F',n), times (F',).
+
+    A place counts tokens of all chunks; C T, one after the last, stands for none.  times: on how many tokens."""
+    found = []
+    for i, row in enumerate(chunks.split(1)):
+        token, latent, value = active_codes(sae, activations(model, row, sae.meta["layer"], sae.meta["site"]))
+        which = torch.searchsorted(shown, latent).clamp(max=len(shown) - 1)
+        known = shown[which] == latent
+        found.append((token[known] + i * chunks.shape[1], which[known], value[known]))
+    token, which, value = map(torch.cat, zip(*found))
+    best, rank = strongest(which, value, n)
+    place, code = token.new_full((len(shown), n), chunks.numel()), value.new_zeros(len(shown), n)
+    place[which[best], rank], code[which[best], rank] = token[best], value[best]
+    return place, code, which.bincount(minlength=len(shown))
+
+
+@torch.no_grad()
+def view_data(model, tokenizer, sae, ids, n_prompt, chunks, reasoning=(), top=32, n_examples=4):
+    """What data/view.html shows of the answer ids[n_prompt:], as JSON; sae.meta says where the SAE reads.
+
+    chunks (C,T) is the text that examples come from.  Only features that are active in ids are described, and of
+    each token the `top` strongest are kept.  `digits` writes lists of integers; codes are in 2,047ths of `scale`, 2047
+    added.  ValueError: no feature is active."""
+    text, meta = torch.tensor(ids, device=chunks.device), sae.meta                               # (T,)
+    x = activations(model, text[None], meta["layer"], meta["site"])                              # (1,T,D)
+    token, latent, value = active_codes(sae, x)
+    if not len(token):
+        raise ValueError("no feature is active in this text: there is nothing to show")
+    kept, _ = strongest(token, value, top)
+    shown, feature = latent[kept].unique(return_inverse=True)                                    # (F',), (M,)
+    place, code, times = examples(model, sae, chunks, shown, n_examples)
+    promotes = promoted(model, sae.W_dec[shown])                                                 # (F',10)
+    used, word = torch.cat([text, chunks.flatten(), promotes.flatten()]).unique(return_inverse=True)
+    lists = dict(zip(("text", "corpus", "promotes"), word.split([len(text), chunks.numel(), promotes.numel()])))
+    scale = max(value.abs().max(), code.abs().max())
+    whole = lambda v: (v.sign() * (v.abs() / scale * 2047).round().clamp(min=1)).long() + 2047      # 0 means none
+    measured = metrics(sae, x[~is_sink(x, meta.get("sink_norm"))].float())
+    lists |= {"active": token.bincount(minlength=len(text)), "kept": token[kept].bincount(minlength=len(text)),
+              "feature": feature, "value": whole(value[kept]), "latents": shown, "times": times,
+              "example": place, "code": whole(code)}
+    return {"layer": meta["layer"], "site": meta["site"], "variant": sae.variant, "n_latents": sae.n_latents,
+            "n_features": len(shown), "n_prompt": n_prompt, "n_examples": n_examples, "seq_len": chunks.shape[1],
+            "scale": float(scale), "fvu": measured["fvu"], "l0": measured["l0"], "reasoning": list(reasoning),
+            "words": [tokenizer.decode([i], skip_special=False) or f"[{i}]" for i in used.tolist()],
+            "numbers": {name: digits(t) for name, t in lists.items()}}
+
+
+DIGITS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+
+def digits(numbers):
+    """Integers >= 0 -> text: how many base-64 digits each takes, then those.  Half the size of decimal lists."""
+    numbers = numbers.flatten().cpu()
+    width = max(1, -(-int(numbers.max()).bit_length() // 6)) if len(numbers) else 1
+    place = numbers[:, None] >> torch.arange(6 * width - 6, -1, -6) & 63                         # (n,width)
+    return str(width) + torch.tensor(list(DIGITS), dtype=torch.uint8)[place].numpy().tobytes().decode()
+
+
+def fill_page(template, data):
+    """The template with `data` as JSON, and the look that all pages share, at their marks.
+
+    Tokens are a stranger's: without any < they cannot end the script element; json escapes all that is not ASCII,
+    U+2028 included.  ValueError: a number that is not finite."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    look = (HERE / "data" / "page.css").read_text(encoding="utf-8")
+    return template.replace("/* page.css */", look).replace("%DATA%", text)
+
+
+def check_page(path):
+    """ValueError where what --out names could not be a page with something beside it."""
+    if Path(path).suffix != ".html" or Path(path).is_dir():
+        raise ValueError(f"--out {path}: the name of a page ends in .html, and no directory has it")
+
+
+def write_page(path, template, data, **others):
+    """Writes data/`template` filled with data to path, and others, {suffix: text}, beside it."""
+    path, page = Path(path), fill_page((HERE / "data" / template).read_text(encoding="utf-8"), data)
+    with staged(path.parent) as temporary:
+        for suffix, text in {"html": page, **others}.items():
+            (temporary / f"{path.stem}.{suffix}").write_text(text, encoding="utf-8")
+
+
+@dataclass
+class Report:
+    """Writes the results of experiments as one HTML page with charts, and beside it as Markdown."""
+    results: str = "out/tiny/experiments/results.json"      # what `resa.py experiments` wrote
+    out: str = "out/tiny/report.html"    # the page; the Markdown has its name and .md
+
+
+def report(argv):
+    args = parse_flags(Report, argv, "resa.py report")
+    check_page(args.out)
+    results = read_json(args.results)
+    check_shape(results, RESULTS, args.results)
+    write_report(results, args.out)
+    print(f"{args.out}, and the same as {Path(args.out).with_suffix('.md')}")
+
+
+# The shape of results.json: {key: shape}, [shape] for a list of them, key? if it may be absent, else a type.
+NUMBER = (int, float)
+INTERVAL, LINE = {"value": NUMBER, "low": NUMBER, "high": NUMBER}, {"value": NUMBER, "name": str}
+CHARTS = {"intervals": {"kind": str, "title": str, "x": str, "line?": LINE,
+                        "points": [{"name": str, "mark?": str} | INTERVAL]},
+          "line": {"kind": str, "title": str, "x": str, "y": str, "line?": LINE,
+                   "series": [{"name": str, "points": [{"x": NUMBER} | INTERVAL]}]}}
+RESULTS = {"title": str, "date": str, "machine": str, "seconds": NUMBER, "settings": dict, "summary": [str],
+           "sections": [{"id": str, "title": str, "about": str, "words": [str],
+                         "tables": [{"title": str, "header": [str], "rows": [[(str, int, float)]]}],
+                         "charts": [CHARTS]}]}
+
+
+def check_shape(value, shape, where):
+    """ValueError names the place of the first part of `value` that does not have this shape."""
+    if shape is CHARTS:
+        kind = value.get("kind") if isinstance(value, dict) else None
+        if kind not in CHARTS:
+            raise ValueError(f"{where}: a chart of kind {' or '.join(CHARTS)} was expected")
+        shape = CHARTS[kind]
+    kind = type(shape) if isinstance(shape, (dict, list)) else shape
+    odd = isinstance(value, bool) or isinstance(value, (int, float)) and not abs(value) < 1e300       # or NaN
+    if odd or not isinstance(value, kind):
+        names = {dict: "an object", list: "a list", str: "text", NUMBER: "a finite number"}
+        raise ValueError(f"{where}: {names.get(kind, 'text or a finite number')} was expected")
+    for i, part in enumerate(value if isinstance(shape, list) else ()):
+        check_shape(part, shape[0], f"{where}[{i}]")
+    for key, part in shape.items() if isinstance(shape, dict) else ():
+        name = key.rstrip("?")
+        if name in value:
+            check_shape(value[name], part, f"{where}: {name}")
+        elif name == key:
+            raise ValueError(f'{where}: no "{key}"')
+
+
+def write_report(results, path):
+    """results, of the shape RESULTS, -> an HTML page at path, and FILE.md beside it."""
+    write_page(path, "report.html", results, md=as_markdown(results))
+
+
+def as_markdown(results):
+    """results, of the shape RESULTS, -> the same in Markdown, a table for each chart."""
+    lines = ["# {title}".format(**results), "{date}, {machine}, {seconds:,.0f} s".format(**results)]
+    lines.append(bullets(results["summary"]))
+    for section in results["sections"]:
+        lines += [f"## {section['title']}", section["about"]]
+        for table in section["tables"] + [chart_table(chart) for chart in section["charts"]]:
+            lines += [f"**{table['title']}**", pipes(table["rows"], table["header"])]
+        lines.append(bullets(section["words"]))
+    settings = [[name, json.dumps(value)] for name, value in results["settings"].items()]
+    lines += ["## Settings", pipes(settings, ["setting", "value"])]
+    return "\n\n".join(filter(None, lines)) + "\n"
+
+
+def chart_table(chart):
+    """A chart as a table: what its picture shows, in numbers."""
+    number = lambda v: f"{v:.4g}"
+    inside = lambda p: [number(p["value"]), f"[{number(p['low'])}, {number(p['high'])}]"]
+    if chart["kind"] == "intervals":
+        header = ["", chart["x"], "interval", ""]
+        rows = [[p["name"], *inside(p), p.get("mark", "")] for p in chart["points"]]
+    else:
+        header = ["", chart["x"], chart["y"], "interval"]
+        rows = [[s["name"], number(p["x"]), *inside(p)] for s in chart["series"] for p in s["points"]]
+    given = [[chart["line"]["name"], number(chart["line"]["value"]), "", ""]] if "line" in chart else []
+    return {"title": chart["title"], "header": header, "rows": rows + given}
+
+
+def bullets(words):
+    return "\n".join(f"- {word}" for word in words)
+
+
+def pipes(rows, header):
+    """Rows of cells -> a Markdown table, the first column to the left and the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    cell = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Front door
 # ----------------------------------------------------------------------------------------------------------
 
@@ -2009,7 +2303,7 @@ def convert(argv):
 
 
 COMMANDS = {"merge": merge, "convert": convert, "compare": compare, "recover": recover,
-            "errors": errors, "features": features, "experts": experts, "cost": cost}
+            "errors": errors, "features": features, "experts": experts, "cost": cost, "view": view, "report": report}
 
 
 def main(argv):

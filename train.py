@@ -734,7 +734,9 @@ def refuse_other_site(sae, args):
         refuse_idle(args, "other_site", "an SAE that was trained where it is used")
     for name in wrong:
         where = f"the SAE was trained at {name} {sae.meta[name]}, not at {getattr(args, name)}"
-        check(args.other_site, f"{where}: pass --{name} {sae.meta[name]}, or train one there, or --other-site")
+        hint = ", or --other-site" if hasattr(args, "other_site") else ""
+        check(getattr(args, "other_site", False),
+              f"{where}: pass --{name} {sae.meta[name]}, or train one there{hint}")
         print(f"--other-site: {where}, where it is used all the same")
 
 
@@ -782,13 +784,19 @@ def check_objective(args):
     check(args.into != "nothing" or args.match, "--into nothing: the SAE is used by --match alone, which is 0")
 
 
-def make_splice(args, model):
-    """What stands in for the activation: the SAE, or one of the two controls with its shape."""
+def fitting_sae(args, model):
+    """--sae, or what stage sae wrote, frozen, on the model's device.  ValueError: none there, or of another width."""
     path = args.sae or f"out/{args.preset}/sae"
     check(args.sae or Path(path).is_dir(), f"{path}: no SAE there yet; run --stage sae first, or name one with --sae")
-    sae = open_sae(path).to(args.device, DTYPES[args.dtype]).requires_grad_(False)
+    sae = open_sae(path).to(args.device).requires_grad_(False)
     check(sae.d_in == model.config.hidden_size,
           f"{path}: the SAE is {sae.d_in} wide, the model {model.config.hidden_size}")
+    return sae
+
+
+def make_splice(args, model):
+    """What stands in for the activation: the SAE, or one of the two controls with its shape."""
+    sae = fitting_sae(args, model).to(DTYPES[args.dtype])
     refuse_other_site(sae, args)
     if args.splice == "random":
         check(isinstance(sae, Chosen) and sae.per_token, f"--splice random: random, {sae.variant} has another L0")
@@ -1264,20 +1272,27 @@ def duration(seconds):
 # Main
 # ----------------------------------------------------------------------------------------------------------
 
+def choose_device(args):
+    """Fills in --device, and checks that it is there unless this is a --dry-run."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(re.fullmatch(r"cpu|cuda(:\d+)?", args.device), f"--device {args.device}: it can be cpu, cuda or cuda:N")
+    if getattr(args, "dry_run", False):
+        return
+    check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is visible here")
+    check(args.device in ("cpu", "cuda") or int(args.device[5:]) < torch.cuda.device_count(),
+          f"--device {args.device}: there are {torch.cuda.device_count()} GPUs here")
+
+
 def prepare(stage, argv):
     """argv without --stage -> the stage's settings, with the defaults that depend on other settings filled in."""
     args = resa.parse_flags(STAGES[stage], argv, f"train.py --stage {stage}", others=STAGES)
     args.out = args.out or f"out/{args.preset}/{FOLDER.get(stage, stage)}"
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check(re.fullmatch(r"cpu|cuda(:\d+)?", args.device), f"--device {args.device}: it can be cpu, cuda or cuda:N")
+    choose_device(args)
     check_numbers(args)
     if args.dry_run:
         refuse_idle(args, "resume", "--dry-run")
-        return args
-    refuse_idle(args, "gpu dollars_per_hour", "a real run, only with --dry-run")
-    check(args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is visible here")
-    check(args.device in ("cpu", "cuda") or int(args.device[5:]) < torch.cuda.device_count(),
-          f"--device {args.device}: there are {torch.cuda.device_count()} GPUs here")
+    else:
+        refuse_idle(args, "gpu dollars_per_hour", "a real run, only with --dry-run")
     return args
 
 
