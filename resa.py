@@ -10,6 +10,7 @@
     python resa.py cost                 what SAE-Tuning took beside RL: seconds, tokens, FLOPs
     python resa.py features             reasoning features by the published rule, and what single latents do
     python resa.py view                 an answer token by token under the SAE's features: a page to look at
+    python resa.py experiments          every experiment of the paper, with seeds and controls: one report
     python resa.py report --results FILE.json                    results as a page with charts, and as Markdown
 
 The method is Resa (arXiv 2506.09967).  Stage I: a TopK SAE learns the activations of block `layer` of a
@@ -702,11 +703,12 @@ def feature_distance(sae, x_s, x_t):
 # ----------------------------------------------------------------------------------------------------------
 
 # Each arm is a training command, so that any row of the table can be made again alone:
-#     python train.py --stage <the words below> --steps 60 --batch 16 --lr 3e-4 --out DIR        (no --lr for an SAE)
+#     python train.py --stage <the words below and those of BUDGET> --out DIR
+# or, after "=", a model that is only asked.  {out} is the folder of the seed, {root} that of all of them.
 SAES = {"sae": "sae", "sae-mlp": "sae --site mlp", "sae-base": "sae --source {base}"}
 ARMS = {
-    "base": None,
-    "RL source": None,
+    "base": "= {base}",
+    "RL source": "= {source}",
     "SAE-Tuning (as coded)": "tune --sae {out}/sae",
     "SAE-Tuning (as written)": "tune --sae {out}/sae-mlp --site mlp --sae-grad on --schedule cosine",
     "SAE of the base": "tune --sae {out}/sae-base",
@@ -717,6 +719,9 @@ ARMS = {
     "source teaches, all learn": "tune --sae {out}/sae --teacher source --sae-grad on",
     "source teaches, no SAE": "tune --splice none --teacher source",
 }
+# The same for every arm.  Looked for with plain distillation on training questions, and by the FVU of the SAE.
+BUDGET = {"sae": "--steps {sae_steps} --batch 8 --lr 5e-3 --schedule linear",
+          "tune": "--steps {tune_steps} --batch 4 --lr {lr}", "sft": "--steps {tune_steps} --batch 4 --lr {lr}"}
 # What the controls are for: pairs (arm, its control), compared question by question under the table.
 QUESTIONS = [("SAE-Tuning (as coded)", "random SAE", "does it matter that the SAE is trained"),
              ("SAE-Tuning (as coded)", "noise of the SAE's size", "is it more than noise at that layer"),
@@ -739,40 +744,47 @@ class Experiment:
     seed: int = 0                        # of every training and of the samples
     questions: int = 1000                # held-out questions, the first of data/tiny/test.jsonl
     samples: int = 1                     # of each question, at temperature 0.6, top-p 0.95
-    sae_steps: int = 60                  # optimizer steps of an SAE
-    tune_steps: int = 60                 # optimizer steps of an adapter, the same for every arm; the last is used
-    batch: int = 16                      # chunks of 256 tokens in a step
-    lr: float = 3e-4                     # of every adapter; a usual rate for LoRA, not tuned here
+    sae_steps: int = 100                 # optimizer steps of an SAE, of 8 chunks of 256 tokens
+    tune_steps: int = 120                # optimizer steps of an adapter, of 4 chunks; the last is used
+    lr: float = 3e-4                     # of every adapter; a usual rate for LoRA
     workers: int = 2                     # arms trained at a time, one core each
     quick: bool = False                  # 100 questions, 4 steps: shows that it runs, not what it is worth
 
 
-def train_arm(words, args, out, steps):
+def arm_flags(words, args, out, budget=None):
+    """The words of an arm -> its stage, and the flags of train.py that they and the budget mean."""
+    stage, *flags = f"{words} {BUDGET[words.split()[0]] if budget is None else budget}".split()
+    places = dict(base=PRESETS["tiny"]["target"], tiny=TINY, root=Path(args.out).parent)
+    return stage, [flag.format(**vars(args) | places) for flag in flags] + [
+        "--out", out, "--seed", str(args.seed), "--device", "cpu"]
+
+
+def train_arm(words, args, out, budget=None):
     """One training command in this process -> its summary (a dict with "seconds")."""
     import train
     torch.set_num_threads(1)
-    stage, *flags = [w.format(out=args.out, base=PRESETS["tiny"]["target"]) for w in words.split()]
-    flags += ["--out", out, "--steps", str(steps), "--seed", str(args.seed), "--batch", str(args.batch),
-              "--device", "cpu"]
-    flags += ["--lr", str(args.lr)] if stage != "sae" else []
+    stage, flags = arm_flags(words, args, out, budget)
     Path(out, "checkpoint.safetensors").unlink(missing_ok=True)        # of an interrupted experiment
     return train.RUN[stage](train.prepare(stage, flags))
 
 
-def run_arm(name, args):
+def run_arm(name, words, args):
     """Trains and evaluates one arm -> (samples, training seconds or None).  Runs in a worker process."""
-    import eval
     torch.set_num_threads(1)
-    out, words, seconds = f"{args.out}/{slug(name)}", ARMS[name], None
-    spec = PRESETS["tiny"]["source" if name == "RL source" else "target"]
-    if words is not None:
-        seconds = train_arm(words, args, out, args.tune_steps)["seconds"]
-        spec = f"{spec}+{out}"
-    problems = read_problems(TINY / "test.jsonl")[:args.questions]
-    rows = eval.evaluate(load_model(spec), load_tokenizer(spec), problems, f"{args.out}/eval/{slug(name)}.jsonl",
-                         samples=args.samples, max_new_tokens=PRESETS["tiny"]["max_new_tokens"], seed=args.seed,
-                         slots=128, label=name, fresh=True)
-    return rows, seconds
+    out, base, source = f"{args.out}/{slug(name)}", PRESETS["tiny"]["target"], PRESETS["tiny"]["source"]
+    if words.startswith("= "):
+        spec = words[2:].format(base=base, source=source, tiny=TINY, out=args.out, root=Path(args.out).parent)
+        return ask_arm(name, spec, args), None
+    seconds = train_arm(words, args, out)["seconds"]
+    return ask_arm(name, f"{base}+{out}", args), seconds
+
+
+def ask_arm(name, spec, args):
+    """A model's answers to the held-out questions, as rows of eval.py."""
+    import eval
+    return eval.evaluate(load_model(spec), load_tokenizer(spec), read_problems(TINY / "test.jsonl")[:args.questions],
+                         f"{args.out}/eval/{slug(name)}.jsonl", samples=args.samples, seed=args.seed, slots=128,
+                         max_new_tokens=PRESETS["tiny"]["max_new_tokens"], label=name, fresh=True)
 
 
 def slug(name):
@@ -787,7 +799,7 @@ def experiment(argv):
         if idle:
             raise ValueError(f"resa.py: --{idle[0].replace('_', '-')} has no effect with --quick, which sets it")
         args.questions, args.sae_steps, args.tune_steps = 100, 4, 4
-    at_least(args, questions=1, samples=1, sae_steps=1, tune_steps=1, batch=1, workers=1, seed=0)
+    at_least(args, questions=1, samples=1, sae_steps=1, tune_steps=1, workers=1, seed=0)
     if not 0 < args.lr < math.inf:
         raise ValueError(f"--lr must be above 0 and finite; it is {args.lr}")
     count = len(read_problems(TINY / "test.jsonl"))
@@ -796,13 +808,13 @@ def experiment(argv):
     began = time.perf_counter()
     open_run(args.out, args)
     print("Stage I: an SAE on the source, one on its MLP, one on the base")
-    jobs = {name: (train_arm, words, args, f"{args.out}/{name}", args.sae_steps) for name, words in SAES.items()}
+    jobs = {name: (train_arm, words, args, f"{args.out}/{name}") for name, words in SAES.items()}
     saes = dict(in_workers(jobs, args.workers, "autoencoders"))
     for name, s in saes.items():
         print(f"  {name:10s} FVU {s['fvu']:.3f}  L0 {s['l0']:.1f}  dead {s['dead']:.1%}  loss recovered "
               f"{s['recovered_mean']:.1%}  on held-out text  {s['tokens']:,} tokens  {s['seconds']:.0f} s")
     print(f"Stage II: {len(ARMS)} arms, each tuned and then asked {args.questions} questions")
-    jobs = {name: (run_arm, name, args) for name in ARMS}
+    jobs = {name: (run_arm, name, words, args) for name, words in ARMS.items()}
     arms = dict(in_workers(jobs, args.workers, "arms"))
     text = describe({name: arms[name] for name in ARMS}, saes, args)
     if args.quick:
@@ -898,8 +910,9 @@ def compare(argv):
         words = f"sae --variant {name} --latents {args.latents}"
         words += f" --k {args.k}" if "k" in VARIANTS[name].defaults else PENALTY.get(name, "")
         for seed in range(args.seeds):
-            at = types.SimpleNamespace(out=args.out, seed=seed, batch=args.batch)
-            jobs[name, seed] = (train_arm, words, at, f"{args.out}/{name}-{seed}", args.steps)
+            at = types.SimpleNamespace(out=args.out, seed=seed)
+            budget = f"--steps {args.steps} --batch {args.batch}"
+            jobs[name, seed] = (train_arm, words, at, f"{args.out}/{name}-{seed}", budget)
     found = collect_seeds(dict(in_workers(jobs, args.workers, "trainings")), args)
     show = {"FVU": ("fvu", ".4f"), "L0": ("l0", ".1f"), "dead": ("dead", ".1%"), "cosine": ("cosine", ".3f"),
             "CE": ("ce_sae", ".3f"), "KL": ("kl", ".3f"), "recovered": ("recovered_mean", ".1%"), "s": ("seconds", ".0f")}
@@ -1468,6 +1481,7 @@ def effects(model, tokenizer, sae, layer, train_rows, test_rows, rule=(), top=5,
 
 
 MEASURES = {"correct": "Pass@1", "thinks": "thinks"}
+CHANGES = [(how, what) for how in ("ablate", "boost") for what in MEASURES]
 
 
 def difference(rows, base):
@@ -1525,6 +1539,12 @@ def features(argv):
     if args.published:
         train.refuse_idle(args, " ".join(sorted(args.given - {"published"})), "--published, which runs no model")
         return print(published_again())
+    print(f"{features_table(study_layers(args), args)}\n\n{args.out}")
+
+
+def study_layers(args):
+    """Settings of `features` -> {layer: study_features}, and the same in its run directory."""
+    import train
     if args.sae:
         train.refuse_idle(args, "source layers site steps", "--sae, which says what to study")
     if not args.prompt:
@@ -1547,11 +1567,10 @@ def features(argv):
     open_run(args.out, args)
     jobs = {layer: (study_features, args, layer, specs.get(layer)) for layer in layers}
     found = dict(sorted(in_workers(jobs, args.workers, "layers")))
-    text = features_table(found, args)
     with staged(args.out) as temporary:
-        (temporary / "table.txt").write_text(text + "\n")
+        (temporary / "table.txt").write_text(features_table(found, args) + "\n")
         (temporary / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{text}\n\n{args.out}")
+    return found
 
 
 def material(args):
@@ -1595,16 +1614,24 @@ def study_features(args, layer, spec):
 def features_table(found, args):
     """{layer: study_features} -> a table per layer, one that sets them against random latents, and what they say."""
     import eval
-    asked = [(how, what) for how in ("ablate", "boost") for what in MEASURES]
-    parts, lines, words, most = [], [], [], {}
+    parts, base = [], next(iter(found.values()))["base"]
     for layer, study in found.items():
         rows = [[row["latent"], " ".join(row["chosen"]), f"{row['rate']:.1%}", f"{row['attribution']:.3f}",
-                 *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[how][what]) for how, what in asked)]
+                 *("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[how][what]) for how, what in CHANGES)]
                 for row in study["latents"] if "random" not in row["chosen"]]
         every = sum(n == study["prompts"] for n in study["rule"].values())
         parts += [f"Layer {layer}: by the rule {study['count']:.1f} latents a prompt, {len(study['rule'])} in at least "
                   f"one of {study['prompts']}, {every} in all.", eval.table(rows, FEATURES_HEADER), ""]
-        for how, what in asked:
+    lines, words = strongest_effects(found)
+    return "\n".join([*parts, STRONGEST, eval.table(lines, STRONGEST_HEADER), "", *words, "",
+                      FEATURES_NOTE.format(**vars(args) | base)])
+
+
+def strongest_effects(found):
+    """{layer: study_features} -> lines of the table that sets each group against random latents, the same in words."""
+    lines, words, most = [], [], {}
+    for layer, study in found.items():
+        for how, what in CHANGES:
             null = study["null"][how][what]
             cell = {name: f"{x[1]:+.3f} ({x[0]})" if isinstance(x, list) else f"{x:.4f}"
                     for name, x in null.items() if x is not None}
@@ -1622,11 +1649,11 @@ def features_table(found, args):
     for at, name in ((3, "ranked"), (5, "rule")):
         p = [float(line[at]) for line in lines if line[at]]
         words.append(f"The {name} against the random ones: p < 0.05 in {sum(x < 0.05 for x in p)} of {len(p)} cases.")
-    header, base = ["layer", "on", "ranked", "p", "rule", "p", "random"], next(iter(found.values()))["base"]
-    return "\n".join([*parts, "The strongest effect of each group (its latent), and p of the group against random ones",
-                      eval.table(lines, header), "", *words, "", FEATURES_NOTE.format(**vars(args) | base)])
+    return lines, words
 
 
+STRONGEST = "The strongest effect of each group (its latent), and p of the group against random ones"
+STRONGEST_HEADER = ["layer", "on", "ranked", "p", "rule", "p", "random"]
 FEATURES_HEADER = ["latent", "chosen", "fires", "attribution", "ablated: Pass@1", "thinks", "boosted: Pass@1", "thinks"]
 FEATURES_NOTE = """\
 The model alone: Pass@1 {correct:.3f}, thinks {thinks:.3f}, the share of answers with text before </think>; {questions}
@@ -1932,12 +1959,13 @@ class Cost:
 
 
 def cost(argv):
+    import eval
     args = parse_flags(Cost, argv, "resa.py cost")
     if "rl" not in args.given and not Path(args.rl, "summary.json").exists():
         args.rl = f"{TINY}/rl"
     runs = {name: read_summary(getattr(args, stage), stage) for stage, name in
             (("sae", "SAE"), ("tune", "adapter"), ("rl", "RL"))}
-    print(cost_table(runs) + "\n")
+    print(eval.table(cost_table(runs), COST_HEADER) + "\n")
     print("An RL run that made the SAE's source, as that of preset tiny, is not in SAE-Tuning's row.")
     machines = {name: run.get("device", "not noted") for name, run in runs.items()}
     if len(set(machines.values())) > 1:
@@ -1958,15 +1986,17 @@ def read_summary(directory, stage):
 
 
 def cost_table(runs):
-    """{run: its summary} -> the table; what a summary does not say is a "?", and so is what rests on it."""
-    import eval
+    """{run: its summary} -> the lines of the table; what a summary does not say is a "?", and so is what rests on it."""
     units = {"seconds": ",.1f", "tokens": ",.0f", "flops": ".3g"}
     sae, adapter, rl = ({unit: run.get(unit, math.nan) for unit in units} for run in runs.values())
     both = {unit: sae[unit] + adapter[unit] for unit in units}
     rows = {"SAE": sae, "adapter": adapter, "SAE-Tuning, both": both, "RL": rl}
     cells = [[name, *(format(row[unit], form) for unit, form in units.items())] for name, row in rows.items()]
     cells.append(["SAE-Tuning / RL", *(f"{both[unit] / (rl[unit] or math.nan):.3f}" for unit in units)])
-    return eval.table([[cell.replace("nan", "?") for cell in row] for row in cells], ["", "seconds", "tokens", "FLOPs"])
+    return [[cell.replace("nan", "?") for cell in row] for row in cells]
+
+
+COST_HEADER = ["", "seconds", "tokens", "FLOPs"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2262,6 +2292,328 @@ def pipes(rows, header):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# All of the paper's experiments on the embedded family: several training seeds, controls beside every claim
+# ----------------------------------------------------------------------------------------------------------
+
+# The run that made data/tiny/rl, with its checkpoints: those after so many of its 200 steps are sources.
+GRPO = ("rl --target {base} --save-every 10 --steps 200 --questions 16 --lora-r 16 --lora-alpha 32 --lora-dropout 0 "
+        "--schedule cosine --lr 1e-3")
+STEPS = [10, 50, 100]
+HALVES = {"trigger": "market gift bus saving", "elicit": "age garden reading boxes"}       # families, as data/prepare.py has them
+SEEN_LATER = SAES | {
+    "sae-0": "sae --layer 0", "sae-2": "sae --layer 2", "sae-3": "sae --layer 3",
+    "sae-tuned": "sae --init finetune --sae-from {out}/sae-base",
+    "sae-rollouts": "sae --data {root}/rollouts.jsonl",
+    "sae-trigger": "sae --data {root}/trigger.jsonl", "sae-elicit": "sae --data {root}/elicit.jsonl",
+} | {f"sae-rl-{n}": f"sae --source {{base}}+{{root}}/rl/checkpoint-{n}" for n in STEPS}
+TAUGHT = "--teacher source"
+MORE_ARMS = ARMS | {
+    "source through its SAE teaches": f"tune --sae {{out}}/sae {TAUGHT} --into teacher",
+    "source through a random SAE teaches": f"tune --sae {{out}}/sae --splice random {TAUGHT} --into teacher",
+    "gradient through the SAE": f"tune --sae {{out}}/sae {TAUGHT} --into gradient",
+    "gradient through a random SAE": f"tune --sae {{out}}/sae --splice random {TAUGHT} --into gradient",
+    "matched as the SAE sees it": f"tune --sae {{out}}/sae-3 --layer 3 {TAUGHT} --into nothing --match 100",
+    "matched as a random SAE sees it":
+        f"tune --sae {{out}}/sae-3 --layer 3 --splice random {TAUGHT} --into nothing --match 100",
+    "matched as it is, no SAE": f"tune --splice none --layer 3 {TAUGHT} --match 100",
+    "SAE of rollouts (as coded)": "tune --sae {out}/sae-rollouts",
+    "source through an SAE of rollouts teaches": f"tune --sae {{out}}/sae-rollouts {TAUGHT} --into teacher",
+    "fine-tuned SAE": "tune --sae {out}/sae-tuned",
+    "SAE of another site": "tune --sae {out}/sae-mlp --other-site",
+    **{f"source after {n} steps": f"tune --sae {{out}}/sae-rl-{n}" for n in STEPS},
+    **{f"itself after {n} steps": f"= {{base}}+{{root}}/rl/checkpoint-{n}" for n in STEPS},
+    "SAE of 4 families, tuned on 4 others": "tune --sae {out}/sae-trigger --data {root}/elicit.jsonl",
+    "SAE of the same 4 it is tuned on": "tune --sae {out}/sae-elicit --data {root}/elicit.jsonl",
+    "source through an SAE of 4 teaches on 4 others":
+        f"tune --sae {{out}}/sae-trigger --data {{root}}/elicit.jsonl {TAUGHT} --into teacher",
+    "source teaches on those 4, no SAE": f"tune --splice none --data {{root}}/elicit.jsonl {TAUGHT}",
+    **{f"adapter of {name}": f"tune --target {{tiny}}/{name} --sae {{out}}/sae" for name in ("math", "lm")},
+    **{f"half the adapter of {name}": f"= {{base}}+{{out}}/adapter-of-{name}*0.5" for name in ("math", "lm")},
+    **{f"a random one of the size of {name}'s": f"= {{base}}+{{out}}/random-{name}" for name in ("math", "lm")},
+    **{f"{name} alone": f"= {{tiny}}/{name}" for name in ("math", "lm")},
+    **{f"{name} with its adapter": f"= {{tiny}}/{name}+{{out}}/adapter-of-{name}" for name in ("math", "lm")},
+    "layer 0": "tune --sae {out}/sae-0 --layer 0", "layer 2": "tune --sae {out}/sae-2 --layer 2",
+}
+# id -> title, what it asks, its arms, pairs that are compared (arm, control, why).  Every arm is set against the base.
+SECTIONS = {
+    "arms": ("SAE-Tuning and its controls", "The method in both readings, and what could explain it away.", [*ARMS], [
+        *QUESTIONS[:3], ("source teaches, with SAE", "source teaches, no SAE", "does the SAE help a stronger teacher")]),
+    "objectives": ("Objectives beyond the paper", "All are taught by the source, on text without reasoning: is there one "
+                   "in which the SAE earns its place?  Plain distillation, without any SAE, is the arm to beat.", [
+        "base", "RL source", "source teaches, no SAE", *[*MORE_ARMS][len(ARMS):len(ARMS) + 9]], [
+        (*pair, why) for why, pairs in {
+            "does it matter that the SAE is trained": [
+                ("source through its SAE teaches", "source through a random SAE teaches"),
+                ("gradient through the SAE", "gradient through a random SAE"),
+                ("matched as the SAE sees it", "matched as a random SAE sees it")],
+            "is it more than the same without an SAE": [
+                ("source through its SAE teaches", "source teaches, no SAE"),
+                ("gradient through the SAE", "source teaches, no SAE"),
+                ("matched as the SAE sees it", "matched as it is, no SAE")],
+            "does it matter what the SAE has read": [
+                ("SAE of rollouts (as coded)", "SAE-Tuning (as coded)"),
+                ("source through an SAE of rollouts teaches", "source through its SAE teaches")],
+            "is matching more than predictions alone": [("matched as it is, no SAE", "source teaches, no SAE")],
+        }.items() for pair in pairs]),
+    "modes": ("How the SAE is made", "The three modes of the paper: an SAE of the base as it is, fine-tuned on the source, "
+              "and from scratch; and its pre-trained arm as released, an SAE of MLP outputs put on block outputs.", [
+        "base", "SAE of the base", "fine-tuned SAE", "SAE-Tuning (as coded)", "SAE of another site"], [
+        ("fine-tuned SAE", "SAE-Tuning (as coded)", "does the start matter"),
+        ("SAE of another site", "SAE-Tuning (as coded)", "does the site matter")]),
+    "sources": ("How far the source was trained", "SAEs of the base after N steps of RL; 0 is the base itself.", [
+        "base", "SAE of the base", *(f"source after {n} steps" for n in STEPS), "SAE-Tuning (as coded)",
+        *(f"itself after {n} steps" for n in STEPS), "RL source"], [
+        (f"source after {n} steps", "SAE of the base", f"do {n} steps of RL in the source matter") for n in STEPS]),
+    "generality": ("Other questions than the SAE has read", "Pass@1 on the four families that the SAE has never read: "
+                   + HALVES["elicit"] + ".", [
+        "base", "RL source", "SAE of 4 families, tuned on 4 others", "SAE of the same 4 it is tuned on",
+        "source through an SAE of 4 teaches on 4 others", "source teaches on those 4, no SAE"], [
+        ("SAE of 4 families, tuned on 4 others", "SAE of the same 4 it is tuned on", "does it matter what the SAE has read"),
+        ("source through an SAE of 4 teaches on 4 others", "source teaches on those 4, no SAE",
+         "is it more than the same without an SAE")]),
+    "modularity": ("Reasoning as an adapter", "Adapters tuned on another model of the lineage, put on the base at test time; "
+                   "beside them half of each, random ones of the same size, and each on its own model.", [
+        "base", *(f"{a}{name}{b}" for name in ("math", "lm") for a, b in (
+            ("adapter of ", ""), ("half the adapter of ", ""), ("a random one of the size of ", "'s"), ("", " alone"),
+            ("", " with its adapter")))], [
+        (f"adapter of {name}", f"a random one of the size of {name}'s", "is it more than a random change of that size")
+        for name in ("math", "lm")]),
+    "layers": ("Which block", "The published objective at blocks 0, 1 and 2; at the last, 3, nothing could learn.", [
+        "base", "layer 0", "SAE-Tuning (as coded)", "layer 2"], []),
+    "features": ("Reasoning features", "The published rule on prompts, and what single latents do to the answers.", [], []),
+    "cost": ("What it took", "SAE and adapter of seed 0 beside the RL run that makes a source, on the same machine.", [], []),
+}
+
+
+@dataclass
+class Experiments:
+    """Every experiment of the paper on the embedded family, with its controls: report.html, report.md."""
+    out: str = "out/tiny/experiments"    # run directory, with a folder for every seed; the report goes beside it
+    sections: list[str] = field(default_factory=lambda: [*SECTIONS])      # which experiments
+    seeds: int = 5                       # trainings of every SAE and adapter, seeds 0, 1, ..
+    questions: int = 500                 # held-out questions, the first of data/tiny/test.jsonl
+    sae_steps: int = 100                 # optimizer steps of an SAE, of 8 chunks of 256 tokens
+    tune_steps: int = 120                # optimizer steps of an adapter, of 4 chunks; the last is used
+    lr: float = 3e-4                     # of every adapter
+    workers: int = 2                     # trainings at a time, one core each
+    quick: bool = False                  # one seed, few steps: shows that it runs, not what it is worth
+
+
+def experiments(argv):
+    """`python resa.py experiments`: RL and SAEs, arms, models put together from them, then one report."""
+    import train
+    args = parse_flags(Experiments, argv, "resa.py experiments")
+    if args.quick:
+        train.refuse_idle(args, "seeds questions sae_steps tune_steps", "--quick, which sets them")
+        args.seeds, args.questions, args.sae_steps, args.tune_steps = 1, 40, 4, 4
+    at_least(args, seeds=1, questions=2, sae_steps=1, tune_steps=1, workers=1)
+    odd = set(args.sections) - SECTIONS.keys()
+    train.check(not odd, f"--sections {' '.join(sorted(odd))}: there are {', '.join(SECTIONS)}")
+    train.check(0 < args.lr < math.inf, f"--lr must be above 0 and finite; it is {args.lr}")
+    train.check(args.questions <= (count := len(read_problems(TINY / "test.jsonl"))),
+                f"--questions {args.questions}: there are {count}")
+    began = time.perf_counter()
+    open_run(args.out, args)
+    arms, saes = needed_by(args)
+    write_halves(args)
+    by_seed = [types.SimpleNamespace(**vars(args) | {"out": f"{args.out}/seed-{s}", "seed": s, "samples": 1})
+               for s in range(args.seeds)]
+    jobs = {}
+    if any("{root}/rl" in words for words in [*arms.values(), *saes.values()]) or "cost" in args.sections:
+        quick = " --group 2 --max-new-tokens 8" * args.quick
+        jobs["rl"] = (train_arm, GRPO + quick, by_seed[0], f"{args.out}/rl", "")
+    if "sae-rollouts" in saes:
+        jobs["rollouts"] = (write_rollouts, args)
+    ready = lambda words: "{out}" not in words and "{root}" not in words
+    for title, mine in (("RL, autoencoders", True), ("more autoencoders", False)):
+        jobs |= {(at.seed, name): (train_arm, words, at, f"{at.out}/{name}")
+                 for at in by_seed for name, words in saes.items() if ready(words) == mine}
+        dict(in_workers(jobs, args.workers, title))
+        jobs = {}
+    asked = lambda words: words.startswith("= ") and "{out}" in words
+    found = {}
+    for title, mine in (("arms", False), ("models put together", True)):
+        jobs = {(at.seed, name): (run_arm, name, words, at)
+                for at in by_seed for name, words in arms.items() if asked(words) == mine}
+        found |= dict(in_workers(jobs, args.workers, title))
+        for at in by_seed if not mine and "modularity" in args.sections else ():
+            for name in ("math", "lm"):
+                random_adapter(f"{at.out}/adapter-of-{name}", f"{at.out}/random-{name}", at.seed)
+    rows = {name: [found[at.seed, name][0] for at in by_seed] for name in arms}
+    sections = [make_section(args, name, rows) for name in args.sections]
+    summary = summarize_all(rows) + (["This was --quick: it shows that everything runs, nothing else."] * args.quick)
+    results = {"title": "SAE-Tuning on the embedded family", "date": time.strftime("%Y-%m-%d"),
+               "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}",
+               "seconds": round(time.perf_counter() - began, 1), "summary": summary, "sections": sections,
+               "settings": {f.name: getattr(args, f.name) for f in fields(args)}}
+    with staged(args.out) as temporary:
+        (temporary / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    page = Path(args.out).parent / "report.html"
+    write_report(results, page)
+    print("\n".join([*summary, "", f"{page}, {page.with_suffix('.md')}: {results['seconds']:.0f} s in all"]))
+
+
+def needed_by(args):
+    """What the chosen sections need -> {arm: words}, {SAE: words}; the base and its source always."""
+    names = ["base", "RL source", *(name for section in args.sections for name in SECTIONS[section][2])]
+    names += ["SAE-Tuning (as coded)"] if "cost" in args.sections else []
+    names += [words.split("/adapter-of-")[1].split("*")[0] for name in names
+              if "/adapter-of-" in (words := MORE_ARMS[name])]
+    arms = {name: MORE_ARMS[name] for name in MORE_ARMS if name in names}
+    saes = {name for words in arms.values() for name in re.findall(r"{out}/(sae\S*)", words)}
+    saes |= {name for sae in saes for name in re.findall(r"{out}/(sae\S*)", SEEN_LATER[sae])}
+    return arms, {name: words for name, words in SEEN_LATER.items() if name in saes}
+
+
+def write_halves(args):
+    """The training questions in two files, by family: those an SAE reads, and those an adapter is tuned on."""
+    import train
+    rows = train.read_rows(TINY / "train.jsonl")
+    with staged(args.out) as temporary:
+        for name, families in HALVES.items():
+            some = [row for row in rows if row["family"] in families.split()]
+            (temporary / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+
+
+def write_rollouts(args):
+    """The source's own answers to training questions, as rows that train.py reads.  Runs in a worker process."""
+    torch.set_num_threads(1)
+    source = PRESETS["tiny"]["source"]
+    problems = read_problems(TINY / "train.jsonl")[:args.questions * 4]
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    rows = [{"problem": problem["problem"], "completion": row["completion"]}
+            for problem, row in zip(problems, ask(model, tokenizer, problems))]
+    with staged(args.out) as temporary:
+        (temporary / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def random_adapter(like, directory, seed):
+    """An adapter of Gaussian A and B, each product B A scaled to the norm of that of the adapter `like`."""
+    adapter, rng = read_adapter(like), torch.Generator().manual_seed(seed)
+    model = load_adapter(load_model(PRESETS["tiny"]["target"]), like)
+    for name, layer in lora_layers(model).items():
+        A, B = (torch.randn(side.shape, generator=rng) for side in adapter["pairs"][name])
+        size = (adapter["pairs"][name][1] @ adapter["pairs"][name][0]).norm()
+        with torch.no_grad():
+            layer.lora_A.copy_(A), layer.lora_B.copy_(B * (size / (B @ A).norm()))
+    save_adapter(model, directory)
+
+
+# ---- what the numbers say: over training seeds --------------------------------------------------------------
+
+def over_seeds(runs, controls=None):
+    """[rows of a seed] -> mean Pass@1, or mean paired difference from the controls, low, high.
+
+    The interval is Student's t over seeds: it covers another training and other samples; the questions are the same.
+    With a single seed it is eval.py's, which covers questions and samples and not another training."""
+    import eval
+    value = lambda rows: sum(row["correct"] for row in rows) / len(rows)
+    values = np.array([value(a) - (value(b) if controls else 0) for a, b in zip(runs, controls or runs)])       # (S,)
+    if len(values) == 1:
+        low, high = (eval.paired(runs[0], controls[0]) if controls else eval.summarize(runs[0]))["interval"]
+    else:
+        half = eval.student(len(values) - 1) * values.std(ddof=1) / len(values)**0.5
+        low, high = values.mean() - half, values.mean() + half
+    return float(values.mean()), float(low), float(high)
+
+
+def verdict(a, b, why, rows):
+    """One comparison in plain words; a null result is called one."""
+    mean, low, high = over_seeds(rows[a], rows[b])
+    found = "better" if low > 0 else "worse" if high < 0 else "no difference is seen"
+    return f"{why[0].upper() + why[1:]}? {a} against {b}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], {found}."
+
+
+def make_section(args, name, rows):
+    """One section of results.json: its table, its chart, its comparisons in words."""
+    title, about, arms, pairs = SECTIONS[name]
+    section = {"id": name, "title": title, "about": about, "words": [], "tables": [], "charts": []}
+    if name == "generality":
+        family = {row["id"]: row["family"] for row in read_problems(TINY / "test.jsonl")}
+        rows = {arm: [[row for row in run if family[row["id"]] in HALVES["elicit"].split()] for run in runs]
+                for arm, runs in rows.items()}
+    if arms:
+        base, source = over_seeds(rows["base"])[0], over_seeds(rows["RL source"])[0]
+        lines, points = [], []
+        for arm in arms:
+            mean, low, high = over_seeds(rows[arm])
+            gain = ["", ""] if arm == "base" else ["{:+.3f}", "[{:+.3f}, {:+.3f}]"]
+            moved = over_seeds(rows[arm], rows["base"])
+            lines.append([arm, f"{mean:.3f}", f"[{low:.3f}, {high:.3f}]", gain[0].format(moved[0]),
+                          gain[1].format(*moved[1:]), f"{mean / source:.1%}" if source else ""])
+            points.append({"name": arm, "value": mean, "low": low, "high": high})
+        section["tables"].append({"title": title, "rows": lines,
+                                  "header": ["arm", "Pass@1", "95% CI", "- base", "95% CI", "of the source"]})
+        section["charts"].append({"kind": "intervals", "title": title, "x": "Pass@1", "points": points,
+                                  "line": {"value": base, "name": "base"}})
+        section["words"] += [verdict(*pair, rows) for pair in pairs]
+    more = {"sources": sources_section, "layers": layers_section, "features": features_section, "cost": cost_section}
+    if name in more:
+        more[name](args, section, rows)
+    return section
+
+
+def sources_section(args, section, rows):
+    """A line over the steps of RL: Pass@1 of the source itself, and of what its SAE made of the base."""
+    place = lambda arm, n: dict(zip(("x", "value", "low", "high"), (n, *over_seeds(rows[arm]))))
+    tuned = [("SAE of the base", 0), *((f"source after {n} steps", n) for n in STEPS), ("SAE-Tuning (as coded)", 200)]
+    itself = [("base", 0), *((f"itself after {n} steps", n) for n in STEPS), ("RL source", 200)]
+    section["charts"].append({"kind": "line", "title": "Over the training of the source", "x": "RL steps", "y": "Pass@1",
+                              "series": [{"name": name, "points": [place(*at) for at in arms]}
+                                         for name, arms in (("the source itself", itself), ("SAE-Tuned", tuned))]})
+    x, y = ([over_seeds(rows[arm])[0] for arm, _ in arms] for arms in (itself, tuned))
+    r, p = correlation(x, y)
+    section["words"].append(f"Pass@1 of the five sources and of what was tuned through their SAEs: r = {r:+.2f}, "
+                            f"p = {p:.2f} by permutation.")
+
+
+def layers_section(args, section, rows):
+    """Does the block matter?  An analysis of variance, as for the paper's 26 layers x 4 checkpoints."""
+    groups = [[over_seeds([run])[0] for run in rows[arm]] for arm in SECTIONS["layers"][2][1:]]
+    if args.seeds > 1:
+        f, p = anova(groups)
+        section["words"].append(f"Does the block matter?  F({len(groups) - 1},{len(groups) * (args.seeds - 1)}) = {f:.2f}, "
+                                f"p = {p:.3f} by permutation of blocks and seeds: "
+                                + ("it does." if p < 0.05 else "no effect of the block is seen."))
+    section["words"].append("Published, arXiv 2506.09967: 26 layers x 4 checkpoints give F(25,78) = 1.15, p = .31.")
+
+
+def features_section(args, section, rows):
+    """`resa.py features`, in brief: how many latents the rule finds, and the strongest effects beside random ones."""
+    flags = ["--questions", str(min(300, args.questions)), "--workers", str(args.workers), "--steps",
+             str(args.sae_steps), "--out", f"{args.out}/features"]
+    found = study_layers(parse_flags(Features, flags, "resa.py features"))
+    lines, words = strongest_effects(found)
+    counts = [[layer, f"{study['count']:.1f}", len(study["rule"])] for layer, study in found.items()]
+    section["tables"] += [{"title": "By the rule", "header": ["layer", "latents a prompt", "in any prompt"], "rows": counts},
+                          {"title": STRONGEST, "header": STRONGEST_HEADER, "rows": lines}]
+    section["words"] += words + published_again().split("\n\n")[1].splitlines()
+
+
+def cost_section(args, section, rows):
+    """`resa.py cost` of seed 0."""
+    places = {"SAE": "seed-0/sae", "adapter": "seed-0/sae-tuning-as-coded", "RL": "rl"}
+    runs = {name: read_summary(f"{args.out}/{place}", "tune") for name, place in places.items()}
+    section["tables"].append({"title": section["title"], "header": COST_HEADER, "rows": cost_table(runs)})
+    section["words"].append("SAE-Tuning needs a source: the RL run that made it is not in its row.")
+
+
+def summarize_all(rows):
+    """The sentences at the top: what the method did, and whether in any arm the SAE earned its place."""
+    source = over_seeds(rows["RL source"])[0]
+    said = [verdict(arm, "base", "does SAE-Tuning help", rows) for arm in rows if arm.startswith("SAE-Tuning")]
+    trained = [(a, b) for a, b, why in SECTIONS["objectives"][3] if "trained" in why and a in rows]
+    plain = "source teaches, no SAE"
+    earned = [a for a, b in trained if over_seeds(rows[a])[0] >= 0.97 * source and over_seeds(rows[a], rows[b])[1] > 0]
+    if trained:
+        said.append("At least 97 % of the source's Pass@1, and better than with a random SAE: "
+                    + (", ".join(earned) if earned else "no arm of these.  The SAE does not earn its place here") + ".")
+        said += [verdict(a, plain, "is it more than plain distillation", rows) for a, _ in trained]
+    return said
+
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Front door
 # ----------------------------------------------------------------------------------------------------------
 
@@ -2303,7 +2655,8 @@ def convert(argv):
 
 
 COMMANDS = {"merge": merge, "convert": convert, "compare": compare, "recover": recover,
-            "errors": errors, "features": features, "experts": experts, "cost": cost, "view": view, "report": report}
+            "errors": errors, "features": features, "experts": experts, "cost": cost, "view": view, "report": report,
+            "experiments": experiments}
 
 
 def main(argv):
