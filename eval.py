@@ -771,8 +771,11 @@ def wilson(c, n, z=1.959964):
 
 
 def student(df, z=1.959964):
-    """The 97.5 % quantile of Student's t, by its expansion about the normal one."""
-    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df * df)
+    """The 97.5 % quantile of Student's t, by its expansion about the normal one (Fisher and Cornish 1960)."""
+    terms = [(z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+             (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+             (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160]
+    return z + sum(term / df**i for i, term in enumerate(terms, start=1))
 
 
 def spread(c, n):

@@ -2258,7 +2258,10 @@ def as_markdown(results):
     lines.append(bullets(results["summary"]))
     for section in results["sections"]:
         lines += [f"## {section['title']}", section["about"]]
-        for table in section["tables"] + [chart_table(chart) for chart in section["charts"]]:
+        listed = {str(row[0]) for table in section["tables"] for row in table["rows"] if row}
+        drawn = [chart for chart in section["charts"] if chart["kind"] == "line"
+                 or not {point["name"] for point in chart["points"]} <= listed]      # else a table has it already
+        for table in section["tables"] + [chart_table(chart) for chart in drawn]:
             lines += [f"**{table['title']}**", pipes(table["rows"], table["header"])]
         lines.append(bullets(section["words"]))
     settings = [[name, json.dumps(value)] for name, value in results["settings"].items()]
@@ -2300,14 +2303,14 @@ GRPO = ("rl --target {base} --save-every 10 --steps 200 --questions 16 --lora-r 
         "--schedule cosine --lr 1e-3")
 STEPS = [10, 50, 100]
 HALVES = {"trigger": "market gift bus saving", "elicit": "age garden reading boxes"}       # families, as data/prepare.py has them
-SEEN_LATER = SAES | {
+ALL_SAES = SAES | {
     "sae-0": "sae --layer 0", "sae-2": "sae --layer 2", "sae-3": "sae --layer 3",
     "sae-tuned": "sae --init finetune --sae-from {out}/sae-base",
     "sae-rollouts": "sae --data {root}/rollouts.jsonl",
     "sae-trigger": "sae --data {root}/trigger.jsonl", "sae-elicit": "sae --data {root}/elicit.jsonl",
 } | {f"sae-rl-{n}": f"sae --source {{base}}+{{root}}/rl/checkpoint-{n}" for n in STEPS}
 TAUGHT = "--teacher source"
-MORE_ARMS = ARMS | {
+OBJECTIVES = {
     "source through its SAE teaches": f"tune --sae {{out}}/sae {TAUGHT} --into teacher",
     "source through a random SAE teaches": f"tune --sae {{out}}/sae --splice random {TAUGHT} --into teacher",
     "gradient through the SAE": f"tune --sae {{out}}/sae {TAUGHT} --into gradient",
@@ -2318,6 +2321,8 @@ MORE_ARMS = ARMS | {
     "matched as it is, no SAE": f"tune --splice none --layer 3 {TAUGHT} --match 100",
     "SAE of rollouts (as coded)": "tune --sae {out}/sae-rollouts",
     "source through an SAE of rollouts teaches": f"tune --sae {{out}}/sae-rollouts {TAUGHT} --into teacher",
+}
+ALL_ARMS = ARMS | OBJECTIVES | {
     "fine-tuned SAE": "tune --sae {out}/sae-tuned",
     "SAE of another site": "tune --sae {out}/sae-mlp --other-site",
     **{f"source after {n} steps": f"tune --sae {{out}}/sae-rl-{n}" for n in STEPS},
@@ -2340,7 +2345,7 @@ SECTIONS = {
         *QUESTIONS[:3], ("source teaches, with SAE", "source teaches, no SAE", "does the SAE help a stronger teacher")]),
     "objectives": ("Objectives beyond the paper", "All are taught by the source, on text without reasoning: is there one "
                    "in which the SAE earns its place?  Plain distillation, without any SAE, is the arm to beat.", [
-        "base", "RL source", "source teaches, no SAE", *[*MORE_ARMS][len(ARMS):len(ARMS) + 9]], [
+        "base", "RL source", "source teaches, no SAE", *OBJECTIVES], [
         (*pair, why) for why, pairs in {
             "does it matter that the SAE is trained": [
                 ("source through its SAE teaches", "source through a random SAE teaches"),
@@ -2414,34 +2419,9 @@ def experiments(argv):
                 f"--questions {args.questions}: there are {count}")
     began = time.perf_counter()
     open_run(args.out, args)
-    arms, saes = needed_by(args)
-    write_halves(args)
-    by_seed = [types.SimpleNamespace(**vars(args) | {"out": f"{args.out}/seed-{s}", "seed": s, "samples": 1})
-               for s in range(args.seeds)]
-    jobs = {}
-    if any("{root}/rl" in words for words in [*arms.values(), *saes.values()]) or "cost" in args.sections:
-        quick = " --group 2 --max-new-tokens 8" * args.quick
-        jobs["rl"] = (train_arm, GRPO + quick, by_seed[0], f"{args.out}/rl", "")
-    if "sae-rollouts" in saes:
-        jobs["rollouts"] = (write_rollouts, args)
-    ready = lambda words: "{out}" not in words and "{root}" not in words
-    for title, mine in (("RL, autoencoders", True), ("more autoencoders", False)):
-        jobs |= {(at.seed, name): (train_arm, words, at, f"{at.out}/{name}")
-                 for at in by_seed for name, words in saes.items() if ready(words) == mine}
-        dict(in_workers(jobs, args.workers, title))
-        jobs = {}
-    asked = lambda words: words.startswith("= ") and "{out}" in words
-    found = {}
-    for title, mine in (("arms", False), ("models put together", True)):
-        jobs = {(at.seed, name): (run_arm, name, words, at)
-                for at in by_seed for name, words in arms.items() if asked(words) == mine}
-        found |= dict(in_workers(jobs, args.workers, title))
-        for at in by_seed if not mine and "modularity" in args.sections else ():
-            for name in ("math", "lm"):
-                random_adapter(f"{at.out}/adapter-of-{name}", f"{at.out}/random-{name}", at.seed)
-    rows = {name: [found[at.seed, name][0] for at in by_seed] for name in arms}
+    rows = run_all(args, *needed_by(args))
     sections = [make_section(args, name, rows) for name in args.sections]
-    summary = summarize_all(rows) + (["This was --quick: it shows that everything runs, nothing else."] * args.quick)
+    summary = summarize_all(rows) + ["This was --quick: it shows that everything runs, nothing else."] * args.quick
     results = {"title": "SAE-Tuning on the embedded family", "date": time.strftime("%Y-%m-%d"),
                "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}",
                "seconds": round(time.perf_counter() - began, 1), "summary": summary, "sections": sections,
@@ -2453,16 +2433,47 @@ def experiments(argv):
     print("\n".join([*summary, "", f"{page}, {page.with_suffix('.md')}: {results['seconds']:.0f} s in all"]))
 
 
+def run_all(args, arms, saes):
+    """Everything that is trained and asked -> {arm: [its samples, by seed]}.
+
+    In four rounds, as each needs the one before: RL, rollouts and SAEs; SAEs of what these left; arms, trained and
+    asked; models that are put together from arms."""
+    by_seed = [types.SimpleNamespace(**vars(args) | {"out": f"{args.out}/seed-{s}", "seed": s, "samples": 1})
+               for s in range(args.seeds)]
+    write_halves(args)
+    jobs = {"rollouts": (write_rollouts, args)} if "sae-rollouts" in saes else {}
+    if any("{root}/rl" in words for words in [*arms.values(), *saes.values()]) or "cost" in args.sections:
+        quick = " --group 2 --max-new-tokens 8" * args.quick
+        jobs["rl"] = (train_arm, GRPO + quick, by_seed[0], f"{args.out}/rl", "")
+    later = lambda words: "{out}" in words or "{root}" in words
+    for title, which in (("autoencoders", False), ("more autoencoders", True)):
+        jobs |= {(at.seed, name): (train_arm, words, at, f"{at.out}/{name}")
+                 for at in by_seed for name, words in saes.items() if later(words) == which}
+        dict(in_workers(jobs, args.workers, title))
+        jobs = {}
+    found, joined = {}, lambda words: words.startswith("= ") and "{out}" in words
+    for title, which in (("arms", False), ("joined arms", True)):
+        for at in by_seed if which and "modularity" in args.sections else ():
+            for name in ("math", "lm"):
+                random_adapter(f"{at.out}/adapter-of-{name}", f"{at.out}/random-{name}", at.seed)
+        jobs = {(at.seed, name): (run_arm, name, words, at)
+                for at in by_seed for name, words in arms.items() if joined(words) == which}
+        found |= dict(in_workers(jobs, args.workers, title))
+    return {name: [found[at.seed, name][0] for at in by_seed] for name in arms}
+
+
 def needed_by(args):
     """What the chosen sections need -> {arm: words}, {SAE: words}; the base and its source always."""
-    names = ["base", "RL source", *(name for section in args.sections for name in SECTIONS[section][2])]
+    names = ["base", "RL source"]
+    for section in args.sections:
+        names += [*SECTIONS[section][2], *(name for pair in SECTIONS[section][3] for name in pair[:2])]
     names += ["SAE-Tuning (as coded)"] if "cost" in args.sections else []
     names += [words.split("/adapter-of-")[1].split("*")[0] for name in names
-              if "/adapter-of-" in (words := MORE_ARMS[name])]
-    arms = {name: MORE_ARMS[name] for name in MORE_ARMS if name in names}
+              if "/adapter-of-" in (words := ALL_ARMS[name])]
+    arms = {name: ALL_ARMS[name] for name in ALL_ARMS if name in names}
     saes = {name for words in arms.values() for name in re.findall(r"{out}/(sae\S*)", words)}
-    saes |= {name for sae in saes for name in re.findall(r"{out}/(sae\S*)", SEEN_LATER[sae])}
-    return arms, {name: words for name, words in SEEN_LATER.items() if name in saes}
+    saes |= {name for sae in saes for name in re.findall(r"{out}/(sae\S*)", ALL_SAES[sae])}
+    return arms, {name: words for name, words in ALL_SAES.items() if name in saes}
 
 
 def write_halves(args):
@@ -2542,9 +2553,10 @@ def make_section(args, name, rows):
             lines.append([arm, f"{mean:.3f}", f"[{low:.3f}, {high:.3f}]", gain[0].format(moved[0]),
                           gain[1].format(*moved[1:]), f"{mean / source:.1%}" if source else ""])
             points.append({"name": arm, "value": mean, "low": low, "high": high})
-        section["tables"].append({"title": title, "rows": lines,
+        seeds = f"{args.seeds} training seeds x {len(rows['base'][0])} questions"
+        section["tables"].append({"title": seeds, "rows": lines,
                                   "header": ["arm", "Pass@1", "95% CI", "- base", "95% CI", "of the source"]})
-        section["charts"].append({"kind": "intervals", "title": title, "x": "Pass@1", "points": points,
+        section["charts"].append({"kind": "intervals", "title": seeds, "x": "Pass@1", "points": points,
                                   "line": {"value": base, "name": "base"}})
         section["words"] += [verdict(*pair, rows) for pair in pairs]
     more = {"sources": sources_section, "layers": layers_section, "features": features_section, "cost": cost_section}
