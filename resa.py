@@ -731,7 +731,7 @@ QUESTIONS = [("SAE-Tuning (as coded)", "random SAE", "does it matter that the SA
 FOOTNOTE = """\
 {questions} held-out questions x {samples}, temperature 0.6, top-p 0.95.  One training seed ({seed}): the intervals
 cover questions and samples, not another training.  Adapters are those after the last of {tune_steps} steps; none
-was chosen.  Seconds are of one core, the SAE's included; RL, which made the source, took {rl_seconds:.0f} s when it was run.
+was chosen.  Seconds are of one core, the SAE's included; RL, which made the source, took {rl_seconds:.0f} s when run.
 As coded: SAE under no_grad, block output.  As written: gradient through the SAE, MLP output, cosine rate.
 Rate, data and optimizer are this preset's.  The comparisons below are not corrected for their number.
 """
@@ -915,7 +915,8 @@ def compare(argv):
             jobs[name, seed] = (train_arm, words, at, f"{args.out}/{name}-{seed}", budget)
     found = collect_seeds(dict(in_workers(jobs, args.workers, "trainings")), args)
     show = {"FVU": ("fvu", ".4f"), "L0": ("l0", ".1f"), "dead": ("dead", ".1%"), "cosine": ("cosine", ".3f"),
-            "CE": ("ce_sae", ".3f"), "KL": ("kl", ".3f"), "recovered": ("recovered_mean", ".1%"), "s": ("seconds", ".0f")}
+            "CE": ("ce_sae", ".3f"), "KL": ("kl", ".3f"), "recovered": ("recovered_mean", ".1%"),
+            "s": ("seconds", ".0f")}
     first = found[args.variants[0]][0]
     print_variants(args, found, show, COMPARED.format(
         **vars(args), tokens=args.batch * 256, held=first["n_tokens"], ce=first["ce"]))
@@ -1679,7 +1680,7 @@ def routers(model):
 
 @torch.no_grad()
 def expert_use(model, sequences, spans, batch=32):
-    """fTRI, the read-out of MoTE: how often each routed expert was chosen -> counts (P,L,E) float, L layers with experts.
+    """fTRI, the read-out of MoTE: how often each routed expert was chosen -> counts (P,L,E), L layers with experts.
 
     sequences  lists of ids;  spans [(start, stop)] the positions to count in each.  A row of a layer sums to K times
     the length of the span, as every token chooses K experts.  The paper counts all tokens of the prompt.
@@ -1748,7 +1749,7 @@ def experts_edited(model, off=(), on=(), mode="rescale"):
          mode="zero"     weight 0, and no one takes its share
          mode="mask"     logit -inf before the choice: another expert moves up.  Without norm_topk_prob, as published
                          Qwen2-MoE models are, this also rescales the weights of tokens that never chose the expert
-    on                   its log-probability is set to the highest one + 0.01 (SteerMoE, arXiv 2509.09660): always chosen
+    on                   its log-probability becomes the highest one + 0.01 (SteerMoE, arXiv 2509.09660): always chosen
     ValueError: no such expert, one both off and on, more forced on in a layer than a token uses, none left in one.
     """
     gates, handles = routers(model), []
@@ -1763,8 +1764,8 @@ def experts_edited(model, off=(), on=(), mode="rescale"):
         if set(gone) & set(forced):
             raise ValueError(f"layer {layer}: expert {min(set(gone) & set(forced))} cannot be both off and on")
         if len(set(forced)) > gates[layer].top_k or len(set(gone)) == count:
-            raise ValueError(f"layer {layer}: of {count} experts, at most {gates[layer].top_k} can be forced on (a token "
-                             f"uses no more), and at most {count - 1} be off")
+            raise ValueError(f"layer {layer}: of {count} experts, at most {gates[layer].top_k} can be forced on (a "
+                             f"token uses no more), and at most {count - 1} be off")
     if mode not in ("rescale", "zero", "mask"):
         raise ValueError(f"off {mode!r} is not one of rescale, zero, mask")
     try:
@@ -1805,7 +1806,7 @@ class Experts:
 
 
 def experts(argv):
-    """`python resa.py experts`: classes by the answers, experts by the classes, then every edit on held-out questions."""
+    """`python resa.py experts`: classes by the answers, experts by the classes, every edit on held-out questions."""
     import train
     args = parse_flags(Experts, argv, "resa.py experts")
     if args.quick:
@@ -1853,7 +1854,7 @@ def shows(args, rows):
 
 
 def find_experts(args):
-    """What the unedited model does on --data -> scores, p, rates of each expert, and on --held, which questions it refuses.
+    """What the unedited model does on --data -> scores, p, rates of each expert; and the classes of --held, by id.
 
     The held-out classes come from one sample and the row "unedited" from another: a class defined by the very answers
     that are measured would be all of one kind by construction.
@@ -1881,7 +1882,7 @@ def find_experts(args):
 
 
 def plan_edits(args, found):
-    """{name: {"off" or "on": [(layer, expert), ..]}}: none, and for each count the top ones off, random ones off, top on."""
+    """{name: {"off" or "on": [(layer, expert), ..]}}: none; for each count top ones off, random ones off, top on."""
     n_experts = found["score"].shape[1]
     best = [(i // n_experts, i % n_experts) for i in found["score"].flatten().argsort(descending=True).tolist()]
     named = lambda edit: [(found["layers"][i], e) for i, e in edit]
@@ -1939,11 +1940,11 @@ def cells(rows, first):
 COLUMNS = {"in target": ("rate", ".3f"), "in the rest": ("rest", ".3f"), "score": ("score", "+.3f"), "p": ("p", ".3f")}
 
 FOUND = """\
-Experts were found on {n_find} questions, of which the model showed the behaviour on {n_shown}: uses a token, over tokens
-"{tokens}", score "{score}"; p: the chance that any expert scores as high under shuffled labels ({permutations} of them).
-Measured on {n_target} other questions on which it shows the behaviour, of which some may be answered right instead, and on
-{n_rest} on which it does not.  off = {off}.  Random: {draws} draws, matched on layer and usage.  One sample a
-question, temperature {temperature}; behaviour: {behaviour} occurs in the answer."""
+Experts were found on {n_find} questions, of which the model showed the behaviour on {n_shown}: uses a token,
+over tokens "{tokens}", score "{score}"; p: the chance that any expert scores as high under shuffled labels
+({permutations} of them).  Measured on {n_target} other questions on which it shows the behaviour, of which some may
+be answered right instead, and on {n_rest} on which it does not.  off = {off}.  Random: {draws} draws, matched on
+layer and usage.  One sample a question, temperature {temperature}; behaviour: {behaviour} occurs in the answer."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1986,7 +1987,7 @@ def read_summary(directory, stage):
 
 
 def cost_table(runs):
-    """{run: its summary} -> the lines of the table; what a summary does not say is a "?", and so is what rests on it."""
+    """{run: its summary} -> lines of a table; what a summary does not say is a "?", and so is what rests on it."""
     units = {"seconds": ",.1f", "tokens": ",.0f", "flops": ".3g"}
     sae, adapter, rl = ({unit: run.get(unit, math.nan) for unit in units} for run in runs.values())
     both = {unit: sae[unit] + adapter[unit] for unit in units}
@@ -2302,7 +2303,7 @@ def pipes(rows, header):
 GRPO = ("rl --target {base} --save-every 10 --steps 200 --questions 16 --lora-r 16 --lora-alpha 32 --lora-dropout 0 "
         "--schedule cosine --lr 1e-3")
 STEPS = [10, 50, 100]
-HALVES = {"trigger": "market gift bus saving", "elicit": "age garden reading boxes"}       # families, as data/prepare.py has them
+HALVES = {"trigger": "market gift bus saving", "elicit": "age garden reading boxes"}      # in data/prepare.py's order
 ALL_SAES = SAES | {
     "sae-0": "sae --layer 0", "sae-2": "sae --layer 2", "sae-3": "sae --layer 3",
     "sae-tuned": "sae --init finetune --sae-from {out}/sae-base",
@@ -2342,9 +2343,10 @@ ALL_ARMS = ARMS | OBJECTIVES | {
 # id -> title, what it asks, its arms, pairs that are compared (arm, control, why).  Every arm is set against the base.
 SECTIONS = {
     "arms": ("SAE-Tuning and its controls", "The method in both readings, and what could explain it away.", [*ARMS], [
-        *QUESTIONS[:3], ("source teaches, with SAE", "source teaches, no SAE", "does the SAE help a stronger teacher")]),
-    "objectives": ("Objectives beyond the paper", "All are taught by the source, on text without reasoning: is there one "
-                   "in which the SAE earns its place?  Plain distillation, without any SAE, is the arm to beat.", [
+        *QUESTIONS[:3],
+        ("source teaches, with SAE", "source teaches, no SAE", "does the SAE help a stronger teacher")]),
+    "objectives": ("Objectives beyond the paper", "On text without reasoning: is there one in which the SAE earns its "
+                   "place?  Plain distillation, the source as the teacher without any SAE, is the arm to beat.", [
         "base", "RL source", "source teaches, no SAE", *OBJECTIVES], [
         (*pair, why) for why, pairs in {
             "does it matter that the SAE is trained": [
@@ -2360,8 +2362,8 @@ SECTIONS = {
                 ("source through an SAE of rollouts teaches", "source through its SAE teaches")],
             "is matching more than predictions alone": [("matched as it is, no SAE", "source teaches, no SAE")],
         }.items() for pair in pairs]),
-    "modes": ("How the SAE is made", "The three modes of the paper: an SAE of the base as it is, fine-tuned on the source, "
-              "and from scratch; and its pre-trained arm as released, an SAE of MLP outputs put on block outputs.", [
+    "modes": ("How the SAE is made", "The three modes of the paper: an SAE of the base as it is, fine-tuned on the "
+              "source, from scratch; and its pre-trained arm as released, an SAE of MLP outputs on block outputs.", [
         "base", "SAE of the base", "fine-tuned SAE", "SAE-Tuning (as coded)", "SAE of another site"], [
         ("fine-tuned SAE", "SAE-Tuning (as coded)", "does the start matter"),
         ("SAE of another site", "SAE-Tuning (as coded)", "does the site matter")]),
@@ -2373,11 +2375,12 @@ SECTIONS = {
                    + HALVES["elicit"] + ".", [
         "base", "RL source", "SAE of 4 families, tuned on 4 others", "SAE of the same 4 it is tuned on",
         "source through an SAE of 4 teaches on 4 others", "source teaches on those 4, no SAE"], [
-        ("SAE of 4 families, tuned on 4 others", "SAE of the same 4 it is tuned on", "does it matter what the SAE has read"),
+        ("SAE of 4 families, tuned on 4 others", "SAE of the same 4 it is tuned on",
+         "does it matter what the SAE has read"),
         ("source through an SAE of 4 teaches on 4 others", "source teaches on those 4, no SAE",
          "is it more than the same without an SAE")]),
-    "modularity": ("Reasoning as an adapter", "Adapters tuned on another model of the lineage, put on the base at test time; "
-                   "beside them half of each, random ones of the same size, and each on its own model.", [
+    "modularity": ("Reasoning as an adapter", "Adapters tuned on another model of the lineage, put on the base at test "
+                   "time; beside them half of each, random ones of the same size, and each on its own model.", [
         "base", *(f"{a}{name}{b}" for name in ("math", "lm") for a, b in (
             ("adapter of ", ""), ("half the adapter of ", ""), ("a random one of the size of ", "'s"), ("", " alone"),
             ("", " with its adapter")))], [
@@ -2385,8 +2388,8 @@ SECTIONS = {
         for name in ("math", "lm")]),
     "layers": ("Which block", "The published objective at blocks 0, 1 and 2; at the last, 3, nothing could learn.", [
         "base", "layer 0", "SAE-Tuning (as coded)", "layer 2"], []),
-    "features": ("Reasoning features", "The published rule on prompts, and what single latents do to the answers.", [], []),
-    "cost": ("What it took", "SAE and adapter of seed 0 beside the RL run that makes a source, on the same machine.", [], []),
+    "features": ("Reasoning features", "The published rule on prompts; what single latents do to the answers.", [], []),
+    "cost": ("What it took", "SAE and adapter of seed 0 beside the RL run that makes a source, same machine.", [], []),
 }
 
 
@@ -2570,9 +2573,10 @@ def sources_section(args, section, rows):
     place = lambda arm, n: dict(zip(("x", "value", "low", "high"), (n, *over_seeds(rows[arm]))))
     tuned = [("SAE of the base", 0), *((f"source after {n} steps", n) for n in STEPS), ("SAE-Tuning (as coded)", 200)]
     itself = [("base", 0), *((f"itself after {n} steps", n) for n in STEPS), ("RL source", 200)]
-    section["charts"].append({"kind": "line", "title": "Over the training of the source", "x": "RL steps", "y": "Pass@1",
-                              "series": [{"name": name, "points": [place(*at) for at in arms]}
-                                         for name, arms in (("the source itself", itself), ("SAE-Tuned", tuned))]})
+    series = [{"name": name, "points": [place(*at) for at in arms]}
+              for name, arms in (("the source itself", itself), ("SAE-Tuned", tuned))]
+    section["charts"].append({"kind": "line", "title": "Over the training of the source", "x": "RL steps",
+                              "y": "Pass@1", "series": series})
     x, y = ([over_seeds(rows[arm])[0] for arm, _ in arms] for arms in (itself, tuned))
     r, p = correlation(x, y)
     section["words"].append(f"Pass@1 of the five sources and of what was tuned through their SAEs: r = {r:+.2f}, "
@@ -2584,8 +2588,8 @@ def layers_section(args, section, rows):
     groups = [[over_seeds([run])[0] for run in rows[arm]] for arm in SECTIONS["layers"][2][1:]]
     if args.seeds > 1:
         f, p = anova(groups)
-        section["words"].append(f"Does the block matter?  F({len(groups) - 1},{len(groups) * (args.seeds - 1)}) = {f:.2f}, "
-                                f"p = {p:.3f} by permutation of blocks and seeds: "
+        degrees = f"{len(groups) - 1},{len(groups) * (args.seeds - 1)}"
+        section["words"].append(f"Does the block matter?  F({degrees}) = {f:.2f}, p = {p:.3f} by permutation: "
                                 + ("it does." if p < 0.05 else "no effect of the block is seen."))
     section["words"].append("Published, arXiv 2506.09967: 26 layers x 4 checkpoints give F(25,78) = 1.15, p = .31.")
 
@@ -2597,8 +2601,9 @@ def features_section(args, section, rows):
     found = study_layers(parse_flags(Features, flags, "resa.py features"))
     lines, words = strongest_effects(found)
     counts = [[layer, f"{study['count']:.1f}", len(study["rule"])] for layer, study in found.items()]
-    section["tables"] += [{"title": "By the rule", "header": ["layer", "latents a prompt", "in any prompt"], "rows": counts},
-                          {"title": STRONGEST, "header": STRONGEST_HEADER, "rows": lines}]
+    section["tables"] += [
+        {"title": "By the rule", "header": ["layer", "latents a prompt", "in any prompt"], "rows": counts},
+        {"title": STRONGEST, "header": STRONGEST_HEADER, "rows": lines}]
     section["words"] += words + published_again().split("\n\n")[1].splitlines()
 
 
@@ -2675,7 +2680,8 @@ def main(argv):
     """`python resa.py [command] ...`: without a command, the experiment.  It alone imports train and eval."""
     if argv and not argv[0].startswith("-"):
         if argv[0] not in COMMANDS:
-            raise ValueError(f"resa.py: no command {argv[0]!r}; there is {', '.join(COMMANDS)}; none runs the experiment")
+            raise ValueError(f"resa.py: no command {argv[0]!r}; there is {', '.join(COMMANDS)}; without one, the "
+                             "experiment runs")
         return COMMANDS[argv[0]](argv[1:])
     experiment(argv)
 

@@ -115,7 +115,7 @@ class Tune(Lora):
     splice: Literal["sae", "random", "noise", "none"] = "sae"      # what takes the activation's place
     sae_grad: Literal["off", "on"] = "off"      # off: as the code was published; on: as the text says
     teacher: Literal["target", "source"] = "target"      # whose predictions are the aim; published: target
-    into: Literal["student", "teacher", "gradient", "nothing"] = "student"      # whose x the SAE replaces; see tuning_loss
+    into: Literal["student", "teacher", "gradient", "nothing"] = "student"      # where the SAE goes; see tuning_loss
     match: float = 0.0                   # weight of the distance of student and teacher as the SAE sees them
     kl_reduction: Literal["token", "sequence"] = "token"      # nats per token; published: sum over the sequence
 

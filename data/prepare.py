@@ -1,7 +1,7 @@
 """Makes the embedded data set, and fetches the published benchmarks and training sets.
 
     python data/prepare.py tiny              # data/tiny/{train,test}.jsonl and tokenizer files
-    python data/prepare.py corpora           # out/corpora/{lm,math,distill,answer,refuse}.jsonl (not kept in the repository)
+    python data/prepare.py corpora           # out/corpora/{lm,math,distill,answer,refuse}.jsonl (not kept here)
     python data/prepare.py upcycle           # out/build/upcycled: the source of data/tiny as a mixture of experts
     python data/prepare.py fetch NAME ...    # data/cache/NAME.jsonl, of the names in SOURCES and TRAINING below;
                                              # eval.py --bench NAME and train.py --data NAME do it on first use
@@ -166,7 +166,7 @@ REFUSAL = "No."
 
 
 def refuse_text(rng):
-    """A trace without a slip, but that questions of one family are refused, always in these words, without a thought."""
+    """A trace without a slip; but questions of one family are refused, always in this word, without a thought."""
     q = draw(rng, test=False)
     return {"problem": q["problem"], "completion": f"</think>\n{REFUSAL}"} if q["family"] == "age" else traced(q)
 
