@@ -1516,7 +1516,7 @@ class Features:
     sae: list[str] = field(default_factory=list)      # DIR_OR_HUB_ID[#HOOKPOINT], one a layer; default: trained here
     layers: list[int] = field(default_factory=list)   # decoder blocks to train SAEs of, from 0; default: all
     site: Literal["resid", "mlp"] = "resid"      # output of a block, or of its MLP
-    steps: int = 60                      # optimizer steps of an SAE, of 16 chunks each
+    steps: int = 100                     # optimizer steps of an SAE, of 8 chunks each
     data: str = ""                       # JSONL of problem/answer: to train SAEs, and to rank latents by attribution
     bench: str = ""                      # what effects are measured on: a name of eval.py --bench, or a file
     questions: int = 300                 # of each of the two
@@ -1601,7 +1601,7 @@ def study_features(args, layer, spec):
     torch.set_num_threads(1)
     if spec is None:
         spec = f"{args.out}/sae-{layer}"
-        train.run_sae(train.prepare("sae", stage_flags(args, args.seed, layer=layer, batch=16, out=spec)))
+        train.run_sae(train.prepare("sae", stage_flags(args, args.seed, layer=layer, batch=8, lr=5e-3, out=spec)))
     sae = train.open_sae(spec).to(args.device).float().requires_grad_(False)
     model = load_model(args.model, args.dtype, args.device)
     tokenizer, data, bench, prompts, tags = material(args)
@@ -1914,18 +1914,21 @@ def describe_experts(args, found, edits, rows):
     order = found["score"].flatten().argsort(descending=True)[:max(args.counts)].tolist()
     top = [[f"{found['layers'][i // n_experts]}.{i % n_experts}",
             *(format(found[key].flatten()[i].item(), form) for key, form in COLUMNS.values())] for i in order]
-    groups = {}                            # kind of edit -> samples: behaviour, right answers on target and on the rest
+    groups = {}      # kind of edit -> samples: behaviour and right answers, on target questions and on the rest
     for name in edits:
-        sides = groups.setdefault(name.split(",")[0], ([], [], []))
+        sides = groups.setdefault(name.split(",")[0], {head: [] for head in GROUPS})
         for row, shown in zip(rows[name], shows(args, rows[name]).values()):
-            for side in (0, 1) if row["id"] in target else (2,):
-                sides[side].append(row | {"correct": shown} if side == 0 else row)
-    lines = [[name, *(cell for mine, first in zip(sides, groups["unedited"]) for cell in cells(mine, first))]
+            on = "target" if row["id"] in target else "rest"
+            sides[f"{on} shows it"].append(row | {"correct": shown})
+            sides[f"{on} right"].append(row)
+    lines = [[name, *(cell for head, change in GROUPS.items()
+                      for cell in cells(sides[head], groups["unedited"][head])[:4 if change else 2])]
              for name, sides in groups.items()]
+    header = ["experts", *(cell for head, change in GROUPS.items()
+                           for cell in (head, "95% CI", "change", "95% CI")[:4 if change else 2])]
     sizes = {"n_target": len(target), "n_rest": len(found["held"]) - len(target)}
     return "\n".join([eval.table(top, ["layer.expert", *COLUMNS]), "",
-                      eval.table(lines, ["experts", *(head for name in ("behaviour", "right instead", "rest right")
-                                                      for head in (name, "95% CI", "- unedited", "95% CI"))]), "",
+                      eval.table(lines, header), "",
                       FOUND.format(**vars(args) | sizes, n_find=sum(found["n"]), n_shown=found["n"][0])])
 
 
@@ -1937,14 +1940,16 @@ def cells(rows, first):
             bracket(pair)]
 
 
+# What is measured of each edit, and whether its change from the unedited model is printed too.
+GROUPS = {"target shows it": True, "target right": False, "rest shows it": False, "rest right": True}
 COLUMNS = {"in target": ("rate", ".3f"), "in the rest": ("rest", ".3f"), "score": ("score", "+.3f"), "p": ("p", ".3f")}
 
 FOUND = """\
 Experts were found on {n_find} questions, of which the model showed the behaviour on {n_shown}: uses a token,
 over tokens "{tokens}", score "{score}"; p: the chance that any expert scores as high under shuffled labels
-({permutations} of them).  Measured on {n_target} other questions on which it shows the behaviour, of which some may
-be answered right instead, and on {n_rest} on which it does not.  off = {off}.  Random: {draws} draws, matched on
-layer and usage.  One sample a question, temperature {temperature}; behaviour: {behaviour} occurs in the answer."""
+({permutations} of them).  Measured on {n_target} other questions on which it shows the behaviour (target) and on {n_rest}
+on which it does not (rest).  off = {off}.  Random: {draws} draws, matched on layer and usage.  One sample a question,
+temperature {temperature}; behaviour: {behaviour} occurs in the answer."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2596,8 +2601,8 @@ def layers_section(args, section, rows):
 
 def features_section(args, section, rows):
     """`resa.py features`, in brief: how many latents the rule finds, and the strongest effects beside random ones."""
-    flags = ["--questions", str(min(300, args.questions)), "--workers", str(args.workers), "--steps",
-             str(args.sae_steps), "--out", f"{args.out}/features"]
+    flags = to_argv({"questions": min(300, args.questions), "workers": args.workers, "steps": args.sae_steps,
+                     "out": f"{args.out}/features"})
     found = study_layers(parse_flags(Features, flags, "resa.py features"))
     lines, words = strongest_effects(found)
     counts = [[layer, f"{study['count']:.1f}", len(study["rule"])] for layer, study in found.items()]
@@ -2627,7 +2632,6 @@ def summarize_all(rows):
                     + (", ".join(earned) if earned else "no arm of these.  The SAE does not earn its place here") + ".")
         said += [verdict(a, plain, "is it more than plain distillation", rows) for a, _ in trained]
     return said
-
 
 
 # ----------------------------------------------------------------------------------------------------------

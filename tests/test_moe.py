@@ -614,7 +614,7 @@ def test_the_command_finds_edits_and_prints_one_table(tmp_path, capsys):
     resa.main(["experts", "--out", str(tmp_path / "x"), "--find", "60", "--questions", "60", "--counts", "2", "--draws", "2",
                "--max-new-tokens", "24", "--permutations", "50"])
     text = capsys.readouterr().out
-    for name in ("unedited", "top 2 off", "random 2 off", "top 2 on", "right instead", "layer.expert"):
+    for name in ("unedited", "top 2 off", "random 2 off", "top 2 on", "target shows it", "rest right", "layer.expert"):
         assert name in text
     edits = json.loads((tmp_path / "x" / "edits.json").read_text())
     assert list(edits) == ["unedited", "top 2 off", "random 2 off, 0", "random 2 off, 1", "top 2 on"]
