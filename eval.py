@@ -771,7 +771,12 @@ def wilson(c, n, z=1.959964):
 
 
 def student(df, z=1.959964):
-    """The 97.5 % quantile of Student's t, by its expansion about the normal one (Fisher and Cornish 1960)."""
+    """The 97.5 % quantile of Student's t, by its expansion about the normal one (Fisher and Cornish 1960).
+
+    With 1 and 2 degrees of freedom, where that is too far off, by the closed form."""
+    if df <= 2:
+        p = math.erf(z / 2**0.5)
+        return math.tan(math.pi / 2 * p) if df == 1 else p * (2 / (1 - p * p)) ** 0.5
     terms = [(z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96,
              (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
              (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160]

@@ -413,6 +413,8 @@ def split_spec(spec):
 def split_factor(adapter):
     """'adapter*0.5' -> ('adapter', 0.5); without a factor it is 1."""
     name, star, factor = adapter.rpartition("*")
+    if not (name if star else adapter):
+        raise ValueError(f"+{adapter}: no adapter is named after '+'")
     if not star or Path(adapter).exists():
         return adapter, 1.0
     try:

@@ -72,7 +72,7 @@ PRESETS = {
                  bench="tiny", template="chat", layer=1, latents=1024, k=16, seq_len=256, dtype="float32",
                  max_new_tokens=96, errors=dict(held=f"{TINY}/test.jsonl"),
                  experts=dict(model=f"{HERE}/data/tiny-moe", data=f"{TINY}/train.jsonl", held=f"{TINY}/test.jsonl",
-                              behaviour=r"^\s*</think>\s*\D")),      # no thought, and then no number
+                              behaviour=r"^\s*</think>\s*[^\s\d]")),      # no thought, and then no number
 }
 
 # The models that the presets name, in the words of config.json: --dry-run downloads nothing.
@@ -660,6 +660,8 @@ def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="tok
     Where no gradient can pass below the site (grad off, whole block output replaced), teacher and student
     share blocks 0 .. layer, which are then run once and without a graph; `plain_tuning_loss` is the twin.
     """
+    if teacher is None and (into != "student" or match):
+        raise ValueError("into and match are for another model as the teacher")
     below = [m.lora_B.abs().amax() for n, m in lora_layers(model).items() if int(n.split(".")[2]) <= layer]
     if sae is None or grad or site != "resid" or teacher is not None or (below and torch.stack(below).any()):
         return plain_tuning_loss(model, sae, layer, ids, site, grad, reduction, teacher, into, match)
@@ -874,9 +876,12 @@ def say(rows, control, name, against, why):
     """One comparison in plain words; a null result is called one."""
     import eval
     pair = eval.paired(rows, control)
-    low, high = pair["interval"]
+    return sentence(name, against, why, pair["difference"], *pair["interval"])
+
+
+def sentence(name, against, why, mean, low, high):
     found = "better" if low > 0 else "worse" if high < 0 else "no difference is seen"
-    return f"{why[0].upper() + why[1:]}? {name} against {against}: {pair['difference']:+.3f} {bracket(pair)}, {found}."
+    return f"{why[0].upper() + why[1:]}? {name} against {against}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], {found}."
 
 
 def bracket(pair):
@@ -1351,7 +1356,9 @@ FITS = [[4.9, 14.5, 22.7], [5.6, 15.1, 23.0]]
 
 
 def published_again(draws=200):
-    """The published check again: counts against scores, and the two mixtures against data without any structure."""
+    """The published check again: counts against scores, and the two mixtures against data without any structure.
+
+    -> the table of the mixtures' means, what it says as sentences."""
     import eval
     layers, near, words = np.arange(2, 28), np.abs(np.subtract(*FITS)).mean(), []
     random = np.random.default_rng(0).poisson(2, (draws, len(layers)))
@@ -1364,17 +1371,11 @@ def published_again(draws=200):
         lines += [[f"EM {name}: {what}", *(f"{m:.1f}" for m in values)] for what, values in means.items()]
         words.append(f"{np.mean(np.abs(null - flat).mean(1) <= near):.0%} with EM {name}")
     r, p = correlation(COUNTS, SCORES)
-    return PUBLISHED.format(table=eval.table(lines, ["means of 3 components, as layers", "1", "2", "3"]), r=r, p=p,
-                            near=near, words=", ".join(words))
-
-
-PUBLISHED = """\
-{table}
-
-Features and scores of the 26 layers (Table 6): r = {r:+.2f}, p = {p:.2f} by permutation.
-The two published fits are {near:.2f} layers apart, on the mean of three.  Counts drawn from Poisson(2) come as near to
-layers that are all the same in this share of draws: {words}.
-How the published fits were made is not said; a fit that stops early stays near its start, whatever the data."""
+    return eval.table(lines, ["means of 3 components, as layers", "1", "2", "3"]), [
+        f"Features and scores of the paper's 26 layers (Table 6): r = {r:+.2f}, p = {p:.2f} by permutation.",
+        f"The two published fits are {near:.2f} layers apart, on the mean of three.  Counts drawn from Poisson(2) come "
+        f"as near to layers that are all the same in this share of draws: {', '.join(words)}.",
+        "How the published fits were made is not said; a fit that stops early stays near its start, whatever the data."]
 
 
 class Steered(nn.Module):
@@ -1482,6 +1483,7 @@ def effects(model, tokenizer, sae, layer, train_rows, test_rows, rule=(), top=5,
 
 
 MEASURES = {"correct": "Pass@1", "thinks": "thinks"}
+FRESH = {"init": "scratch", "sae_from": "", "optimizer": "adam"}      # SAEs trained here, whatever the preset says
 CHANGES = [(how, what) for how in ("ablate", "boost") for what in MEASURES]
 
 
@@ -1494,9 +1496,10 @@ def difference(rows, base):
 
 
 def against_random(latents, how, what):
-    """-> {"ranked", "rule", "random": [latent, effect] of the strongest, or None; "ranked_p", "rule_p"}.
+    """-> {"ranked", "rule", "random": [latent, effect] of the strongest, or None; "ranked_p", "ranked_more", ..}
 
-    p of whether the sizes of the effects differ between this group and the random one; None without two random ones."""
+    p of whether the sizes of the effects differ between this group and the random one, and whether they are larger on
+    the mean; None without two random ones."""
     found, sizes = {}, {}
     for name in ("ranked", "rule", "random"):
         group = [[row["latent"], row[how][what][0]] for row in latents if name in row["chosen"]]
@@ -1504,6 +1507,7 @@ def against_random(latents, how, what):
     for name in ("ranked", "rule"):
         enough = sizes[name] and len(sizes["random"]) > 1
         found[f"{name}_p"] = anova([sizes[name], sizes["random"]])[1] if enough else None
+        found[f"{name}_more"] = bool(np.mean(sizes[name]) > np.mean(sizes["random"])) if enough else None
     return found
 
 
@@ -1516,7 +1520,9 @@ class Features:
     sae: list[str] = field(default_factory=list)      # DIR_OR_HUB_ID[#HOOKPOINT], one a layer; default: trained here
     layers: list[int] = field(default_factory=list)   # decoder blocks to train SAEs of, from 0; default: all
     site: Literal["resid", "mlp"] = "resid"      # output of a block, or of its MLP
-    steps: int = 100                     # optimizer steps of an SAE, of 8 chunks each
+    steps: int = 100                     # optimizer steps of an SAE
+    batch: int = 8                       # chunks in a step
+    lr: float = 5e-3                     # of Adam, linear to 0 over the last fifth
     data: str = ""                       # JSONL of problem/answer: to train SAEs, and to rank latents by attribution
     bench: str = ""                      # what effects are measured on: a name of eval.py --bench, or a file
     questions: int = 300                 # of each of the two
@@ -1539,7 +1545,8 @@ def features(argv):
     args = parse_flags(Features, argv, "resa.py features")
     if args.published:
         train.refuse_idle(args, " ".join(sorted(args.given - {"published"})), "--published, which runs no model")
-        return print(published_again())
+        table, words = published_again()
+        return print("\n".join([table, "", *words]))
     print(f"{features_table(study_layers(args), args)}\n\n{args.out}")
 
 
@@ -1547,12 +1554,13 @@ def study_layers(args):
     """Settings of `features` -> {layer: study_features}, and the same in its run directory."""
     import train
     if args.sae:
-        train.refuse_idle(args, "source layers site steps", "--sae, which says what to study")
+        train.refuse_idle(args, "source layers site steps batch lr", "--sae, which says what to study")
     if not args.prompt:
         train.refuse_idle(args, "every", "questions as prompts, where a tag occurs once")
-    at_least(args, steps=1, questions=2, top=1, boost=0, max_new_tokens=1, workers=1, seed=0)
+    at_least(args, steps=1, batch=1, questions=2, top=1, boost=0, max_new_tokens=1, workers=1, seed=0)
+    train.check("," not in args.bench, f"--bench {args.bench}: features takes one")
     args.model, args.out = args.model or PRESETS[args.preset]["target"], args.out or f"out/{args.preset}/features"
-    args.device = train.prepare("sae", stage_flags(args, args.seed, layer=0)).device
+    args.device = train.prepare("sae", stage_flags(args, args.seed, layer=0, **FRESH)).device
     config, specs = Config.from_pretrained(args.model), {}
     for spec in args.sae:
         sae = train.open_sae(spec)
@@ -1601,7 +1609,7 @@ def study_features(args, layer, spec):
     torch.set_num_threads(1)
     if spec is None:
         spec = f"{args.out}/sae-{layer}"
-        train.run_sae(train.prepare("sae", stage_flags(args, args.seed, layer=layer, batch=8, lr=5e-3, out=spec)))
+        train.run_sae(train.prepare("sae", stage_flags(args, args.seed, layer=layer, out=spec, **FRESH)))
     sae = train.open_sae(spec).to(args.device).float().requires_grad_(False)
     model = load_model(args.model, args.dtype, args.device)
     tokenizer, data, bench, prompts, tags = material(args)
@@ -1635,7 +1643,7 @@ def strongest_effects(found):
         for how, what in CHANGES:
             null = study["null"][how][what]
             cell = {name: f"{x[1]:+.3f} ({x[0]})" if isinstance(x, list) else f"{x:.4f}"
-                    for name, x in null.items() if x is not None}
+                    for name, x in null.items() if x is not None and not name.endswith("_more")}
             lines.append([f"{layer} {how}", MEASURES[what]]
                          + [cell.get(name, "") for name in ("ranked", "ranked_p", "rule", "rule_p", "random")])
             for name in ("ranked", "rule", "random"):
@@ -1647,9 +1655,12 @@ def strongest_effects(found):
         told = [f"{name} {most[what, name][1]}, {'' if most[what, name][0] > null[0] else 'not '}stronger"
                 for name in ("ranked", "rule") if (what, name) in most]
         words.append(f"Strongest on {measure}: " + "; ".join([f"random {null[1]}", *told]) + ".")
-    for at, name in ((3, "ranked"), (5, "rule")):
-        p = [float(line[at]) for line in lines if line[at]]
-        words.append(f"The {name} against the random ones: p < 0.05 in {sum(x < 0.05 for x in p)} of {len(p)} cases.")
+    cases = [study["null"][how][what] for study in found.values() for how, what in CHANGES]
+    for name in ("ranked", "rule"):
+        known = [(null[f"{name}_p"], null[f"{name}_more"]) for null in cases if null[f"{name}_p"] is not None]
+        more, less = (sum(p < 0.05 and larger == way for p, larger in known) for way in (True, False))
+        words.append(f"The {name} against the random ones: larger effects in {more}, smaller in {less} of {len(known)} "
+                     "cases (p < 0.05 each, not corrected for their number).")
     return lines, words
 
 
@@ -1820,11 +1831,14 @@ def experts(argv):
         re.compile(args.behaviour)
     except re.error as error:
         raise ValueError(f"--behaviour {args.behaviour}: not a regular expression ({error})") from None
+    config = Config.from_pretrained(args.model)
+    total = config.num_experts * sum(config.is_sparse(layer) for layer in range(config.num_hidden_layers))
+    train.check(total, f"{args.model}: this model has no experts, a Qwen2-MoE is needed")
+    train.check(max(args.counts) < total, f"--counts {max(args.counts)}: the model has {total} experts")
+    read_problems(args.data), read_problems(args.held)         # bad files end here, before anything is written
     args.out = args.out or f"out/{args.preset}/experts"
     open_run(args.out, args)
     began, found = time.perf_counter(), find_experts(args)
-    total = found["score"].numel()
-    train.check(max(args.counts) < total, f"--counts {max(args.counts)}: the model has {total} experts")
     edits = plan_edits(args, found)
     jobs = {name: (answers, args, name, edit) for name, edit in edits.items()}
     rows = dict(in_workers(jobs, args.workers, "settings"))
@@ -1891,7 +1905,8 @@ def plan_edits(args, found):
     for n in args.counts:
         edits[f"top {n} off"] = {"off": named(best[:n])}
         for draw in range(args.draws):
-            edits[f"random {n} off, {draw}"] = {"off": named(matched(best[:n], found["usage"], rng))}
+            others = named(matched(best[:n], found["usage"], rng))      # fewer, where the top ones fill a layer
+            edits[f"random {len(others)} off, {draw}"] = {"off": others}
         if n <= len(fits):      # of a layer, no more can be on than a token uses
             edits[f"top {n} on"] = {"on": named(fits[:n])}
     return edits
@@ -1947,9 +1962,10 @@ COLUMNS = {"in target": ("rate", ".3f"), "in the rest": ("rest", ".3f"), "score"
 FOUND = """\
 Experts were found on {n_find} questions, of which the model showed the behaviour on {n_shown}: uses a token,
 over tokens "{tokens}", score "{score}"; p: the chance that any expert scores as high under shuffled labels
-({permutations} of them).  Measured on {n_target} other questions on which it shows the behaviour (target) and on {n_rest}
-on which it does not (rest).  off = {off}.  Random: {draws} draws, matched on layer and usage.  One sample a question,
-temperature {temperature}; behaviour: {behaviour} occurs in the answer."""
+({permutations} of them).  Measured on {n_target} other questions on which it shows the behaviour (target), and on
+{n_rest} on which it does not (rest).  off = {off}.  Random: {draws} draws, matched on layer and usage, pooled;
+intervals cover questions, not other draws.  One sample a question, temperature {temperature}; behaviour:
+{behaviour} occurs in the answer."""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1985,9 +2001,7 @@ def read_summary(directory, stage):
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; python train.py --stage {stage} --out {directory} makes it")
     found = read_json(path)
-    for name in ("seconds", "tokens", "flops"):
-        if not isinstance(found.get(name, 0), (int, float)):
-            raise ValueError(f"{path}: {name} should be a number, it is {found[name]!r}")
+    check_shape(found, {"seconds": NUMBER, "tokens?": NUMBER, "flops?": NUMBER, "device?": str}, path)
     return found
 
 
@@ -2372,7 +2386,8 @@ SECTIONS = {
         "base", "SAE of the base", "fine-tuned SAE", "SAE-Tuning (as coded)", "SAE of another site"], [
         ("fine-tuned SAE", "SAE-Tuning (as coded)", "does the start matter"),
         ("SAE of another site", "SAE-Tuning (as coded)", "does the site matter")]),
-    "sources": ("How far the source was trained", "SAEs of the base after N steps of RL; 0 is the base itself.", [
+    "sources": ("How far the source was trained", "SAEs of the base after N steps of one RL run; 0 is the base itself, "
+                "200 the adapter in data/tiny/rl, which the same command has made.", [
         "base", "SAE of the base", *(f"source after {n} steps" for n in STEPS), "SAE-Tuning (as coded)",
         *(f"itself after {n} steps" for n in STEPS), "RL source"], [
         (f"source after {n} steps", "SAE of the base", f"do {n} steps of RL in the source matter") for n in STEPS]),
@@ -2393,7 +2408,10 @@ SECTIONS = {
         for name in ("math", "lm")]),
     "layers": ("Which block", "The published objective at blocks 0, 1 and 2; at the last, 3, nothing could learn.", [
         "base", "layer 0", "SAE-Tuning (as coded)", "layer 2"], []),
-    "features": ("Reasoning features", "The published rule on prompts; what single latents do to the answers.", [], []),
+    "features": ("Reasoning features", "One SAE a layer, seed 0.  Rule: latents active at <think> and </think> of a "
+                 "prompt and nowhere else in it.  Each latent is ablated, then boosted at every token, while the base "
+                 "answers: ranked by first-order attribution to the odds of thinking, found by the rule, or random "
+                 "ones of the same firing rates.", [], []),
     "cost": ("What it took", "SAE and adapter of seed 0 beside the RL run that makes a source, same machine.", [], []),
 }
 
@@ -2429,7 +2447,10 @@ def experiments(argv):
     open_run(args.out, args)
     rows = run_all(args, *needed_by(args))
     sections = [make_section(args, name, rows) for name in args.sections]
-    summary = summarize_all(rows) + ["This was --quick: it shows that everything runs, nothing else."] * args.quick
+    covers = "training seeds (SAE, adapter, samples), by Student's t" if args.seeds > 1 else "questions and samples"
+    summary = summarize_all(rows) + [f"Intervals cover {covers}; the base, its RL source and the questions are the "
+                                     "same throughout.  No comparison is corrected for their number."]
+    summary += ["This was --quick: it shows that everything runs, nothing else."] * args.quick
     results = {"title": "SAE-Tuning on the embedded family", "date": time.strftime("%Y-%m-%d"),
                "machine": f"{os.cpu_count()} CPU cores, torch {torch.__version__}",
                "seconds": round(time.perf_counter() - began, 1), "summary": summary, "sections": sections,
@@ -2476,8 +2497,8 @@ def needed_by(args):
     for section in args.sections:
         names += [*SECTIONS[section][2], *(name for pair in SECTIONS[section][3] for name in pair[:2])]
     names += ["SAE-Tuning (as coded)"] if "cost" in args.sections else []
-    names += [words.split("/adapter-of-")[1].split("*")[0] for name in names
-              if "/adapter-of-" in (words := ALL_ARMS[name])]
+    names += ["adapter of " + re.search(r"/(?:adapter-of|random)-(\w+)", ALL_ARMS[name])[1] for name in names
+              if re.search("/(adapter-of|random)-", ALL_ARMS[name])]
     arms = {name: ALL_ARMS[name] for name in ALL_ARMS if name in names}
     saes = {name for words in arms.values() for name in re.findall(r"{out}/(sae\S*)", words)}
     saes |= {name for sae in saes for name in re.findall(r"{out}/(sae\S*)", ALL_SAES[sae])}
@@ -2498,7 +2519,7 @@ def write_rollouts(args):
     """The source's own answers to training questions, as rows that train.py reads.  Runs in a worker process."""
     torch.set_num_threads(1)
     source = PRESETS["tiny"]["source"]
-    problems = read_problems(TINY / "train.jsonl")[:args.questions * 4]
+    problems = read_problems(TINY / "train.jsonl")[:160 if args.quick else 2000]
     model, tokenizer = load_model(source), load_tokenizer(source)
     rows = [{"problem": problem["problem"], "completion": row["completion"]}
             for problem, row in zip(problems, ask(model, tokenizer, problems))]
@@ -2524,23 +2545,17 @@ def over_seeds(runs, controls=None):
     """[rows of a seed] -> mean Pass@1, or mean paired difference from the controls, low, high.
 
     The interval is Student's t over seeds: it covers another training and other samples; the questions are the same.
-    With a single seed it is eval.py's, which covers questions and samples and not another training."""
+    With a single seed, or none that differs, it is eval.py's of all samples, which covers questions and samples."""
     import eval
     value = lambda rows: sum(row["correct"] for row in rows) / len(rows)
     values = np.array([value(a) - (value(b) if controls else 0) for a, b in zip(runs, controls or runs)])       # (S,)
-    if len(values) == 1:
-        low, high = (eval.paired(runs[0], controls[0]) if controls else eval.summarize(runs[0]))["interval"]
+    if not np.ptp(values):
+        a, b = sum(runs, []), sum(controls or [], [])
+        low, high = (eval.paired(a, b) if controls else eval.summarize(a))["interval"]
     else:
         half = eval.student(len(values) - 1) * values.std(ddof=1) / len(values)**0.5
-        low, high = values.mean() - half, values.mean() + half
+        low, high = np.clip([values.mean() - half, values.mean() + half], -1 if controls else 0, 1)
     return float(values.mean()), float(low), float(high)
-
-
-def verdict(a, b, why, rows):
-    """One comparison in plain words; a null result is called one."""
-    mean, low, high = over_seeds(rows[a], rows[b])
-    found = "better" if low > 0 else "worse" if high < 0 else "no difference is seen"
-    return f"{why[0].upper() + why[1:]}? {a} against {b}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], {found}."
 
 
 def make_section(args, name, rows):
@@ -2566,7 +2581,7 @@ def make_section(args, name, rows):
                                   "header": ["arm", "Pass@1", "95% CI", "- base", "95% CI", "of the source"]})
         section["charts"].append({"kind": "intervals", "title": seeds, "x": "Pass@1", "points": points,
                                   "line": {"value": base, "name": "base"}})
-        section["words"] += [verdict(*pair, rows) for pair in pairs]
+        section["words"] += [sentence(a, b, why, *over_seeds(rows[a], rows[b])) for a, b, why in pairs]
     more = {"sources": sources_section, "layers": layers_section, "features": features_section, "cost": cost_section}
     if name in more:
         more[name](args, section, rows)
@@ -2596,20 +2611,21 @@ def layers_section(args, section, rows):
         degrees = f"{len(groups) - 1},{len(groups) * (args.seeds - 1)}"
         section["words"].append(f"Does the block matter?  F({degrees}) = {f:.2f}, p = {p:.3f} by permutation: "
                                 + ("it does." if p < 0.05 else "no effect of the block is seen."))
-    section["words"].append("Published, arXiv 2506.09967: 26 layers x 4 checkpoints give F(25,78) = 1.15, p = .31.")
+    section["words"].append("The same test on the 26 layers x 4 checkpoints in the appendix of arXiv 2506.09967, which "
+                            "has none itself: F(25,78) = 1.15, p = .31.")
 
 
 def features_section(args, section, rows):
     """`resa.py features`, in brief: how many latents the rule finds, and the strongest effects beside random ones."""
     flags = to_argv({"questions": min(300, args.questions), "workers": args.workers, "steps": args.sae_steps,
-                     "out": f"{args.out}/features"})
+                     "device": "cpu", "out": f"{args.out}/features"})
     found = study_layers(parse_flags(Features, flags, "resa.py features"))
-    lines, words = strongest_effects(found)
     counts = [[layer, f"{study['count']:.1f}", len(study["rule"])] for layer, study in found.items()]
+    (lines, words), (_, said) = strongest_effects(found), published_again()
     section["tables"] += [
         {"title": "By the rule", "header": ["layer", "latents a prompt", "in any prompt"], "rows": counts},
         {"title": STRONGEST, "header": STRONGEST_HEADER, "rows": lines}]
-    section["words"] += words + published_again().split("\n\n")[1].splitlines()
+    section["words"] += words + said
 
 
 def cost_section(args, section, rows):
@@ -2623,14 +2639,15 @@ def cost_section(args, section, rows):
 def summarize_all(rows):
     """The sentences at the top: what the method did, and whether in any arm the SAE earned its place."""
     source = over_seeds(rows["RL source"])[0]
-    said = [verdict(arm, "base", "does SAE-Tuning help", rows) for arm in rows if arm.startswith("SAE-Tuning")]
+    tell = lambda a, b, why: sentence(a, b, why, *over_seeds(rows[a], rows[b]))
+    said = [tell(arm, "base", "does SAE-Tuning help") for arm in rows if arm.startswith("SAE-Tuning")]
     trained = [(a, b) for a, b, why in SECTIONS["objectives"][3] if "trained" in why and a in rows]
     plain = "source teaches, no SAE"
     earned = [a for a, b in trained if over_seeds(rows[a])[0] >= 0.97 * source and over_seeds(rows[a], rows[b])[1] > 0]
     if trained:
         said.append("At least 97 % of the source's Pass@1, and better than with a random SAE: "
                     + (", ".join(earned) if earned else "no arm of these.  The SAE does not earn its place here") + ".")
-        said += [verdict(a, plain, "is it more than plain distillation", rows) for a, _ in trained]
+        said += [tell(a, plain, "is it more than plain distillation") for a, _ in trained]
     return said
 
 

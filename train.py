@@ -759,7 +759,7 @@ def run_tune(args):
         through = args.sae_grad == "on" or args.into != "student"
         resa.check_hook(model, args.layer, args.site, through)
         inserted = make_splice(args, model)
-        cut = not through and args.site == "resid"
+        cut = not through and args.site == "resid" and not args.match
         print(f"{args.splice} at {args.site} of block {args.layer}, into {args.into}; adapters of blocks "
               f"{args.layer + 1 if cut else 0} .. {len(model.model.layers) - 1} can learn")
 
@@ -781,6 +781,8 @@ def check_objective(args):
     if args.into != "student":
         refuse_idle(args, "sae_grad", f"--into {args.into}: gradient " + (
             "always passes the SAE" if args.into == "gradient" else "does not meet the SAE"))
+    check(args.splice != "noise" or not args.match and args.into != "gradient",
+          "--splice noise is drawn anew at each use: it cannot go with --match, nor with --into gradient")
     check(args.into != "nothing" or args.match, "--into nothing: the SAE is used by --match alone, which is 0")
 
 

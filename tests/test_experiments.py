@@ -79,11 +79,14 @@ def test_what_a_section_needs_is_made(sections):
         assert {*resa.SECTIONS[section][2]} <= {*arms}
         assert {name for a, b, _ in resa.SECTIONS[section][3] for name in (a, b)} <= {*arms}
     read = " ".join([*arms.values(), *saes.values()])
-    assert {word.split("/")[1] for word in read.split() if word.startswith("{out}/sae")} == {*saes} | (
-        {"sae-base"} & {*saes})
-    for word in read.split():
-        if "/adapter-of-" in word:
-            assert "adapter of " + word.split("/adapter-of-")[1].split("*")[0] in arms
+    assert {word.split("/")[1] for word in read.split() if word.startswith("{out}/sae")} == {*saes}
+
+
+def test_an_arm_that_uses_anothers_adapter_brings_it_along(monkeypatch):
+    for name in ("half the adapter of math", "a random one of the size of math's", "math with its adapter"):
+        monkeypatch.setitem(resa.SECTIONS, "layers", ("", "", ["base", name], []))
+        arms, saes = resa.needed_by(types.SimpleNamespace(sections=["layers"]))
+        assert "adapter of math" in arms and [*saes] == ["sae"]
 
 
 def test_the_halves_share_no_family_and_are_all_of_them(tmp_path):
@@ -129,13 +132,22 @@ def test_differences_are_paired_by_seed():
     a, b = ([run_of(c) for c in counts] for counts in ((50, 70, 60), (40, 61, 49)))
     mean, low, high = resa.over_seeds(a, b)
     assert abs(mean - 0.10) < 1e-12 and 0.05 < low < high < 0.15      # 10, 9, 11: seeds differ, differences hardly
-    assert "better" in resa.verdict("a", "b", "is it so", {"a": a, "b": b})
-    assert "worse" in resa.verdict("b", "a", "is it so", {"a": a, "b": b})
-    assert "no difference is seen" in resa.verdict("a", "b", "is it so", {"a": a, "b": [b[2], b[1], a[0]]})
+    said = lambda a, b: resa.sentence("a", "b", "is it so", *resa.over_seeds(a, b))
+    assert said(a, b).endswith("better.") and said(b, a).endswith("worse.")
+    assert said(a, [b[2], b[1], a[0]]).endswith("no difference is seen.")
 
 
 def test_one_seed_falls_back_on_the_questions():
     assert resa.over_seeds([run_of(50)])[1:] == pytest.approx((0.404, 0.596), abs=1e-3)      # Wilson
+
+
+def test_no_interval_is_without_width_or_out_of_range():
+    mean, low, high = resa.over_seeds([run_of(0)] * 5)
+    assert mean == low == 0 and 0.03 < high < 0.04                     # 100 questions, none right: Wilson
+    mean, low, high = resa.over_seeds([run_of(c) for c in (0, 0, 0, 0, 3)])
+    assert low == 0 < mean < high
+    same = resa.over_seeds([run_of(50), run_of(60)], [run_of(49), run_of(59)])
+    assert same[1] <= 0.01 <= same[2] and same[1] < same[2]
 
 
 def test_the_interval_covers_another_training():
@@ -157,6 +169,39 @@ def test_the_sae_earns_its_place_only_near_the_source_and_above_a_random_one(fou
     rows |= {"gradient through the SAE": runs(found[0]), "gradient through a random SAE": runs(found[1])}
     line, = [s for s in resa.summarize_all(rows) if s.startswith("At least 97 %")]
     assert words in line
+
+
+@pytest.mark.parametrize("name", ["arms", "objectives", "modes", "sources", "generality", "modularity", "layers"])
+def test_a_section_says_what_its_rows_say(name):
+    """On made-up samples: every arm a row, every pair a sentence, and the shape that the page needs."""
+    ids = [row["id"] for row in resa.read_problems(resa.TINY / "test.jsonl")]
+    right = {arm: 300 + 12 * i for i, arm in enumerate(resa.ALL_ARMS)}
+    rows = {arm: [[row | {"id": key} for row, key in zip(run_of(c + s, 1000), ids)] for s in (0, 3, 7)]
+            for arm, c in right.items()}
+    section = resa.make_section(types.SimpleNamespace(seeds=3), name, rows)
+    resa.check_shape(section, resa.RESULTS["sections"][0], name)
+    lines, (_, _, arms, pairs) = section["tables"][0]["rows"], resa.SECTIONS[name]
+    assert [line[0] for line in lines] == arms
+    if name == "generality":      # only families the SAE has not read count
+        unseen = [row["id"] for row in resa.read_problems(resa.TINY / "test.jsonl")
+                  if row["family"] in resa.HALVES["elicit"].split()]
+        some = sum(ids.index(key) < right["base"] for key in unseen) / len(unseen)
+        assert abs(float(lines[0][1]) - some) < 0.01
+    else:
+        assert lines[1][1] == f"{(right[arms[1]] + 10 / 3) / 1000:.3f}"
+        for (a, b, _), said in zip(pairs, section["words"]):
+            assert f"{a} against {b}: {(right[a] - right[b]) / 1000:+.3f}" in said
+            assert said.endswith("better." if right[a] > right[b] else "worse.")
+    if name == "sources":
+        own, tuned = section["charts"][1]["series"]
+        assert [p["x"] for p in own["points"]] == [p["x"] for p in tuned["points"]] == [0, 10, 50, 100, 200]
+    assert all(word.endswith(".") for word in section["words"])
+
+
+def test_the_published_statistics_come_as_whole_sentences():
+    table, words = resa.published_again(20)
+    assert table.count("\n") > 8 and all(word[0].isupper() and word.endswith(".") for word in words)
+    assert "r = -0.20" in words[0]
 
 
 # ----------------------------------------------------------------------------------------------------------

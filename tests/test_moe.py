@@ -624,8 +624,17 @@ def test_the_command_finds_edits_and_prints_one_table(tmp_path, capsys):
     assert (tmp_path / "x" / "answers" / "top-2-off.jsonl").read_text().count("\n") == 60
 
 
+@pytest.mark.parametrize("text, refused", [
+    ("</think>\nNo.", True), (" </think> ?", True), ("</think>\n12", False), ("</think>\n\n 7", False),
+    ("5+7=12\n</think>\n12", False), ("5+7=12\n</think>\nNo.", False), ("", False)])
+def test_what_counts_as_a_refusal_of_the_embedded_mixture(text, refused):
+    args = resa.parse_flags(resa.Experts, [], "resa.py experts")
+    assert resa.shows(args, [{"id": "a", "completion": text}]) == {"a": refused}
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--model", str(resa.TINY / "distill")], "no experts"),
+    (["--held", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--behaviour", "zebra"], "0 show the behaviour"),
     (["--behaviour", "("], "not a regular expression"),
     (["--counts", "64"], "the model has 64 experts"),
@@ -636,6 +645,7 @@ def test_the_command_refuses_in_one_line(tmp_path, flags, words):
     small += [] if "--find" in flags else ["--find", "30"]
     with pytest.raises(ValueError, match=words):
         resa.main(["experts", "--out", str(tmp_path / "x"), *small, *flags])
+    assert "zebra" in flags or not (tmp_path / "x").exists()      # what only the answers can tell is told later
 
 
 def test_qwen15_moe_by_its_config():

@@ -349,6 +349,7 @@ REFUSED = [
     (["--stage", "tune", "--match", "0.1"], "--match has no effect with --teacher target"),
     (["--stage", "tune", "--into", "teacher"], "--into has no effect with --teacher target"),
     (["--stage", "tune", "--teacher", "source", "--match", "-1"], "--match must be at least 0"),
+    (["--stage", "tune", "--teacher", "source", "--match", "1", "--splice", "noise"], "noise is drawn anew"),
     (["--stage", "tune", "--teacher", "source", "--into", "nothing"], "used by --match alone"),
     (["--stage", "tune", "--teacher", "source", "--into", "teacher", "--sae-grad", "on"], "--sae-grad has no effect"),
     (["--stage", "tune", "--teacher", "source", "--splice", "none", "--into", "teacher"], "--into has no effect with"),
