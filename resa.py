@@ -55,8 +55,8 @@ from torch import nn
 from model import (
     Config, at_least_fp32, check_adapter, collect, load_model, load_tokenizer, read_adapter, read_json, right_pad,
     save_model, staged)
-from sae import (VARIANTS, build, decompose_error, dense, fit_floor, init_b_dec, linear_r2, load_sae, make_optimizer,
-                 metrics, pursue, same_tokens, save_sae, train_step)
+from sae import (VARIANTS, build, column, decompose_error, dense, fit_floor, init_b_dec, linear_r2, load_sae,
+                 make_optimizer, metrics, pursue, same_tokens, save_sae, train_step)
 
 HERE = Path(__file__).resolve().parent
 
@@ -1390,7 +1390,7 @@ class Steered(nn.Module):
 
     def forward(self, x):
         b = self.sae.batch(x)
-        z = -dense(self.sae.codes(b))[:, self.latent] if self.how == "ablate" else b.x.new_ones(len(b.x))      # (N,)
+        z = -column(self.sae.codes(b), self.latent) if self.how == "ablate" else b.x.new_ones(len(b.x))      # (N,)
         return x + (self.strength * z[:, None] * self.sae.W_dec[self.latent] * b.undo[1]).to(x.dtype).view_as(x)
 
 

@@ -80,6 +80,14 @@ def dense(z):
     return z.dense() if isinstance(z, Codes) else z
 
 
+def column(z, i):
+    """Column i of codes (N,F) -> (N,)."""
+    if not isinstance(z, Codes):
+        return z[:, i]
+    (rows, columns), mine = z.shape, z.place % z.shape[1] == i
+    return z.value.new_zeros(rows).index_put((z.place[mine] // columns,), z.value[mine])
+
+
 def counts(z):
     return z.counts() if isinstance(z, Codes) else (z != 0).sum(0).double()
 
