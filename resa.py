@@ -2387,7 +2387,7 @@ SECTIONS = {
         ("fine-tuned SAE", "SAE-Tuning (as coded)", "does the start matter"),
         ("SAE of another site", "SAE-Tuning (as coded)", "does the site matter")]),
     "sources": ("How far the source was trained", "SAEs of the base after N steps of one RL run; 0 is the base itself, "
-                "200 the adapter in data/tiny/rl, which the same command has made.", [
+                "200 the adapter in data/tiny/rl, from another run of the same command.", [
         "base", "SAE of the base", *(f"source after {n} steps" for n in STEPS), "SAE-Tuning (as coded)",
         *(f"itself after {n} steps" for n in STEPS), "RL source"], [
         (f"source after {n} steps", "SAE of the base", f"do {n} steps of RL in the source matter") for n in STEPS]),
