@@ -1409,6 +1409,19 @@ def ask(model, tokenizer, problems, seed=0, max_new_tokens=96, prompt="{problem}
     return [row | {"thinks": bool(thought(row).strip())} for row in rows]
 
 
+@contextlib.contextmanager
+def never_first(model, token):
+    """Inside, no answer begins with this token.  The logits of a prefill are (P,V), those of a later step (S,1,V)."""
+    def forbid(module, inputs, logits):
+        if logits.dim() == 2:
+            return logits.index_fill(-1, torch.tensor(token, device=logits.device), -math.inf)
+    handle = model.lm_head.register_forward_hook(forbid)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def attribute(model, sae, layer, documents, close_id):
     """documents [(prompt ids, answer ids)] -> rate, typical, attribution of each latent, (F,) each.
 
@@ -1459,8 +1472,9 @@ def effects(model, tokenizer, sae, layer, train_rows, test_rows, rule=(), top=5,
     rule        latents to study beside the ranked ones, the first `top` of them
     boost       times a latent's typical value, added at every token
     asking      max_new_tokens, prompt: see `ask`
-    -> {"base": {what: share}, "latents": [{"latent", "chosen", "rate", "typical", "attribution", how: {what: effect}}],
-        "null": {how: {what: against_random}}}
+    -> {"base": {what: share}, "null": {how: {what: against_random}},
+        "latents": [{"latent", "chosen", "rate", "typical", "attribution", how: {what: effect}}],
+        "forced": {what: effect} of no latent, but of forbidding </think> as the first token: what is cheaply had}
     """
     close_id, = tokenizer.encode("</think>")
     documents = []
@@ -1470,6 +1484,8 @@ def effects(model, tokenizer, sae, layer, train_rows, test_rows, rule=(), top=5,
         documents.append([tokenizer.encode(text) for text in texts])
     rate, typical, attribution = attribute(model, sae, layer, documents, close_id)
     base, latents = ask(model, tokenizer, test_rows, seed, **asking), []
+    with never_first(model, close_id):
+        forced = difference(ask(model, tokenizer, test_rows, seed, **asking), base)
     for f, names in choose(rate, attribution, rule, top, seed).items():
         row = {"latent": f, "chosen": names, "rate": float(rate[f]), "typical": float(typical[f]),
                "attribution": float(attribution[f])}
@@ -1478,8 +1494,8 @@ def effects(model, tokenizer, sae, layer, train_rows, test_rows, rule=(), top=5,
                 row[how] = difference(ask(model, tokenizer, test_rows, seed, **asking), base)
         latents.append(row)
     null = {how: {what: against_random(latents, how, what) for what in MEASURES} for how in ("ablate", "boost")}
-    return {"base": {what: sum(row[what] for row in base) / len(base) for what in MEASURES}, "latents": latents,
-            "null": null}
+    return {"base": {what: sum(row[what] for row in base) / len(base) for what in MEASURES}, "forced": forced,
+            "latents": latents, "null": null}
 
 
 MEASURES = {"correct": "Pass@1", "thinks": "thinks"}
@@ -1661,6 +1677,9 @@ def strongest_effects(found):
         more, less = (sum(p < 0.05 and larger == way for p, larger in known) for way in (True, False))
         words.append(f"The {name} against the random ones: larger effects in {more}, smaller in {less} of {len(known)} "
                      "cases (p < 0.05 each, not corrected for their number).")
+    forced = next(iter(found.values()))["forced"]
+    words.append("No latent touched, </think> forbidden as the first token: " + ", ".join(
+        "{} {:+.3f} [{:+.3f}, {:+.3f}]".format(measure, *forced[what]) for what, measure in MEASURES.items()) + ".")
     return lines, words
 
 

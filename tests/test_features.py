@@ -236,7 +236,7 @@ def test_the_command_then_again_on_what_it_trained(data, tmp_path, capsys):
     text = capsys.readouterr().out
     found = json.loads((tmp_path / "run/numbers.json").read_text())
     assert (tmp_path / "run/table.txt").read_text().strip() in text and list(found) == ["3"]
-    assert "Layer 3: by the rule" in text and "p < 0.05 in" in text and "on 6 training questions" in text
+    assert "Layer 3: by the rule" in text and "larger effects in" in text and "forbidden as the first token" in text and "on 6 training questions" in text
     sae = train.open_sae(str(tmp_path / "run/sae-3"))
     model, tokenizer = M.load_model(TARGET), M.load_tokenizer(TARGET)
     row = resa.read_problems(resa.TINY / "test.jsonl")[0]
@@ -276,3 +276,18 @@ def test_an_sae_of_another_width_or_layer_is_refused(tmp_path):
             resa.main(["features", "--sae", *[str(tmp_path / name) for name in names], "--questions", "2",
                        "--out", str(tmp_path / "run")])
         assert not (tmp_path / "run").exists()
+
+
+def test_no_answer_begins_with_a_forbidden_token_and_other_places_keep_it():
+    from model import generate, load_model, load_tokenizer
+    model, tokenizer = load_model(resa.TINY / "distill"), load_tokenizer(resa.TINY / "distill")
+    close, = tokenizer.encode("</think>")
+    problems = resa.read_problems(resa.TINY / "test.jsonl")[:24]
+    prompts = [tokenizer.encode(tokenizer.chat([{"role": "user", "content": row["problem"]}])) for row in problems]
+    sample = lambda: [ids for ids, in generate(model, prompts, 48, seed=1, stop_ids=tokenizer.eos_ids, slots=5)]
+    free = sample()
+    with resa.never_first(model, close):
+        forced = sample()
+    assert 3 < sum(ids[0] == close for ids in free) < 21 and sample() == free      # gone with its block
+    assert all(ids[0] != close and close in ids for ids in forced)
+    assert all(a == b for a, b in zip(free, forced) if a[0] != close)               # who thought, thinks the same
