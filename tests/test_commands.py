@@ -44,7 +44,7 @@ def shell_lines():
     """Every `python ...` line in the code blocks of the READMEs."""
     for path in (ROOT / "README.md", ROOT / "data" / "README.md"):
         for block in re.findall(r"```\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 if match := re.search(r"python (\S+\.py.*)", line.split("#")[0].rstrip()):
                     yield match[1]
 
