@@ -365,7 +365,8 @@ def test_any_leading_shape(variant, hyper):
     shaped = x.reshape(2, 3, 4, D)
     assert torch.equal(model.encode(shaped), model.encode(x).view(2, 3, 4, F))
     assert torch.equal(model(shaped), model(x).view(2, 3, 4, D))
-    assert torch.equal(model.decode(model.encode(shaped), shaped), model(x).view(2, 3, 4, D))
+    # Dense codes times W_dec: another order of summing than the sparse path's, equal to the bit on some processors only.
+    assert torch.allclose(model.decode(model.encode(shaped), shaped), model(x).view(2, 3, 4, D), atol=1e-5)
     assert model.encode(x[0]).shape == (F,) and model(x[0]).shape == (D,)
     losses = []
     for shape in ((24,), (2, 3, 4)):
