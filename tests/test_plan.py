@@ -48,6 +48,19 @@ def outcome(*argv, cwd=ROOT):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("flags, blocks", [([], "2 .. 3"), (["--match", 1], "0 .. 3"), (["--sae-grad", "on"], "0 .. 3")])
+def test_a_run_says_which_adapters_can_learn_and_these_do(run, tmp_path, capsys, flags, blocks):
+    autoencoder = sae.build("topk", 128, 64, k=4)
+    autoencoder.meta = {"layer": 1, "site": "resid", "sink_norm": None}
+    sae.save_sae(autoencoder, tmp_path / "sae")
+    run("tune", tmp_path / "out", "--sae", tmp_path / "sae", "--teacher", "source", "--source", RANDOM + "@1", "--steps", 1,
+        *flags)
+    assert f"adapters of blocks {blocks} can learn" in capsys.readouterr().out
+    pairs = model.read_adapter(str(tmp_path / "out"))["pairs"]
+    moved = {int(name.split(".")[2]) for name, (_, B) in pairs.items() if B.any()}
+    assert moved == set(range(int(blocks[0]), 4))
+
+
 # ---- presets ---------------------------------------------------------------------------------------------
 
 # arXiv 2506.09967, Table 1: source, target, trigger, elicitation, mode.
@@ -145,6 +158,20 @@ def step_of(stage, flags, batch=2):
 BELOW = 128 * 256 + 3 * 128 * 32      # the inputs of the first q, k and v need no gradient; the estimate has one
 STEPS = [("sae", []), ("tune", []), ("tune", ["--sae-grad", "on"]), ("tune", ["--site", "mlp", "--sae-grad", "on"]),
          ("sft", []), ("pretrain", [])]
+
+
+@pytest.mark.parametrize("flags", ["--into teacher", "--into gradient", "--into nothing --match 1", "--match 1",
+                                   "--splice none", "--splice none --match 1"])
+def test_flops_with_another_teacher_are_those_that_torch_counts(flags):
+    args = train.prepare("tune", ["--teacher", "source", "--batch", "2", "--seq-len", "128", *flags.split()])
+    ids, lm = torch.arange(256).view(2, 128), resa.add_lora(model.load_model(f"{ROOT}/data/tiny/distill")).train()
+    autoencoder = sae.build("topk", 128, 1024, k=16).requires_grad_(False) if args.splice != "none" else None
+    teacher = model.load_model(f"{ROOT}/data/tiny/lm")
+    step = lambda: resa.tuning_loss(lm, autoencoder, args.layer, ids, teacher=teacher, into=args.into,
+                                    match=args.match).backward()
+    parts = train.times(256, train.training_flops("tune", args, lm, autoencoder, teacher))
+    seen = sum(n for part, n in parts.items() if part not in ("attention", "SAE sparse"))
+    assert counted(step) == pytest.approx(seen - 2 * 256 * BELOW, rel=0.02)
 
 
 @pytest.mark.parametrize("stage, flags", STEPS, ids=lambda v: v if isinstance(v, str) else " ".join(v))

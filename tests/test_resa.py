@@ -805,6 +805,12 @@ def test_into_gradient_keeps_the_value_and_sends_the_gradient_through_the_sae(si
             check_close(found[name], g if g is not None else torch.zeros_like(found[name]), 1e-10)
 
 
+@pytest.mark.parametrize("settings", [dict(into="teacher"), dict(into="gradient"), dict(match=0.5)])
+def test_objectives_for_another_teacher_are_refused_without_one(settings):
+    with pytest.raises(ValueError, match="another model as the teacher"):
+        resa.tuning_loss(adapted(), toy_sae(), LAYER, IDS, **settings)
+
+
 def test_match_adds_the_distance_that_the_sae_sees():
     model, teacher, sae, got = beyond(into="nothing", match=0.7)
     plain = naive_kl(model(IDS), teacher(IDS))
