@@ -2,16 +2,16 @@
 
     python resa.py                      the whole experiment on the embedded model, every arm, with intervals
     python resa.py --quick              the same, small (under a minute)
-    python resa.py merge --model BASE+ADAPTER --out DIR          an adapter folded into its base
-    python resa.py compare | recover                             every SAE variant beside the others
-    python resa.py convert --sae DIR --out DIR                   an SAE from one file layout to another
+    python resa.py experiments          every experiment of the paper, with seeds and controls: one report
+    python resa.py features             reasoning features by the published rule, and what single latents do
+    python resa.py compare | recover    every SAE variant beside the others
     python resa.py errors               what SAEs miss: the part of their error that is linear in x, and the rest
     python resa.py experts              which experts of a mixture a behaviour uses, and what it is without them
     python resa.py cost                 what SAE-Tuning took beside RL: seconds, tokens, FLOPs
-    python resa.py features             reasoning features by the published rule, and what single latents do
     python resa.py view                 an answer token by token under the SAE's features: a page to look at
-    python resa.py experiments          every experiment of the paper, with seeds and controls: one report
-    python resa.py report --results FILE.json                    results as a page with charts, and as Markdown
+    python resa.py report               results of `experiments` as a page with charts, and as Markdown
+    python resa.py merge --model BASE+ADAPTER --out DIR      an adapter folded into its base
+    python resa.py convert --sae DIR --out DIR               an SAE from one file layout to another
 
 The method is Resa (arXiv 2506.09967).  Stage I: a TopK SAE learns the activations of block `layer` of a
 *source* model (sae.py).  Stage II: the frozen SAE replaces that activation inside a *target* model, and
@@ -22,7 +22,11 @@ LoRA adapters learn to bring the spliced model's predictions y~ back to the mode
 At test time the SAE is removed and the adapters stay.  This file holds stage II: `add_lora`, `splice`,
 `tuning_loss`, and the table of arms that says whether any of it mattered.
 
-Letters in shape comments: B batch rows, T tokens, D width, V vocabulary, N = B*T tokens.
+To read the method, read three sections: LoRA, Splice, The tuning objective.  What comes after them are the commands
+above, a section each, which need no other to be understood.
+
+Letters in shape comments: B batch rows, T tokens, D width, V vocabulary, N = B*T tokens, F latents, S seeds; in the
+section on experts P prompts, L layers with experts, E experts, K experts a token.
 """
 
 import argparse
@@ -2245,6 +2249,8 @@ class Report:
 def report(argv):
     args = parse_flags(Report, argv, "resa.py report")
     check_page(args.out)
+    if not Path(args.results).exists():
+        raise FileNotFoundError(f"{args.results}: no such file; python resa.py experiments makes it")
     results = read_json(args.results)
     check_shape(results, RESULTS, args.results)
     write_report(results, args.out)
