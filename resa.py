@@ -75,6 +75,7 @@ PRESETS = {
     "tiny": dict(source=f"{TINY}/distill+{TINY}/rl", target=f"{TINY}/distill", data=f"{TINY}/train.jsonl",
                  bench="tiny", template="chat", layer=1, latents=1024, k=16, seq_len=256, dtype="float32",
                  max_new_tokens=96, errors=dict(held=f"{TINY}/test.jsonl"),
+                 sae=dict(batch=8, lr=5e-3, schedule="linear"),
                  experts=dict(model=f"{HERE}/data/tiny-moe", data=f"{TINY}/train.jsonl", held=f"{TINY}/test.jsonl",
                               behaviour=r"^\s*</think>\s*[^\s\d]")),      # no thought, and then no number
 }
@@ -921,6 +922,7 @@ def compare(argv):
         for seed in range(args.seeds):
             at = types.SimpleNamespace(out=args.out, seed=seed)
             budget = f"--steps {args.steps} --batch {args.batch}"
+            budget += " --lr 0 --schedule constant" * (name != "itda")      # 0: the optimizer's rule; itda has no rate
             jobs[name, seed] = (train_arm, words, at, f"{args.out}/{name}-{seed}", budget)
     found = collect_seeds(dict(in_workers(jobs, args.workers, "trainings")), args)
     show = {"FVU": ("fvu", ".4f"), "L0": ("l0", ".1f"), "dead": ("dead", ".1%"), "cosine": ("cosine", ".3f"),

@@ -98,7 +98,8 @@ def test_unknown_command_and_refused_merge_end_in_one_line(tmp_path):
 
 def test_compare_and_recover_print_a_row_for_each_variant_and_keep_the_table(tmp_path):
     few = ["--seeds", "2", "--steps", "2", "--batch", "4", "--variants", "topk"]
-    text = command(tmp_path, "resa.py", "compare", *few, "--latents", "64", "--k", "4")
+    text = command(tmp_path, "resa.py", "compare", *few, "itda", "--latents", "64", "--k", "4")
+    assert re.search(r"^itda +\d", text, re.M)
     assert re.search(r"^topk +0\.\d{4} 0\.\d{4} \.\. 0\.\d{4} +4\.0 ", text, re.M)
     assert "2 seeds" in text and (tmp_path / "out/tiny/compare/table.txt").read_text().strip() in text
     assert (tmp_path / "out/tiny/compare/topk-1/cfg.json").exists()
