@@ -680,18 +680,18 @@ def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="tok
 def plain_tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="token", teacher=None,
                       into="student", match=0.0):
     """The same, in two whole passes."""
-    xs, catch = [], hooked(model, layer, site, lambda x: xs.append(x)) if match else contextlib.nullcontext()
-    nothing = contextlib.nullcontext
-    student, swaps = nothing(), lambda where: sae is not None and into == where
-    if swaps("student") or swaps("gradient"):
-        student = splice(model, ErrorKept(sae) if into == "gradient" else sae, layer, site, grad or into == "gradient")
-    with torch.no_grad(), nothing() if teacher is not None else adapters_off(model), (
-            splice(teacher, sae, layer, site) if swaps("teacher") else nothing()):
-        h_t = (teacher or model).run(ids)                                                        # (B,T,D)
-    with catch, student:
+    nothing, caught, source = contextlib.nullcontext, [], teacher or model
+    catch = lambda lm: hooked(lm, layer, site, lambda x: caught.append(x)) if match else nothing()
+    swap = lambda lm, module, grad=False: splice(lm, module, layer, site, grad) if module is not None else nothing()
+    for_student = ErrorKept(sae) if into == "gradient" else sae if into == "student" else None
+    # What is caught is x before any splice: hooks run in the order in which they are put on.
+    with torch.no_grad(), nothing() if teacher is not None else adapters_off(model), catch(source), (
+            swap(source, sae if into == "teacher" else None)):
+        h_t = source.run(ids)                                                                    # (B,T,D)
+    with catch(model), swap(model, for_student, grad or into == "gradient"):
         h_s = model.run(ids)
-    loss = kl_loss(model, teacher or model, h_s, h_t, reduction)
-    return loss + match * feature_distance(sae, xs[0], activations(teacher, ids, layer, site)) if match else loss
+    loss = kl_loss(model, source, h_s, h_t, reduction)
+    return loss + match * feature_distance(sae, caught[1], caught[0]) if match else loss
 
 
 def feature_distance(sae, x_s, x_t):
@@ -727,7 +727,7 @@ ARMS = {
     "source teaches, no SAE": "tune --splice none --teacher source",
 }
 # The same for every arm.  Looked for with plain distillation on training questions, and by the FVU of the SAE.
-BUDGET = {"sae": "--steps {sae_steps} --batch 8 --lr 5e-3 --schedule linear",
+BUDGET = {"sae": "--steps {sae_steps}",      # and the preset's batch and rate
           "tune": "--steps {tune_steps} --batch 4 --lr {lr}", "sft": "--steps {tune_steps} --batch 4 --lr {lr}"}
 # What the controls are for: pairs (arm, its control), compared question by question under the table.
 QUESTIONS = [("SAE-Tuning (as coded)", "random SAE", "does it matter that the SAE is trained"),
@@ -1759,16 +1759,16 @@ def distinctive(counts, lengths, target, score="rate", permutations=1000, seed=0
 
 
 def edited(router, x, choice, off, on, mode):
-    """A router's choice for x (N,D), weight and expert (N,K) each, with experts `off` and `on` (lists of numbers)."""
+    """A router's choice for x (N,D), weight and expert (N,K) each, with experts `off` and `on`, numbers (M,) each."""
     weight, expert = choice
-    if on or (off and mode == "mask"):
+    if len(on) or (len(off) and mode == "mask"):
         logits = at_least_fp32(F.linear(x, router.weight)).log_softmax(-1)                       # (N,E)
         logits[:, on] = logits.amax(-1, keepdim=True) + 0.01
         if mode == "mask":
             logits[:, off] = -math.inf
         weight, expert = router.choose(logits)
-    if off and mode != "mask":
-        gone = torch.isin(expert, torch.tensor(off, device=expert.device))                       # (N,K)
+    if len(off) and mode != "mask":
+        gone = torch.isin(expert, off)                                                           # (N,K)
         kept = weight.masked_fill(gone, 0)
         if mode == "rescale":      # a token that uses none of them keeps its bits; one that loses all has nothing left
             scaled = kept * (weight.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1e-9))
@@ -1805,10 +1805,10 @@ def experts_edited(model, off=(), on=(), mode="rescale"):
     if mode not in ("rescale", "zero", "mask"):
         raise ValueError(f"off {mode!r} is not one of rescale, zero, mask")
     try:
-        for layer, (gone, forced) in wanted.items():
+        for layer, numbers in wanted.items():
+            edit = [torch.tensor(some, dtype=torch.long, device=gates[layer].weight.device) for some in numbers]
             handles.append(gates[layer].register_forward_hook(
-                lambda router, inputs, choice, gone=gone, forced=forced:
-                    edited(router, inputs[0], choice, gone, forced, mode)))
+                lambda router, inputs, choice, edit=edit: edited(router, inputs[0], choice, *edit, mode)))
         yield
     finally:
         for handle in handles:

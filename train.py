@@ -1046,7 +1046,7 @@ def training_flops(stage, args, model, sae=None, teacher=None, T=0):
     sae       blocks to the hook; the encoder, 2 D F; decoder and backward pass read the active latents alone, five
               times 2 D k (all latents, where the variant is dense).  Without what AuxK and the gradient of gsae add
     tune      blocks to the hook once, those above as teacher, student and backward; where they share none, all of them;
-              --match reads the teacher's activation once more, and both through the SAE
+              --match has both activations go through the SAE
     pretrain  as if all learned, whatever --only says
     the head, 2 D V: student, teacher and gradient in tune; forward, backward, and past 4,096 tokens again in the others
     """
@@ -1059,7 +1059,6 @@ def training_flops(stage, args, model, sae=None, teacher=None, T=0):
         grad = args.sae_grad == "on" or args.into == "gradient" or args.match > 0
         n = block_flops(model, T, 0, shared) + block_flops(teacher or model, T, shared)
         n += block_flops(model, T, shared, lora=1, back=1)
-        n += block_flops(teacher or model, T, 0, args.layer + 1) if args.match else Counter()
         return n + Counter({"head": 3 * head, "SAE": passes * 2 * D * F, "SAE sparse": (2 * passes + 4 * grad) * D * k})
     whole = args.micro_batch or (args.questions * args.group if stage == "rl" else args.batch)
     again = whole * T > 4096                                       # next_token_logprobs
