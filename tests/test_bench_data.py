@@ -19,7 +19,7 @@ import pytest
 import eval as ev
 import resa
 import train
-from conftest import ROOT
+from tests.conftest import ROOT
 from data import prepare
 
 FIRST, SECOND = "https://first.example/aime.jsonl", "https://second.example/aime.jsonl"

@@ -11,7 +11,7 @@ import eval
 import resa
 import sae
 import train
-from conftest import ROOT
+from tests.conftest import ROOT
 
 
 def command(cwd, *words):

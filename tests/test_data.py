@@ -11,7 +11,7 @@ import eval
 import model
 import resa
 import train
-from conftest import ROOT
+from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "data"))
 import prepare  # noqa: E402

@@ -10,7 +10,7 @@ import model as M
 import resa
 import sae as S
 import train
-from conftest import ROOT
+from tests.conftest import ROOT
 
 OPEN, CLOSE = 540, 541
 PROMPT = [33, 2, OPEN, 201, 7, CLOSE, 9, OPEN, 5, CLOSE, 11]

@@ -10,7 +10,7 @@ import model as M
 import resa
 import sae as S
 import train
-from conftest import ROOT
+from tests.conftest import ROOT
 
 RANDOM = f"random:{ROOT}/data/tiny/init/config.json"
 DISTILL = f"{ROOT}/data/tiny/distill"

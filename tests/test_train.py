@@ -14,7 +14,7 @@ import model
 import resa
 import sae
 import train
-from conftest import ROOT
+from tests.conftest import ROOT
 
 RANDOM = f"random:{ROOT}/data/tiny/init/config.json"
 SMALL = ["--seq-len", "64", "--batch", "2", "--log-every", "1"]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 import model as M
 import resa
 import sae as S
-from conftest import ROOT
+from tests.conftest import ROOT
 
 HOSTILE = ["</script><b>", "<!--<script>", "\u2028", "%DATA%", "/* page.css */", "&lt;", "\n", "`${1}`", "|"]
 CHROMIUM = shutil.which("chromium")

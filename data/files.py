@@ -1,0 +1,295 @@
+"""What comes in from outside and how results go out: JSON, rows, tensors, the hub, whole files.
+
+    config = read_fields(read_json(path), TABLE, path)       every field checked, by one table
+    with open_tensors(paths) as found: ...                   safetensors only, never a pickle
+    with staged("out/tiny/sae") as temporary: ...            whole files or none
+
+Files from strangers are hostile: each JSON object goes through `read_fields`, paths stay inside
+their directory, and shapes are compared before memory is taken.  This file imports nothing of ours;
+all others may stand on it.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "data" / "tiny"
+LONGEST = 2**26      # bytes of one JSON file or line: tokenizers, the largest we read, have 12 MB
+
+
+def check(condition, message):
+    """ValueError with this message unless the condition holds: a user's mistake, in one line."""
+    if not condition:
+        raise ValueError(message)
+
+
+# ------------------------------------------------------------------------------------------------
+# JSON: one reader for everything that comes from outside
+# ------------------------------------------------------------------------------------------------
+
+def parse_json(text, where):
+    """Text or bytes -> the value.  NaN and infinities, which JSON does not have, are refused."""
+    def refuse(word):
+        raise ValueError(f"{word} is not a number")
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+
+
+def read_text(path):
+    """The UTF-8 text of a file.  FileNotFoundError or ValueError in one line that names it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    check(path.stat().st_size <= LONGEST, f"{path}: longer than {LONGEST:,} bytes")
+    try:
+        return path.read_text(encoding="utf-8-sig")      # without the mark some editors put first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def read_json(path):
+    """A parsed JSON object."""
+    value = parse_json(read_text(path), path)
+    kind = type(value).__name__
+    check(isinstance(value, dict), f"{path}: a JSON object was expected, this is a {kind}")
+    return value
+
+
+REQUIRED = object()      # as the default of a field: it must be there
+
+
+def read_fields(raw, table, where):
+    """A parsed JSON object -> {field: value} for the fields of `table`.
+
+    table      {field: (kind, low, high, default)}
+    kind       a type; a tuple of types; [type] for a list of it; a tuple of words, one of them
+    low, high  bounds of a number, or of how long a text or list is; None: no bound
+    default    what an absent field, or null, means; REQUIRED: there is none
+    Other fields are left out: the caller decides whether they may be ignored.
+    ValueError names file and field.
+    """
+    found = {}
+    for name, (kind, low, high, default) in table.items():
+        if raw.get(name) is None:
+            check(default is not REQUIRED, f"{where}: no {name!r}")
+            found[name] = default
+        else:
+            found[name] = read_value(raw[name], kind, low, high, f"{where}: {name!r}")
+    return found
+
+
+KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
+              dict: "an object", list: "a list"}
+
+
+def read_value(value, kind, low=None, high=None, where="value"):
+    """One value of a kind, within bounds, as in `read_fields`.  An int may stand for a float."""
+    kinds = kind if isinstance(kind, tuple) else (list,) if isinstance(kind, list) else (kind,)
+    if not isinstance(kinds[0], type):
+        check(any(value == word and type(value) is type(word) for word in kinds),
+              f"{where} = {shorten(value)} is not supported, only {', '.join(map(repr, kinds))}")
+        return value
+    if float in kinds and int not in kinds and type(value) is int and abs(value) < 2**1000:
+        value = float(value)
+    wanted = " or ".join(KIND_NAMES[k] for k in kinds)
+    check(type(value) in kinds, f"{where} should be {wanted}, it is {shorten(value)}")
+    check(not isinstance(value, float) or math.isfinite(value), f"{where} should be finite")
+    if isinstance(value, (int, float, str, list)):
+        size = value if isinstance(value, (int, float)) else len(value)
+        check(low is None or size >= low, f"{where} is below {low}: {shorten(value)}")
+        check(high is None or size <= high, f"{where} is above {high}: {shorten(value)}")
+    return [read_value(x, kind[0], where=where) for x in value] if isinstance(kind, list) else value
+
+
+def shorten(value):
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows: JSONL, or one JSON list
+# ------------------------------------------------------------------------------------------------
+
+def read_jsonl(path):
+    """Yields (line number, object) of a JSONL file, blank lines left out.
+
+    A file that begins with [ is read as one JSON list, whose objects are counted instead of lines.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        rows = enumerate(parse_json(text, path), start=1)
+    else:                                # not splitlines(), which also cuts at U+2028
+        lines = enumerate(text.split("\n"), start=1)
+        lines = ((number, line) for number, line in lines if line.strip())
+        rows = ((number, parse_json(line, f"{path}:{number}")) for number, line in lines)
+    for number, row in rows:
+        check(isinstance(row, dict), f"{path}:{number}: a JSON object was expected")
+        yield number, row
+
+
+TEXT = (str, int, float)
+PROBLEM = {name: (TEXT, None, None, None) for name in ("problem", "question", "answer", "id")}
+
+
+def read_problems(path):
+    """Rows of "problem" (or "question"), "answer", maybe "id" -> list of dicts with these as text.
+
+    ValueError names the file and line of the first bad row: path:17: no "answer" field.
+    """
+    rows, ids = [], set()
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        found = read_fields(row, PROBLEM, where)
+        problem = found["question"] if found["problem"] is None else found["problem"]
+        for name, value in (("problem", problem), ("answer", found["answer"])):
+            check(value is not None and str(value).strip(), f'{where}: no "{name}" field')
+        key = str(len(rows) if found["id"] is None else found["id"])
+        check(key not in ids, f"{where}: id {key!r} occurs twice")
+        ids.add(key)
+        rows.append(row | {"problem": str(problem), "answer": str(found["answer"]), "id": key})
+    check(rows, f"{path}: no problems in it")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Tensors
+# ------------------------------------------------------------------------------------------------
+
+@contextmanager
+def open_tensors(paths):
+    """Memory-mapped safetensors files -> {name: lazy slice}.  ValueError names a damaged file."""
+    with ExitStack() as stack:
+        slices = {}
+        for path in paths:
+            try:
+                handle = stack.enter_context(safe_open(str(path), framework="pt"))
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{path}: no such file") from None
+            except Exception as error:
+                raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+            slices |= {name: handle.get_slice(name) for name in handle.keys()}
+        yield slices
+
+
+def check_tensors(found, wanted, where):
+    """ValueError names what is missing, unexpected or of another shape.  Reads only headers.
+
+    found {name: slice}, wanted {name: tensor, or anything with a .shape}
+    """
+    wrong = [f"missing {name}" for name in wanted if name not in found]
+    wrong += [f"unexpected {name}" for name in found if name not in wanted]
+    for name in wanted:
+        shape = tuple(found[name].get_shape()) if name in found else tuple(wanted[name].shape)
+        if shape != tuple(wanted[name].shape):
+            wrong.append(f"{name} has shape {shape}, the config needs {tuple(wanted[name].shape)}")
+    more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    check(not wrong, f"{where}: {'; '.join(wrong[:8])}{more}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Where things are: directories, the hub
+# ------------------------------------------------------------------------------------------------
+
+def locate(spec):
+    """The local directory of PATH_OR_HUB_ID[@REVISION][#SUBFOLDER]; hub ids are fetched and cached.
+
+    FileNotFoundError: nothing there.  ValueError: another form, or a subfolder that leads out.
+    """
+    spec = str(spec)
+    if Path(spec).is_dir():
+        return Path(spec)
+    match = re.fullmatch(r"([^@#]+)(?:@([^#]+))?(?:#(.+))?", spec)
+    check(match, f"{spec}: not of the form PATH_OR_HUB_ID[@REVISION][#SUBFOLDER]")
+    name, revision, subfolder = match.groups()
+    root = Path(name)
+    if not root.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+            raise FileNotFoundError(f"{spec}: no such directory, nor a hub id, owner/name")
+        root = fetch(name, revision, subfolder)
+    elif revision:
+        raise ValueError(f"{spec}: a revision needs a hub id, {name} is a local directory")
+    path = (root / (subfolder or ".")).resolve()
+    check(path.is_relative_to(root.resolve()), f"{spec}: the subfolder leads out of {root}")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{spec}: no folder {subfolder!r} there")
+    return path
+
+
+def fetch(repo, revision=None, subfolder=None):
+    """Downloads a hub repository: weights, JSON, templates; never a pickle."""
+    from huggingface_hub import snapshot_download
+    folder = f"{subfolder}/" if subfolder else ""
+    patterns = [f"{folder}{p}" for p in ("*.json", "*.safetensors", "*.jinja")]
+    try:                                 # '*' crosses '/': keep the folders below out
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns,
+                                      ignore_patterns=f"{folder}*/*"))
+    except Exception as error:           # the hub client raises a dozen kinds of errors
+        kind = type(error).__name__
+        raise FileNotFoundError(f"{repo}: no such directory, and the hub did not give it ({kind}); "
+                                "offline, download it and pass its path") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing
+# ------------------------------------------------------------------------------------------------
+
+@contextmanager
+def staged(directory):
+    """A temporary sibling to write in; its files move into `directory` only if the block ends well.
+
+    Files are renamed, never written in place.  Where weights are replaced, their .json files go
+    first and come last: a reader finds the old files, the new ones, or what does not load.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield temporary
+        files = sorted(temporary.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
+        if any(path.suffix == ".safetensors" for path in files):
+            for path in files:
+                if path.suffix == ".json":
+                    (directory / path.name).unlink(missing_ok=True)
+        for path in files:
+            path.chmod(0o644)            # save_file leaves 0600, unreadable to a colleague
+            os.replace(path, directory / path.name)
+    except SafetensorError as error:     # a full disk is not an OSError there
+        raise OSError(f"{directory}: could not be written ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path, value):
+    """A JSON file, whole or not at all."""
+    path = Path(path)
+    with staged(path.parent) as temporary:
+        (temporary / path.name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path, rows):
+    path = Path(path)
+    with staged(path.parent) as temporary:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (temporary / path.name).write_text(text, encoding="utf-8")
+
+
+def relative(spec):
+    """A spec or path without this checkout's own directory, so that it makes sense elsewhere."""
+    return str(spec).replace(f"{ROOT}/", "")
+
+
+def printable(text):
+    """Text without control characters: a stranger's text must not be able to steer the terminal."""
+    text = text.replace("\t", " ")
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
