@@ -1,25 +1,28 @@
-"""Sparse autoencoders: every variant of the literature, one loss, one training step, metrics and files.
+"""Sparse autoencoders (SAEs): fourteen variants, one loss, one training step, metrics, files.
 
-    python train.py --stage sae --variant NAME      trains one on a model's activations, writes out/tiny/sae
-    python train.py --stage sae --variant help      lists them
-    python resa.py compare                          trains them all on the same activations, one table
+    python train.py --stage sae --variant topk      trains one on a model's activations
+    python train.py --stage sae --variant help      lists the variants and their settings
 
-All are the same machine.  Rows of W_dec, the atoms, are the dictionary; a code z says how much of each:
+    sae = build("topk", d_in=1536, n_latents=65536, k=32)
+    init_b_dec(sae, x)                              x (N,D): the first activations
+    parts = train_step(sae, make_optimizer(sae, "adam"), [x])
+    x_hat, z = sae.reconstruct(x)
 
-    pre   = (x - b_dec) W_enc' + b_enc          z = few of pre          x_hat = z W_dec + b_dec          e = x - x_hat
+The rows of W_dec, called atoms, are a dictionary; the code z says how much of each atom is in x.
+Variants differ in how they get from pre to few codes, and in what they add to the loss:
 
-A variant says which few (`codes`), what else the loss holds (`extra`) and what it learns without a gradient
-(`observe`).  Read `SAE` first, then any variant alone.  To read TopK, which SAE-Tuning uses (arXiv 2506.09967):
-`Codes`, `SAE.study`, `Chosen`, `TopK`, `train_step`.
+    pre = (x - b_dec) W_enc^T + b_enc    z = select(pre)    x_hat = z W_dec + b_dec    e = x - x_hat
 
-Dimensions: N tokens, D width (d_in), F latents (n_latents), K active (k), M chosen pairs of token and latent.
+Read `plain_topk`, `SAE`, `TopK` in this order, then any other variant alone.
+
+Dimensions: N tokens, D width (d_in), F latents (n_latents), K active latents of a token (k),
+M selected pairs of a token and a latent.
 """
+
 import difflib
 import json
 import math
-import os
 import re
-import shlex
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,284 +30,220 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as fn
 
-CHUNK = 2**26  # entries of pre made at a time where nothing couples the rows: 256 MB in fp32
+from data.files import (
+    REQUIRED, check, check_tensors, locate, open_tensors, read_fields, read_json, read_value,
+    staged)
 
+CHUNK = 2**26      # entries of pre held at a time where tokens do not compete: 256 MB in fp32
 
-def wide(t):
-    """At least fp32: sums, norms and thresholds are never taken in half precision."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+# ---- TopK in plain form ------------------------------------------------------------------------
 
+def plain_topk(sae, x):
+    """TopK (arXiv 2406.04093), the SAE of SAE-Tuning (arXiv 2506.09967, eq. 3-5), as on paper.
 
-def nearest(name, names):
-    """The one of `names` spelled most like `name`, for error messages."""
-    return difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.0)[0]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Sparse codes: what makes the TopK family fast
-# ----------------------------------------------------------------------------------------------------------
-
-class Codes(NamedTuple):
-    """An (N,F) matrix of few entries: value (M,) at flat places n F + i, ascending.  Some values may be 0."""
-    value: torch.Tensor
-    place: torch.Tensor
-    shape: tuple
-
-    def dense(self):
-        z = self.value.new_zeros(self.shape[0] * self.shape[1])
-        return z.index_put((self.place,), self.value).view(self.shape)                        # (N,F)
-
-    def transpose(self):
-        (rows, columns), row = self.shape, self.place // self.shape[1]
-        place, order = ((self.place - row * columns) * rows + row).sort()
-        return Codes(self.value[order], place, (columns, rows))
-
-    def times(self, matrix):
-        """(N,F) times (F,D) -> (N,D), reading only the rows of `matrix` that are needed."""
-        rows, columns = self.shape
-        starts = torch.searchsorted(self.place, torch.arange(rows, device=self.place.device) * columns)
-        return nn.functional.embedding_bag(self.place % columns, matrix, starts, mode="sum",
-                                           per_sample_weights=self.value.to(matrix.dtype))
-
-    def counts(self):
-        """(F,): how many tokens each latent fires on."""
-        fired = (self.value != 0).to(torch.float64)
-        return fired.new_zeros(self.shape[1]).index_add_(0, self.place % self.shape[1], fired)
-
-
-def dense(z):
-    return z.dense() if isinstance(z, Codes) else z
-
-
-def column(z, i):
-    """Column i of codes (N,F) -> (N,)."""
-    if not isinstance(z, Codes):
-        return z[:, i]
-    (rows, columns), mine = z.shape, z.place % z.shape[1] == i
-    return z.value.new_zeros(rows).index_put((z.place[mine] // columns,), z.value[mine])
-
-
-def counts(z):
-    return z.counts() if isinstance(z, Codes) else (z != 0).sum(0).double()
-
-
-class Selected(torch.autograd.Function):
-    """The chosen entries of pre = x W' + b, whose backward pass touches only the chosen latents.
-
-        d W[i] = sum over tokens that chose i of d pre[n,i] x[n]        d x[n] = sum over its latents of d pre W[i]
-
-    Exact for any choice, AuxK's too (sparsify's fused encoder drops that part).  `plain` in the tests is the twin.
+    x (N,D) -> FVU, which is the training loss; x_hat (N,D); z (N,F).
+    The class `TopK` computes the same without a dense z; tests hold loss and gradients equal.
     """
+    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc                  # (N,F)
+    value, latent = pre.topk(sae.k, dim=-1)                          # (N,K), the largest
+    z = torch.zeros_like(pre).scatter(-1, latent, value.relu())      # (N,F)
+    x_hat = z @ sae.W_dec + sae.b_dec                                # (N,D)
+    fvu = (x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum()    # 0: perfect, 1: the mean
+    return fvu, x_hat, z
 
-    @staticmethod
-    def forward(ctx, x, W, b, value, place):
-        ctx.save_for_backward(x, W, place)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, W, place = ctx.saved_tensors
-        codes = Codes(grad, place, (len(x), len(W)))
-        d_b = grad.new_zeros(len(W)).index_add_(0, place % len(W), grad)
-        d_x = codes.times(W) if ctx.needs_input_grad[0] else None                             # (N,D)
-        return d_x, codes.transpose().times(x), d_b, None, None                               # (F,D), (F,)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# What all variants share: scale, encode, decode, loss
-# ----------------------------------------------------------------------------------------------------------
+# ---- What all variants share: encode, decode, loss ---------------------------------------------
 
 @dataclass
 class Batch:
-    """One micro-batch on its way through an SAE.  Each hook of a variant gets all of it and takes what it needs."""
-    x: torch.Tensor                      # (N,D) as the SAE reads it: scaled, in the dtype of the weights
-    undo: tuple                          # (shift, scale): the activation itself is x * scale + shift
-    train: bool = False                  # choose as in training, or as at inference
-    progress: float = 1.0                # share of the training that is behind
+    """A micro-batch on its way through an SAE; each method of a variant reads what it needs."""
+    x: torch.Tensor                      # (N,D) normalized, in the dtype of the weights
+    shift: object = 0.0                  # the activation itself is x * scale + shift
+    scale: object = 1.0
+    train: bool = False                  # select as in training, or as at inference
+    progress: float = 1.0                # fraction of training completed, 0 to 1
     g: torch.Tensor | None = None        # (N,D) gradient of the model's loss by the activation
-    at: torch.Tensor | None = None       # (N,) int64, where in the data set each token stands
-    pre: torch.Tensor | None = None      # (N,F) before selection, where a variant needs all of it
-    z: object = None                     # (N,F) the codes, dense or `Codes`
+    position: torch.Tensor | None = None      # (N,) int64: number of each token in the data set
+    pre: torch.Tensor | None = None      # (N,F) before selection, where a variant keeps all of it
+    z: object = None                     # (N,F) codes, dense or `Codes`
     e: torch.Tensor | None = None        # (N,D) x - x_hat
-    unit: object = 1.0                   # what a squared error is divided by, see `SAE.recon`
-    also: dict = field(default_factory=dict)      # name -> further Codes, chosen together with z
+    denominator: object = 1.0            # what squared errors are divided by
+    cache: dict = field(default_factory=dict)      # what `codes` leaves for `extra`, by name
 
-    def rows(self, start, stop):
-        g = None if self.g is None else self.g[start:stop]
-        return Batch(self.x[start:stop], (), self.train, self.progress, g)
-
-
-AUX = dict(aux="dead", aux_coef=0.0, k_aux=None, tau=0.5)
 BASE = dict(normalize="none", dead_after=10**7, seed=0)
-
+AUX = dict(aux="dead", aux_coef=0.0, k_aux=None, tau=0.5)
 
 class SAE(nn.Module):
-    """Made by `build` or `load_sae`; each variant below is a subclass.
+    """What all variants share; made by `build` or `load_sae`.
 
-    meta     where it belongs: site, layer, model, data, sink_norm, ...
-    hyper    the settings of the variant, by name; each is an attribute
-    Tensors  W_enc (F,D), b_enc (F,), W_dec (F,D), b_dec (D,), and what a variant adds
+    A variant overrides up to three methods: `codes` selects latents, `extra` adds loss terms,
+    `observe` updates state without a gradient.
+
+    hyper    {name: value} of the variant's settings; each is an attribute, too
+    meta     where the SAE belongs: site, layer, model, data, sink_norm, ...
+    Tensors  W_enc (F,D), b_enc (F,), W_dec (F,D), b_dec (D,), and what a variant adds, in fp32 or
+             fp64: sae.to(torch.bfloat16) is not supported, `batch` refuses such weights
     """
-    variant = ""
+    variant = ""             # its name in VARIANTS
     defaults = {}            # name -> default of every setting
-    recon = "fvu"            # unit of the loss: fvu | sum (over D, mean over N) | mean (over N and D)
-    per_token = True         # in training, a token's code depends on that token alone
-    unit_rows = True         # atoms are held at unit norm
+    error_unit = "fvu"       # loss: sum e^2 by variance ("fvu"), by N ("token"), by N D ("entry")
+    per_token = True         # in training, the code of a token depends on that token alone
+    unit_rows = True         # atoms are kept at norm 1
     betas = (0.9, 0.999)     # of Adam
-    clip = math.inf          # of the gradient's norm
+    clip = math.inf          # largest norm of the gradient
     signed = False           # codes may be negative
-    centred = True           # b_dec starts at the centre of the activations
-    needs_gradient = False   # of the model's loss, while training
-    per_latent = ("W_enc", "b_enc")      # what takes over the length of an atom when that is set to 1
+    centred = True           # b_dec starts at the mean of the activations
+    needs_gradient = False   # training needs g
+    encoder_names = ("W_enc", "b_enc")      # what scales with the code of a latent
 
     def __init__(self, d_in, n_latents, hyper):
         super().__init__()
         self.d_in, self.n_latents, self.meta = d_in, n_latents, {}
         for name, value in hyper.items():
             setattr(self, name, value)
-        self.allocate()
+        self.add_tensors()
         if self.normalize == "scale":
             self.register_buffer("input_scale", torch.ones(()))
-        # Only training reads these: they are in checkpoints, not in files.
-        self.register_buffer("tokens_since_fired", torch.zeros(n_latents, dtype=torch.int64), persistent=False)
-        self.register_buffer("density", torch.zeros(n_latents), persistent=False)
-        self.register_buffer("observed", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.add_counters(tokens_since_fired=torch.zeros(n_latents, dtype=torch.int64),
+                          density=torch.zeros(n_latents),
+                          observed=torch.zeros((), dtype=torch.int64))      # micro-batches
 
-    def allocate(self):
+    def add_counters(self, **tensors):
+        """Buffers that only training reads: they are in checkpoints, not in the SAE's files."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def add_tensors(self):
         self.W_enc = nn.Parameter(torch.empty(self.n_latents, self.d_in))
         self.b_enc = nn.Parameter(torch.zeros(self.n_latents))
         self.W_dec = nn.Parameter(torch.empty(self.n_latents, self.d_in))
         self.b_dec = nn.Parameter(torch.zeros(self.d_in))
 
     def init_weights(self, rng):
-        """As sparsify: encoder as nn.Linear, decoder its copy with rows of unit norm, biases zero."""
+        """As sparsify: encoder as nn.Linear, decoder its copy with rows of norm 1, biases zero."""
         self.W_enc.uniform_(-self.d_in**-0.5, self.d_in**-0.5, generator=rng)
-        self.W_dec.copy_(nn.functional.normalize(self.W_enc, dim=1))
+        self.W_dec.copy_(fn.normalize(self.W_enc, dim=1))
 
     @property
     def hyper(self):
         return {name: getattr(self, name) for name in self.defaults}
 
-    # -- scale, encode, decode -----------------------------------------------------------------------------
+    def batch(self, x, g=None, position=None, progress=1.0, train=False):
+        """x (..., D) -> Batch in the dtype of the weights; g and position are laid out like x.
 
-    def batch(self, x, g=None, at=None, progress=1.0, train=False):
-        """(..., D) -> Batch.  g and at: laid out like x.  ValueError: another width, or (on a CPU) x not finite."""
-        if x.shape[-1] != self.d_in:
-            raise ValueError(f"the SAE reads width {self.d_in}, the activations have {x.shape[-1]}")
-        x = x.reshape(-1, self.d_in)
-        if x.device.type == "cpu" and not x.isfinite().all():  # on a GPU the wait would cost; the log looks there
-            raise ValueError("the activations hold NaN or infinite values: leave those tokens out, or raise --dtype")
-        g, at = None if g is None else g.reshape(x.shape), None if at is None else at.reshape(len(x))
-        x, undo = self.scale(x)
-        return Batch(x.to(self.W_dec.dtype), undo, train, progress, g, at)
+        ValueError: another width, weights below fp32, on a CPU also NaN or infinite activations.
+        """
+        dtype = self.W_dec.dtype
+        check(dtype.itemsize >= 4, f"an SAE computes in fp32 or fp64, its weights are {dtype}")
+        check(x.shape[-1] == self.d_in,
+              f"the SAE reads width {self.d_in}, the activations have {x.shape[-1]}")
+        x = x.reshape(-1, self.d_in).to(dtype)                           # (N,D)
+        if x.device.type == "cpu":       # on a GPU, looking would mean waiting; the log looks there
+            check(x.isfinite().all(), "the activations hold NaN or infinite values: "
+                                      "leave those tokens out, or raise --dtype")
+        g = None if g is None else g.reshape(x.shape).to(dtype)
+        position = None if position is None else position.reshape(len(x))
+        return Batch(*self.normalized(x), train, progress, g, position)
 
-    def scale(self, x):
-        """(N,D) -> scaled (N,D), (shift, scale) to undo it; by `normalize`:
+    def normalized(self, x):
+        """x (N,D) -> normalized x, shift, scale, where x is normalized x * scale + shift.
 
-        none    x                        scale   one factor for all, so that the mean of ||x||^2 is 1
-        unit    x / ||x||                token   (x - mean over D) / standard deviation over D"""
-        if self.normalize == "none":
-            return x, (0.0, 1.0)
+        By `normalize`:  none, as it is;  scale, times a constant that makes the mean of ||x||^2 1;
+        unit, x / ||x||;  token, (x - mean over D) / standard deviation over D.
+        """
         if self.normalize == "scale":
-            return x * self.input_scale, (0.0, 1 / self.input_scale)
+            return x * self.input_scale, 0.0, 1 / self.input_scale
         if self.normalize == "unit":
-            norm = wide(x).norm(dim=1, keepdim=True)                                          # (N,1)
-            return nn.functional.normalize(wide(x), dim=1), (0.0, norm)
-        mean, std = wide(x).mean(1, keepdim=True), wide(x).std(1, keepdim=True)
-        return (x - mean) / (std + 1e-5), (mean, std)
+            return fn.normalize(x, dim=1), 0.0, x.norm(dim=1, keepdim=True)
+        if self.normalize == "token":
+            mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)      # (N,1)
+            return (x - mean) / (std + 1e-5), mean, std
+        return x, 0.0, 1.0
 
     def preacts(self, x):
-        """(..., D) scaled -> (..., F): before selection."""
-        return nn.functional.linear(x.to(self.W_enc.dtype) - self.b_dec, self.W_enc, self.b_enc)
+        """Normalized x (N,D) -> (N,F), before selection."""
+        return fn.linear(x - self.b_dec, self.W_enc, self.b_enc)         # (N,F)
 
-    def rebuild(self, z):
-        """Codes or (..., F) -> (..., D), scaled.  Fewer than F columns mean the first latents alone."""
-        return (z.times(self.W_dec) if isinstance(z, Codes) else z @ self.W_dec[:z.shape[-1]]) + self.b_dec
+    def decode_normalized(self, z):
+        """z (N,F) -> x_hat (N,D) as `preacts` reads x.  Fewer columns: the first latents alone."""
+        product = z.times(self.W_dec) if isinstance(z, Codes) else z @ self.W_dec[:z.shape[-1]]
+        return product + self.b_dec                                      # (N,D)
 
     def encode(self, x):
-        """(..., D) -> (..., F): the codes at inference, dense, in the weights' dtype."""
+        """x (..., D) -> z (..., F) at inference, dense, in the dtype of the weights."""
         return dense(self.codes(self.batch(x))).view(*x.shape[:-1], self.n_latents)
 
     def decode(self, z, x=None):
-        """(..., F) -> (..., D).  Where each token has a scale of its own (normalize unit, token), x gives it."""
-        if x is None and self.normalize in ("unit", "token"):
-            raise ValueError(f"normalize={self.normalize!r} scales each token: decode(z, x) needs the activations")
-        shift, factor = self.scale(self.b_dec[None] if x is None else x.reshape(-1, self.d_in))[1]
-        x_hat = self.rebuild(z.reshape(-1, z.shape[-1])) * factor + shift
+        """z (..., F) -> x_hat (..., D).  normalize "unit" and "token" need x: z lacks its scale."""
+        check(x is not None or self.normalize in ("none", "scale"), f"normalize={self.normalize!r} "
+              "scales each token by itself: decode(z, x) needs the activations")
+        x = self.b_dec if x is None else x.to(self.W_dec.dtype)      # None: scale of any x will do
+        _, shift, scale = self.normalized(x.reshape(-1, self.d_in))
+        x_hat = self.decode_normalized(z.reshape(-1, z.shape[-1])) * scale + shift      # (N,D)
         return x_hat.view(*z.shape[:-1], self.d_in)
 
     def reconstruct(self, x):
-        """(..., D) -> x_hat of that shape and dtype, z as (N,F) or `Codes`: at inference."""
+        """x (..., D) -> x_hat of that shape and dtype, z (N,F) dense or `Codes`: at inference."""
         b = self.batch(x)
-        z = self.codes(b)
-        return (self.rebuild(z) * b.undo[1] + b.undo[0]).to(x.dtype).view(x.shape), z
+        z = self.codes(b)                                                # (N,F)
+        x_hat = self.decode_normalized(z) * b.scale + b.shift            # (N,D)
+        return x_hat.to(x.dtype).view(x.shape), z
 
     def forward(self, x):
-        """(..., D) -> (..., D): the reconstruction, in the dtype of x."""
         return self.reconstruct(x)[0]
 
-    # -- loss ----------------------------------------------------------------------------------------------
+    def loss(self, x, g=None, position=None, progress=1.0):
+        """x (..., D) -> (total, parts): the training loss of a micro-batch of 2 tokens or more.
 
-    def loss(self, x, g=None, at=None, progress=1.0):
-        """(..., D) -> (total, parts): the training loss of one micro-batch of at least two tokens.
+        parts, detached: fvu, l0, each further term before its weight, fired (F,) bool.
+        """
+        return self.batch_loss(self.batch(x, g, position, progress, train=True))
 
-        parts are detached and stay on the device: fvu, l0 (active latents a token), each extra term before its
-        weight, and fired (F,) bool."""
-        return self.study(self.batch(x, g, at, progress, train=True))
-
-    def study(self, b):
-        if len(b.x) < 2:
-            raise ValueError("a micro-batch needs at least 2 tokens: the FVU divides by its variance")
-        b.z = self.codes(b)
-        x = wide(b.x)
-        b.e = x - wide(self.rebuild(b.z))                                                     # (N,D)
-        variance, fired = (x - x.mean(0)).pow(2).sum(), counts(b.z)
-        b.unit = {"fvu": variance, "sum": len(x), "mean": x.numel()}[self.recon]
-        total, parts = self.recon_loss(b), {"fvu": b.e.pow(2).sum() / variance, "l0": fired.sum().float() / len(x)}
-        for name, (weight, value) in (self.extra(b) | self.aux_loss(b)).items():
-            total, parts[name] = total + weight * value, value
-        return total, {**{name: part.detach() for name, part in parts.items()}, "fired": fired > 0}
-
-    def error(self, b, x_hat):
-        """(N,D) reconstruction -> its squared error in the unit of this variant's loss."""
-        return (wide(b.x) - wide(x_hat)).pow(2).sum() / b.unit
-
-    # -- what a variant may say ----------------------------------------------------------------------------
-
-    def codes(self, b):
-        """Batch -> z (N,F), dense or `Codes`: the sparsifier, of training or of inference as b.train says."""
-        raise TypeError("SAE is what variants share; build one of VARIANTS")
+    def batch_loss(self, b):
+        """As `loss`, from a Batch, in which z and e stay."""
+        check(len(b.x) >= 2, "a micro-batch needs at least 2 tokens: "
+                             "the FVU divides by their variance")
+        b.z = self.codes(b)                                              # (N,F)
+        b.e = b.x - self.decode_normalized(b.z)                          # (N,D)
+        fired, variance = counts(b.z), (b.x - b.x.mean(0)).pow(2).sum()
+        b.denominator = {"fvu": variance, "token": len(b.x), "entry": b.x.numel()}[self.error_unit]
+        total = self.recon_loss(b)
+        parts = {"fvu": b.e.pow(2).sum() / variance, "l0": fired.sum().float() / len(b.x)}
+        for name, (weight, term) in (self.extra(b) | self.aux_loss(b)).items():
+            total, parts[name] = total + weight * term, term
+        parts = {name: part.detach() for name, part in parts.items()}
+        return total, parts | {"fired": fired > 0}
 
     def recon_loss(self, b):
-        return b.e.pow(2).sum() / b.unit
+        return b.e.pow(2).sum() / b.denominator
+
+    def error(self, b, x_hat):
+        """Squared error of some reconstruction (N,D), in the unit of the loss."""
+        return (b.x - x_hat).pow(2).sum() / b.denominator
+
+    def codes(self, b):
+        """Batch -> z (N,F), dense or `Codes`, of training or of inference as b.train says."""
+        raise TypeError("SAE is what the variants share: build one of VARIANTS")
 
     def extra(self, b):
-        """Batch -> {name: (weight, value)}: what the loss holds beside reconstruction."""
+        """Batch -> {name: (weight, value)}: loss terms beside the reconstruction."""
         return {}
 
     @torch.no_grad()
     def observe(self, b):
-        """After the backward pass of each micro-batch: what is learned without a gradient.  Here: who fires."""
-        fired = counts(b.z)                                                                   # (F,)
-        self.density.lerp_((fired / len(b.x)).to(self.density), (1 / (self.observed + 1.0)).clamp(min=1e-3))
-        self.tokens_since_fired.add_(len(b.x)).masked_fill_(fired > 0, 0)      # in tokens, never in steps
+        """Runs after the backward pass of each micro-batch.  Here: counts who fires."""
+        fired = counts(b.z)                                              # (F,)
+        rate = (1 / (self.observed + 1.0)).clamp(min=1e-3)      # a mean, later a running one
+        self.density.lerp_((fired / len(b.x)).to(self.density), rate)
+        self.tokens_since_fired.add_(len(b.x)).masked_fill_(fired > 0, 0)
         self.observed += 1
 
     def ramp(self, b):
-        """0 at the first step, 1 once the share `warmup` of the training is behind: for penalties and for k."""
+        """Rises from 0 to 1 over the first `warmup` of training: for penalties and for k."""
         return min(1.0, b.progress / self.warmup) if self.warmup else 1.0
-
-    @torch.no_grad()
-    def settle_(self):
-        """After the optimizer's step: back onto the constraints."""
-        if self.unit_rows:
-            self.unit_rows_()
-
-    # -- latents that seldom fire --------------------------------------------------------------------------
 
     @property
     def dead(self):
@@ -312,454 +251,372 @@ class SAE(nn.Module):
         return self.tokens_since_fired > self.dead_after
 
     def rare(self):
-        """(F,) bool: the dead, with aux="zipf" also those that fire less than `tau` times their Zipf share."""
-        return self.dead | (self.density < self.tau * zipf(self.density)) if self.aux == "zipf" else self.dead
+        """(F,) bool: the dead; with aux="zipf" also who fires below `tau` of its Zipf share."""
+        if self.aux == "zipf":
+            return self.dead | (self.density < self.tau * zipf(self.density))      # (F,)
+        return self.dead
 
     def score(self, pre):
-        """(N,F) -> (N,F): what is compared when few are chosen."""
+        """What is compared when latents are selected."""
         return pre.abs() if self.signed else pre
 
-    def choose_rare(self, b):
-        """The k_aux strongest rare latents of each token, or all where there are fewer: most often none."""
-        rare = self.rare().nonzero()[:, 0]      # waits for the device: cheaper than to choose for nobody
-        return places(rare[top(self.score(b.pre[:, rare]), min(self.k_aux, len(rare)))], self.n_latents)
-
-    def rare_codes(self, b):
-        """Where pre is dense and has a graph; the variants that choose have made theirs together with z."""
-        place = self.choose_rare(b).sort().values
-        return Codes(b.pre.flatten()[place].relu(), place, b.pre.shape)
+    def choose_aux(self, b):
+        """Flat indices of the k_aux strongest rare latents of each token, of all if fewer."""
+        rare = self.rare().nonzero()[:, 0]      # waits for the device: cheaper than ranking nobody
+        best = self.score(b.pre[:, rare]).topk(min(self.k_aux, len(rare)), dim=-1, sorted=False)
+        return flat_indices(rare[best.indices], self.n_latents)
 
     def aux_loss(self, b):
-        """AuxK (arXiv 2406.04093): how badly the rare latents explain e, which is detached -> {"aux": ...} or {}.
+        """AuxK (arXiv 2406.04093): how well rare latents explain the error -> {"aux": ...} or {}.
 
-            e_hat = z_rare W_dec,   aux = sum (e - e_hat)^2 / sum (e - mean e)^2
+            e_hat = z_rare W_dec        aux = sum (e - e_hat)^2 / sum (e - mean e)^2
 
-        Without b_dec, which e no longer contains.  Divided by the variance of e as in that paper's code (sparsify
-        divides by the variance of x), times min(n_rare / k_aux, 1) as in sparsify, so that a few do not shout.
-
-        aux="zipf" (aux_zipf_loss of arXiv 2411.02124): the rare are not only the dead.  That paper's abstract and
-        reviews give its purpose; the definition of rare is ours.  tau = 0 is AuxK."""
+        e is detached.  Divided by the variance of e as in that paper's code (sparsify: of x), times
+        min(n_rare / k_aux, 1) as in sparsify.  aux="zipf" is aux_zipf_loss of arXiv 2411.02124:
+        the purpose is that paper's, the definition of rare is ours.  tau=0 makes it AuxK.
+        """
         if not getattr(self, "aux_coef", 0):
             return {}
-        z, e = b.also.get("aux") or self.rare_codes(b), b.e.detach()
-        if not len(z.place):
+        if "aux" not in b.cache:      # pre is dense and has a graph; `Chosen` has done this before
+            index = self.choose_aux(b).sort().values
+            b.cache["aux"] = Codes(b.pre.flatten()[index].relu(), index, b.pre.shape)
+        z, e = b.cache["aux"], b.e.detach()
+        if not len(z.value):
             return {"aux": (self.aux_coef, e.new_zeros(()))}
         variance = (e - e.mean(0)).pow(2).sum()
-        ratio = (e - wide(z.times(self.W_dec))).pow(2).sum() / variance.clamp_min(torch.finfo(e.dtype).tiny)
-        few = min(1.0, len(z.place) / len(b.x) / self.k_aux)
-        return {"aux": (self.aux_coef, few * torch.where(variance > 0, ratio, 0.0))}      # an exact fit: nothing left
+        left = (e - z.times(self.W_dec)).pow(2).sum()      # e_hat = z W_dec: without b_dec
+        ratio = left / variance.clamp_min(torch.finfo(e.dtype).tiny)
+        ratio = torch.where(variance > 0, ratio, 0.0)      # an exact fit leaves nothing to explain
+        return {"aux": (self.aux_coef, min(1.0, len(z.value) / len(b.x) / self.k_aux) * ratio)}
 
-    # -- unit norm -----------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def constrain_(self):
+        """After each optimizer step: back onto the constraints.  Here: atoms to norm 1."""
+        if self.unit_rows:
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
     @torch.no_grad()
     def project_grad_(self):
-        """Removes from each atom's gradient what only changes its length, which is held at 1."""
-        along = torch.einsum("fd,fd->f", self.W_dec.grad, self.W_dec)                         # (F,)
+        """Removes from each atom's gradient the part that only changes its norm."""
+        along = torch.einsum("fd,fd->f", self.W_dec.grad, self.W_dec)    # (F,)
         self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
 
     @torch.no_grad()
-    def unit_rows_(self):
-        """Atoms to unit norm, as they are: the function changes. `settle_` keeps them there in training."""
-        self.W_dec.div_(wide(self.W_dec).norm(dim=1, keepdim=True).clamp_min(1e-12))
-
-    @torch.no_grad()
     def fold_rows_(self):
-        """Atoms to unit norm, their length into the encoder: the function stays where no atoms are ranked (relu,
-        gated, jumprelu).  A zero atom stays zero."""
-        length = wide(self.W_dec).norm(dim=1)                                                 # (F,)
-        length = torch.where(length > 0, length, 1.0).to(self.W_dec.dtype)
-        for name in self.per_latent:
+        """Atoms to norm 1, their norm into the encoder: x_hat stays, unless latents are ranked."""
+        norm = self.W_dec.norm(dim=1)                                    # (F,)
+        norm = torch.where(norm > 0, norm, 1.0)      # an atom of zeros stays one
+        for name in self.encoder_names:
             tensor = getattr(self, name)
-            tensor.mul_(length[:, None] if tensor.dim() == 2 else length)
-        self.W_dec.div_(length[:, None])
+            tensor.mul_(norm[:, None] if tensor.dim() == 2 else norm)
+        self.W_dec.div_(norm[:, None])
 
+# ---- Sparse codes: the fast path ---------------------------------------------------------------
 
-def zipf(density, head=0.001, tail=0.5):
-    """(F,) -> (F,): the density that Zipf's law expects of each latent's rank.  The fit is ours.
+class Codes(NamedTuple):
+    """An (N,F) matrix with M entries, sorted by flat index n F + i.  Some values may be 0."""
+    value: torch.Tensor           # (M,)
+    flat_index: torch.Tensor      # (M,) int64
+    shape: tuple                  # (N,F)
 
-    log d = c - a log rank, by least squares on ranks head F .. tail F: rare latents, the question, stay out."""
-    d, order = density.sort(descending=True)
-    rank = torch.arange(1, len(d) + 1, device=d.device, dtype=torch.float64)
-    used = ((rank >= head * len(d)) & (rank <= tail * len(d)) & (d > 0)).double()
-    x, y, n = rank.log(), d.double().clamp_min(1e-300).log(), used.sum().clamp_min(1)
-    x0, y0 = (x * used).sum() / n, (y * used).sum() / n
-    slope = ((x - x0) * (y - y0) * used).sum() / ((x - x0).pow(2) * used).sum().clamp_min(1e-300)
-    expected = (y0 + slope * (x - x0)).exp() * (n > 1)      # no line goes through one point: expect nothing
-    return torch.empty_like(d).scatter_(0, order, expected.to(d.dtype))
+    def dense(self):
+        z = self.value.new_zeros(self.shape[0] * self.shape[1])
+        return z.index_put((self.flat_index,), self.value).view(self.shape)      # (N,F)
 
+    def transpose(self):
+        rows, columns = self.shape
+        row, column = self.flat_index // columns, self.flat_index % columns
+        index, order = (column * rows + row).sort()                      # (M,)
+        return Codes(self.value[order], index, (columns, rows))
 
-def top(score, k):
-    """(N,F) -> (N,k): the latents with the k largest scores of each token, exactly k even on ties."""
-    return score.topk(k, dim=-1, sorted=False).indices
+    def times(self, matrix):
+        """(N,F) @ (F,D) -> (N,D), reading only the rows of `matrix` that are needed."""
+        rows, columns = self.shape
+        first = torch.arange(rows, device=self.flat_index.device) * columns
+        offsets = torch.searchsorted(self.flat_index, first)             # (N,): where rows begin
+        return fn.embedding_bag(self.flat_index % columns, matrix, offsets, mode="sum",
+                                per_sample_weights=self.value)
 
+def dense(z):
+    return z.dense() if isinstance(z, Codes) else z
+
+def column(z, i):
+    """Column i of codes (N,F) -> (N,)."""
+    if not isinstance(z, Codes):
+        return z[:, i]
+    rows, columns = z.shape
+    mine = z.flat_index % columns == i                                   # (M,) bool
+    return z.value.new_zeros(rows).index_put((z.flat_index[mine] // columns,), z.value[mine])
+
+def counts(z):
+    """Codes (N,F) -> (F,) fp64: on how many tokens each latent fires."""
+    if not isinstance(z, Codes):
+        return (z != 0).sum(0).double()
+    fired, columns = (z.value != 0).to(torch.float64), z.shape[1]
+    return fired.new_zeros(columns).index_add_(0, z.flat_index % columns, fired)
+
+class Selected(torch.autograd.Function):
+    """Selected entries of pre = x W^T + b; their backward pass touches selected latents alone.
+
+        d W[i] = sum over n that selected i of d pre[n,i] x[n]     d x[n] = sum_i d pre[n,i] W[i]
+
+    Exact for any selection, also AuxK's (sparsify's fused encoder drops that part).
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, value, flat_index):
+        ctx.save_for_backward(x, W, flat_index)
+        return value.clone()                                             # (M,)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, W, flat_index = ctx.saved_tensors
+        d_pre = Codes(grad, flat_index, (len(x), len(W)))                # (N,F)
+        d_b = grad.new_zeros(len(W)).index_add_(0, flat_index % len(W), grad)      # (F,)
+        d_x = d_pre.times(W) if ctx.needs_input_grad[0] else None        # (N,D)
+        return d_x, d_pre.transpose().times(x), d_b, None, None
+
+def flat_indices(latents, n_latents):
+    """Latents of each token (N,k) -> flat indices n F + i."""
+    first = torch.arange(len(latents), device=latents.device)[:, None] * n_latents
+    return (latents + first).flatten()                                   # (N k,)
+
+def largest_per_token(score, k):
+    """score (N,F) -> flat indices of the k largest of each token, exactly k even on ties."""
+    return flat_indices(score.topk(k, dim=-1, sorted=False).indices, score.shape[1])
 
 def largest(score, n):
-    """(M,) -> places of the n largest, exactly n even on ties: `topk`, which is slow where M is in the millions.
+    """score (M,) -> indices of the n largest, exactly n even on ties.
 
-    Block maxima are entries too, so the n-th largest of them is a lower bound: what lies below it is out."""
+    `topk` is slow on millions.  The n-th largest of the maxima of blocks bounds the n largest
+    scores from below: `topk` is run only on those above the bound.
+    """
     block = len(score) // max(1, 4 * n)
     if block < 2:
         return score.topk(n, sorted=False).indices
-    low = score[:len(score) // block * block].view(-1, block).amax(1).topk(n, sorted=False).values.amin()
-    place = (score < low).logical_not_().nonzero()[:, 0]      # a NaN stays in, so that the loss shows it
-    return place[score[place].topk(n, sorted=False).indices]
-
-
-def places(index, n_latents):
-    """(N,k) latents of each token -> (N k,) flat places."""
-    return (index + torch.arange(len(index), device=index.device)[:, None] * n_latents).flatten()
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Variants with a penalty: z is dense, and a term of the loss makes it sparse
-# ----------------------------------------------------------------------------------------------------------
-
-class ReLU(SAE):
-    """ReLU and an L1 penalty: the first SAEs (arXiv 2309.08600; transformer-circuits.pub/2023/monosemantic-features).
-
-        z = ReLU(pre)         loss = mean_n ||e||^2 + l1 sum_i z_i ||w_i||
-
-    In training and at inference.  rows="unit": atoms held at norm 1.  rows="free": atoms of any length, paid for in
-    the penalty, folded into the encoder at the end (transformer-circuits.pub/2024/april-update).  l1 ramps up from
-    0.  Units: ||x||^2 is 1 on average; a fit of one atom shrinks its code by l1/2.  No resampling of dead latents:
-    AuxK does that for every variant, and without touching the optimizer's state.
-    """
-    variant = "relu"
-    defaults = BASE | AUX | dict(normalize="scale", l1=0.05, rows="unit", warmup=0.1)
-    recon = "sum"
-
-    @property
-    def unit_rows(self):
-        return self.rows == "unit"
-
-    def codes(self, b):
-        b.pre = self.preacts(b.x)
-        return b.pre.relu()
-
-    def extra(self, b):
-        length = 1.0 if self.unit_rows else wide(self.W_dec).norm(dim=1)                      # (F,)
-        return {"l1": (self.l1 * self.ramp(b), (wide(b.z) * length).sum(-1).mean())}
-
-
-class Gated(SAE):
-    """Gated SAE (arXiv 2404.16014): one encoder decides whether a latent fires, a rescaled copy how strongly.
-
-        gate = 1[pre > 0]     magnitude = ReLU( exp(r_mag) (x - b_dec) W_enc' + b_mag )     z = gate magnitude
-        loss = mean_n ||e||^2 + l1 sum_i ReLU(pre)_i + mean_n ||x - (ReLU(pre) W_dec' + b_dec')||^2
-
-    In training and at inference.  W_dec' and b_dec' are frozen copies: the last term trains the gate alone.  z equals
-    JumpReLU of `magnitude` before its ReLU, with threshold b_mag - exp(r_mag) b_enc.  Here b_enc is the gate's bias.
-    """
-    variant = "gated"
-    defaults = BASE | AUX | dict(normalize="scale", l1=0.05, warmup=0.1)
-    recon = "sum"
-    betas = (0.0, 0.999)
-    per_latent = ("W_enc", "b_enc", "b_mag")
-
-    def allocate(self):
-        super().allocate()
-        self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(self.n_latents)) for _ in range(2))
-
-    def codes(self, b):
-        b.pre = self.preacts(b.x)
-        return (b.pre > 0) * (self.r_mag.exp() * (b.pre - self.b_enc) + self.b_mag).relu()
-
-    def extra(self, b):
-        gate = b.pre.relu()
-        frozen = gate @ self.W_dec.detach() + self.b_dec.detach()
-        return {"l1": (self.l1 * self.ramp(b), wide(gate).sum(-1).mean()), "gate": (1.0, self.error(b, frozen))}
-
-
-class JumpReLU(SAE):
-    """JumpReLU SAE (arXiv 2407.14435; Gemma Scope, arXiv 2408.05147): a threshold for each latent, learned.
-
-        z = pre 1[pre > threshold]        loss = mean_n ||e||^2 + penalty( L0 )
-
-    penalty="target": coef (L0 / k - 1)^2 as in dictionary_learning; penalty="l0": coef L0 as in the paper.  Both ramp
-    up.  Gradients are clipped at norm 1, as in the former: the penalty starts near (F / 2k)^2, and the second moment
-    of Adam would hold the thresholds back for thousands of steps.  In training and at inference.  `Jump` and `Step`
-    hold the pseudo-derivatives, taken at pre-activations.  The threshold itself is learned, not its logarithm, which
-    under Adam would move by a share of itself a step; it is kept at 0 or above.  bandwidth 0.001 of the paper goes
-    with ||x||^2 = 1 on average and billions of tokens.
-    """
-    variant = "jumprelu"
-    defaults = BASE | AUX | dict(k=32, normalize="scale", penalty="target", coef=1.0, bandwidth=0.001,
-                                 threshold_init=0.001, warmup=0.1)
-    recon = "sum"
-    betas = (0.0, 0.999)
-    clip = 1.0
-    per_latent = ("W_enc", "b_enc", "threshold")
-
-    def allocate(self):
-        super().allocate()
-        self.threshold = nn.Parameter(torch.full((self.n_latents,), self.threshold_init))
-
-    def codes(self, b):
-        b.pre = self.preacts(b.x)
-        return Jump.apply(b.pre, self.threshold, self.bandwidth)
-
-    def extra(self, b):
-        l0 = Step.apply(b.pre, self.threshold, self.bandwidth).sum(-1).mean()
-        value = (l0 / self.k - 1) ** 2 if self.penalty == "target" else l0
-        return {"l0_penalty": (self.coef * self.ramp(b), value)}
-
-    def settle_(self):
-        super().settle_()
-        self.threshold.data.clamp_(min=0)
-
-
-class Jump(torch.autograd.Function):
-    """pre 1[pre > theta]:  d/d pre = 1[pre > theta],   d/d theta = -theta / width 1[|pre - theta| < width / 2]."""
-
-    @staticmethod
-    def forward(ctx, pre, theta, width):
-        ctx.save_for_backward(pre, theta)
-        ctx.width = width
-        return pre * (pre > theta)
-
-    @staticmethod
-    def backward(ctx, grad):
-        pre, theta = ctx.saved_tensors
-        near = (pre - theta).abs() < ctx.width / 2
-        return grad * (pre > theta), -(grad * near).sum(0) * theta / ctx.width, None
-
-
-class Step(torch.autograd.Function):
-    """1[pre > theta]:  d/d pre = 0,   d/d theta = -1 / width 1[|pre - theta| < width / 2]."""
-
-    @staticmethod
-    def forward(ctx, pre, theta, width):
-        ctx.save_for_backward(pre, theta)
-        ctx.width = width
-        return (pre > theta).to(pre.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        pre, theta = ctx.saved_tensors
-        near = (pre - theta).abs() < ctx.width / 2
-        return None, -(grad * near).sum(0) / ctx.width, None
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Variants that choose: z is `Codes`, and how few they are is given
-# ----------------------------------------------------------------------------------------------------------
+    maxima = score[:len(score) // block * block].view(-1, block).amax(1)
+    bound = maxima.topk(n, sorted=False).values.amin()
+    left = (score < bound).logical_not_().nonzero()[:, 0]      # NaN stays in, to be seen
+    return left[score[left].topk(n, sorted=False).indices]
 
 class Chosen(SAE):
-    """The TopK family.  A variant says which places of pre are kept; values are ReLU(pre) there (pre, if signed)."""
+    """The TopK family: `choose` takes a batch with pre, returns the flat indices (M,) to keep.
+
+    Codes are ReLU(pre) there, or pre where `signed`.  pre (N,F) is made some tokens at a time,
+    without a graph: autograd sees the selected entries alone.
+    """
     defaults = BASE | AUX | dict(k=32, k_start=None, warmup=0.1)
 
-    def choose(self, b):
-        """Batch with pre -> flat places (M,), in any order."""
-        raise TypeError("Chosen is what the TopK family shares; build one of VARIANTS")
-
-    def k_at(self, b):
-        """k of this step: it falls from k_start, where one is set, as penalties ramp up elsewhere."""
-        return self.k if self.k_start is None else round(self.k_start + (self.k - self.k_start) * self.ramp(b))
-
-    def choices(self, b):
-        return {"z": self.choose} | ({"aux": self.choose_rare} if b.train and self.aux_coef else {})
-
     def codes(self, b):
-        """pre (rows,F) is made a chunk of rows at a time, without a graph: autograd sees what was chosen of it."""
-        n, choices = len(b.x), self.choices(b)
-        rows = n if b.train and not self.per_token else max(1, CHUNK // self.n_latents)
-        found = {name: [] for name in choices}
+        selections, found = {"z": self.choose}, {}
+        if b.train and self.aux_coef:
+            selections["aux"] = self.choose_aux
+        if b.train and getattr(self, "multi_topk", False):
+            selections["wider"] = self.choose_wider
+        rows = max(1, CHUNK // self.n_latents)
+        if b.train and not self.per_token:      # tokens compete: all of them at once
+            rows = len(b.x)
         with torch.no_grad():
-            for start in range(0, max(1, n), rows):      # no tokens make one chunk of none
-                part = b.rows(start, start + rows)
-                part.pre = self.preacts(part.x)
-                for name, choose in choices.items():
-                    place = choose(part).sort().values      # so that the codes of a token lie together
-                    found[name].append((part.pre.flatten()[place], place + start * self.n_latents))
-        b.also = {name: self.selected(b, *map(torch.cat, zip(*pairs))) for name, pairs in found.items()}
-        return b.also["z"]
+            for start in range(0, max(1, len(b.x)), rows):      # no tokens: one empty part
+                part = Batch(b.x[start:start + rows], train=b.train, progress=b.progress)
+                part.g = None if b.g is None else b.g[start:start + rows]
+                part.pre = self.preacts(part.x)                          # (rows,F)
+                for name, choose in selections.items():
+                    index = choose(part).sort().values
+                    pair = part.pre.flatten()[index], index + start * self.n_latents
+                    found.setdefault(name, []).append(pair)
+        for name, pairs in found.items():
+            value, index = map(torch.cat, zip(*pairs))                   # (M,)
+            value = Selected.apply(b.x - self.b_dec, self.W_enc, self.b_enc, value, index)
+            value = value if self.signed else value.relu()
+            b.cache[name] = Codes(value, index, (len(b.x), self.n_latents))
+        return b.cache["z"]
 
-    def selected(self, b, value, place):
-        value = Selected.apply(b.x - self.b_dec, self.W_enc, self.b_enc, value, place)
-        return Codes(value if self.signed else value.relu(), place, (len(b.x), self.n_latents))
-
+    def current_k(self, b):
+        """k; where there is a k_start, it goes from there to k as penalties elsewhere ramp up."""
+        if self.k_start is None:
+            return self.k
+        return round(self.k_start + (self.k - self.k_start) * self.ramp(b))
 
 class TopK(Chosen):
     """TopK (arXiv 2406.04093), as SAE-Tuning uses it (arXiv 2506.09967, eq. 3-5).
 
-        z = TopK(ReLU(pre)), the k largest of each token          loss = sum e^2 / sum (x - mean x)^2 + aux_coef AuxK
+        z = TopK(ReLU(pre)), the k largest of each token         loss = FVU + aux_coef AuxK
 
-    In training and at inference.  Ranks pre and rectifies after: the same codes, without a pass over (N,F); a latent
-    chosen at or below 0 does not fire and carries no gradient.  multi_topk adds 1/8 of the loss at 4 k, so that the
-    dictionary stays usable when k is changed later.
+    In training and at inference.  Ranks pre and rectifies after: the same codes, and no pass over
+    (N,F).  multi_topk adds 1/8 of the loss at 4 k, so that k can be changed later.
     """
-    variant = "topk"
     defaults = Chosen.defaults | dict(multi_topk=False)
 
     def choose(self, b):
-        return places(top(b.pre, self.k_at(b)), self.n_latents)
+        return largest_per_token(b.pre, self.current_k(b))
 
     def choose_wider(self, b):
-        return places(top(b.pre, 4 * self.k), self.n_latents)
-
-    def choices(self, b):
-        return super().choices(b) | ({"wider": self.choose_wider} if b.train and self.multi_topk else {})
+        return largest_per_token(b.pre, 4 * self.k)
 
     def extra(self, b):
-        return {"multi": (1 / 8, self.error(b, self.rebuild(b.also["wider"])))} if self.multi_topk else {}
+        if not self.multi_topk:
+            return {}
+        return {"multi": (1 / 8, self.error(b, self.decode_normalized(b.cache["wider"])))}
 
+# ---- The other variants that select: how many latents, and by which score ----------------------
 
 class BatchTopK(Chosen):
-    """BatchTopK (arXiv 2412.06410): k a token on average, more where a token needs more.
+    """BatchTopK (arXiv 2412.06410): k latents a token on average, more where a token needs more.
 
-        training:    the k N largest of the micro-batch         inference:   z = pre 1[pre > threshold]
+        training:  the k N largest of the micro-batch       inference:  z = pre 1[pre > threshold]
 
-    threshold is the mean over batches of the smallest chosen value above 0; it starts at the first batch's, follows
-    at 1 % a step, and `calibrate` takes the mean afresh once training is over (that step is ours).  It depends on N.
+    threshold: running mean of each batch's smallest active value, 1 % a step.  It depends on N.
     """
-    variant = "batchtopk"
     per_token = False
 
-    def allocate(self):
-        super().allocate()
-        self.register_buffer("threshold", torch.zeros(()))      # until trained: a plain ReLU at inference
+    def add_tensors(self):
+        super().add_tensors()
+        self.register_buffer("threshold", torch.zeros(()))      # until trained: ReLU at inference
 
     def choose(self, b):
+        score = self.score(b.pre)                                        # (N,F)
         if not b.train:
-            return (self.score(b.pre) > self.threshold).flatten().nonzero()[:, 0]
-        return largest(self.score(b.pre).flatten(), int(self.k_at(b) * len(b.pre)))
+            return (score > self.threshold).flatten().nonzero()[:, 0]
+        return largest(score.flatten(), int(self.current_k(b) * len(b.pre)))
 
-    def lowest(self, z):
-        """Codes -> the smallest chosen size above 0, inf if there is none."""
+    def smallest_active(self, z):
+        """Codes -> the smallest |z| above 0, inf if there is none."""
         size = z.value.abs()
         return torch.where(size > 0, size, math.inf).amin()
 
     @torch.no_grad()
     def observe(self, b):
         super().observe(b)
-        self.follow(self.lowest(b.z), 0.01)
-
-    def follow(self, low, rate):
-        first = torch.where(self.threshold == 0, low, self.threshold.lerp(low, rate))
-        self.threshold.copy_(torch.where(low < math.inf, first, self.threshold))
+        low = self.smallest_active(b.z)
+        mean = torch.where(self.threshold == 0, low, self.threshold.lerp(low, 0.01))
+        self.threshold.copy_(torch.where(low < math.inf, mean, self.threshold))
 
     @torch.no_grad()
     def calibrate(self, batches):
-        """batches, each (N,D) -> the mean of `lowest`, at these weights, becomes the threshold."""
-        low = torch.stack([self.lowest(self.codes(self.batch(x, train=True))) for x in batches])
-        there = low < math.inf      # a mean of what there is: a latent need not fire in every batch
-        self.threshold.copy_(torch.where(there, low, 0).sum(0) / there.sum(0).clamp(min=1))
-
+        """Once trained: threshold = mean over batches (N,D) of the smallest active value (ours)."""
+        codes = [self.codes(self.batch(x, train=True)) for x in batches]
+        low = torch.stack([self.smallest_active(z) for z in codes])      # (batches,) or (..., F)
+        active = low < math.inf      # a latent need not fire in every batch
+        self.threshold.copy_(torch.where(active, low, 0).sum(0) / active.sum(0).clamp(min=1))
 
 class Matryoshka(BatchTopK):
-    """Matryoshka BatchTopK (arXiv 2503.17547): the first latents must do alone, and again with the next ones.
+    """Matryoshka BatchTopK (arXiv 2503.17547): the first latents must also reconstruct alone.
 
-        loss = sum over levels g of || x - z[:, :m_g] W_dec[:m_g] - b_dec ||^2 + aux_coef AuxK,    m_1 < .. < m_G = F
+        loss = sum over levels of ||x - z[:, :m] W_dec[:m] - b_dec||^2 + AuxK,   m_1 < .. < m_G = F
 
-    Codes as BatchTopK over all latents.  levels: shares of F in each group.  weighting: "sum" as in the paper, "mean"
-    over G + 1 levels with the empty one as in the authors' code, "squared" 1/G^2 as dictionary_learning ends up with.
-    At inference decode(z[:, :m]) uses the first m.
+    levels: shares of F.  weighting: "sum", the paper's;  "mean" over G + 1 levels, the empty one
+    included, the authors' code;  "squared", 1/G^2, dictionary_learning.
     """
-    variant = "matryoshka"
-    defaults = BatchTopK.defaults | dict(levels=[1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32], weighting="sum")
+    defaults = BatchTopK.defaults | dict(levels=[1/32, 1/16, 1/8, 1/4, 17/32], weighting="sum")
 
     def widths(self):
-        """m_1 .. m_G: cumulative, strictly rising, ending at F."""
-        ends = torch.tensor(self.levels).double().cumsum(0) / sum(self.levels) * self.n_latents
-        return sorted({max(1, round(end)) for end in ends.tolist()})
+        """[m_1, .., m_G]."""
+        shares = torch.tensor(self.levels).double().cumsum(0) / sum(self.levels)
+        return sorted({max(1, round(end)) for end in (shares * self.n_latents).tolist()})
 
     def recon_loss(self, b):
-        latent, low = b.z.place % self.n_latents, 0
-        total, x_hat = 0.0, wide(self.b_dec)
-        if self.weighting == "mean":
-            total = self.error(b, x_hat)
-        for high in self.widths():      # each group is decoded once, on top of those before it
-            own = b.z._replace(value=b.z.value * ((latent >= low) & (latent < high)))
-            x_hat, low = x_hat + wide(own.times(self.W_dec)), high
+        latent, widths = b.z.flat_index % self.n_latents, self.widths()
+        x_hat, low = self.b_dec, 0
+        total = self.error(b, x_hat) if self.weighting == "mean" else 0.0
+        for high in widths:      # each group is decoded once and added to those before it
+            group = b.z.value * ((latent >= low) & (latent < high))      # (M,)
+            x_hat, low = x_hat + b.z._replace(value=group).times(self.W_dec), high
             total = total + self.error(b, x_hat)
-        levels = len(self.widths())
-        return total / {"sum": 1, "mean": levels + 1, "squared": levels**2}[self.weighting]
-
+        divisor = {"sum": 1, "mean": len(widths) + 1, "squared": len(widths)**2}
+        return total / divisor[self.weighting]
 
 class MutualChoice(BatchTopK):
-    """Mutual Choice (arXiv 2411.02124): the k N largest pairs of token and latent, whoever they belong to.
+    """Mutual Choice (arXiv 2411.02124): BatchTopK found independently, with aux="zipf".
 
-    The same codes as BatchTopK, found independently; what differs is the auxiliary loss, "zipf".  The inference
-    threshold (BatchTopK's), the weight and the definition of aux_zipf are ours: the paper's text was not at hand.
+    The inference threshold, aux_coef and the definition of "zipf" are ours.
     """
-    variant = "mutual_choice"
     defaults = BatchTopK.defaults | dict(aux="zipf", aux_coef=1 / 32)
 
-
 class FeatureChoice(BatchTopK):
-    """Feature Choice (arXiv 2411.02124): each latent i chooses its m_i tokens, so that none is ever idle.
+    """Feature Choice (arXiv 2411.02124): each latent i selects its m_i tokens; none is ever idle.
 
         training:   latent i keeps the m_i largest of its column,  sum_i m_i = k N
-        inference:  z = pre 1[pre > threshold_i], a threshold for each latent as in BatchTopK
+        inference:  z = pre 1[pre > threshold_i], thresholds as in BatchTopK
 
-    budget="uniform": m_i = k N / F.  budget="zipf": m_i falls with the rank of how often i fired, as
-    (rank + q)^-alpha, at least m_min, at most N; ranks are taken anew every `rerank` batches.  Formula and threshold
-    are ours.  N must be at least F m_min / k: a latent can only choose among the tokens that are there.
+    budget="uniform": m_i = k N / F;  "zipf": m_i ~ (rank + q)^-alpha, from m_min to N, by rank of
+    how often i fired, taken anew every `rerank` batches.  Formula and threshold are ours.
     """
-    variant = "feature_choice"
     defaults = BatchTopK.defaults | dict(budget="uniform", alpha=1.0, q=0.0, m_min=1, rerank=1000)
 
-    def allocate(self):
-        super().allocate()
+    def add_tensors(self):
+        super().add_tensors()
         self.threshold = torch.zeros(self.n_latents)
-        self.register_buffer("rank", torch.arange(self.n_latents), persistent=False)
+        self.add_counters(rank=torch.arange(self.n_latents))      # by density, at the last look
 
     def budgets(self, n, k):
-        """(F,) int64: sums to k n, each from m_min to n, falling with rank."""
-        total = int(k * n)
-        if total < self.m_min * self.n_latents:
-            raise ValueError(f"feature_choice: {n} tokens x k={k} leave less than m_min={self.m_min} for each of "
-                             f"{self.n_latents} latents; it needs {math.ceil(self.m_min * self.n_latents / k)} "
-                             "tokens a micro-batch: raise --micro-batch, or lower --latents")
-        alpha = self.alpha if self.budget == "zipf" else 0.0
-        share = (torch.arange(1, self.n_latents + 1, dtype=torch.float64) + self.q) ** -alpha
-        share = share.clamp_min(1e-300)      # a steep law ends in zeros, which no rest can be divided by
-        by_rank = spread(total - self.m_min * self.n_latents, share, n - self.m_min) + self.m_min
+        """m (F,) int64: sums to k n, each from m_min to n, falling with rank."""
+        total, least = int(k * n), self.m_min * self.n_latents
+        check(total >= least, f"feature_choice: {n} tokens x k={k} leave less than m_min="
+              f"{self.m_min} for each of {self.n_latents} latents; it needs {math.ceil(least / k)} "
+              "tokens a micro-batch: raise --micro-batch, or lower --latents")
+        rank = torch.arange(1, self.n_latents + 1, dtype=torch.float64)
+        share = (rank + self.q) ** -(self.alpha if self.budget == "zipf" else 0.0)
+        share = share.clamp_min(1e-300)      # a share of 0 could take nothing, whatever is left
+        by_rank = allocate(total - least, share, n - self.m_min) + self.m_min
         return by_rank.to(self.rank.device)[self.rank]
 
     def choose(self, b):
         if not b.train:
             return super().choose(b)
-        m = self.budgets(len(b.pre), self.k_at(b))                                            # (F,)
-        tokens = b.pre.T.topk(int(m.max()), dim=1).indices                                    # (F, max m), best first
-        chosen = torch.arange(tokens.shape[1], device=m.device) < m[:, None]
-        return (tokens * self.n_latents + torch.arange(self.n_latents, device=m.device)[:, None])[chosen]
+        m = self.budgets(len(b.pre), self.current_k(b))                  # (F,)
+        tokens = b.pre.T.topk(int(m.max()), dim=1).indices               # (F, max m), best first
+        within = torch.arange(tokens.shape[1], device=m.device) < m[:, None]
+        latent = torch.arange(self.n_latents, device=m.device)[:, None]
+        return (tokens * self.n_latents + latent)[within]                # (k N,)
 
-    def lowest(self, z):
-        low = torch.full_like(self.threshold, math.inf)
+    def smallest_active(self, z):
+        low = torch.full_like(self.threshold, math.inf)                  # (F,)
         size = torch.where(z.value > 0, z.value, math.inf).to(low.dtype)
-        return low.scatter_reduce_(0, z.place % self.n_latents, size, "amin")
+        return low.scatter_reduce_(0, z.flat_index % self.n_latents, size, "amin")
 
     @torch.no_grad()
     def observe(self, b):
         super().observe(b)
-        if int(self.observed) % self.rerank == 0:      # never at each step: ranks that flap train nobody
+        if int(self.observed) % self.rerank == 0:      # if ranks changed at each step, none learned
             order = self.density.argsort(descending=True, stable=True)
             self.rank.scatter_(0, order, torch.arange(self.n_latents, device=order.device))
 
-
-def spread(total, share, cap):
-    """Whole numbers in proportion to share (F,), sorted falling, none above cap, that sum to total."""
+def allocate(total, share, cap):
+    """share (F,), falling -> whole numbers (F,) in proportion, at most cap, that sum to total."""
     given = torch.zeros(len(share), dtype=torch.float64)
-    while (left := total - given.sum()) > 1e-6:      # what a cap cuts off goes to the others
-        open_ = given < cap
-        given = (given + open_ * share * left / (open_ * share).sum()).clamp(max=cap)
-    whole = (given + 1e-9).floor()
-    order = (whole - given).argsort(stable=True)     # the largest remainders first; ties by rank
+    while (left := total - given.sum()) > 1e-6:      # what the cap cuts off goes to the others
+        below = given < cap
+        given = (given + below * share * left / (below * share).sum()).clamp(max=cap)
+    whole = (given + 1e-9).floor()                   # of what is given, up to rounding errors
+    order = (whole - given).argsort(stable=True)     # largest remainders first, ties by rank
     whole[order[:total - int(whole.sum())]] += 1
     return whole.long()
 
+def zipf(density, head=0.001, tail=0.5):
+    """density (F,) -> what Zipf's law expects at each latent's rank, (F,).  The fit is ours.
+
+    log d = c - a log rank by least squares on ranks head F .. tail F: the rarest do not count.
+    """
+    d, order = density.sort(descending=True)                             # (F,)
+    rank = torch.arange(1, len(d) + 1, device=d.device, dtype=torch.float64)
+    used = ((rank >= head * len(d)) & (rank <= tail * len(d)) & (d > 0)).double()
+    n = used.sum().clamp_min(1)
+    x, y = rank.log(), d.double().clamp_min(1e-300).log()
+    x0, y0 = (x * used).sum() / n, (y * used).sum() / n                  # means
+    variance = ((x - x0).pow(2) * used).sum().clamp_min(1e-300)
+    slope = ((x - x0) * (y - y0) * used).sum() / variance
+    expected = (y0 + slope * (x - x0)).exp() * (n > 1)      # one point makes no line: expect 0
+    return torch.empty_like(d).scatter_(0, order, expected.to(d.dtype))
 
 class AbsTopK(BatchTopK):
-    """AbsTopK (arXiv 2510.00404): the k largest by size, signs kept, so that one latent serves two opposites.
+    """AbsTopK (arXiv 2510.00404): the k largest |pre|, signs kept: an atom serves two directions.
 
-        over="token":  the k largest |pre| of each token, in training and at inference (the paper)
-        over="batch":  the k N largest |pre| of the micro-batch (the released code); at inference |pre| > threshold,
-                       which is ours
+        over="token":  k of each token, in training and at inference (the paper)
+        over="batch":  k N of the micro-batch (the authors' code), then |pre| > threshold (ours)
 
-    F signed latents can do what 2 F of TopK can: compare it with both.  b_enc is the paper's; the code has none.
+    F signed latents can do what 2 F of TopK can.  b_enc is the paper's; its code has none.
     """
-    variant = "abstopk"
     defaults = BatchTopK.defaults | dict(over="token")
     signed = True
 
@@ -768,20 +625,20 @@ class AbsTopK(BatchTopK):
         return self.over == "token"
 
     def choose(self, b):
-        return places(top(b.pre.abs(), self.k_at(b)), self.n_latents) if self.per_token else super().choose(b)
-
+        if self.per_token:
+            return largest_per_token(b.pre.abs(), self.current_k(b))
+        return super().choose(b)
 
 class GSAE(TopK):
     """g-SAE (arXiv 2411.10397): prefers latents whose atoms move the model's loss.
 
-        score = ReLU(pre) (1 + beta a),   a[n,i] = | W_dec[i] . g[n] |,   g = d(next-token loss of the model) / dx
+        score = ReLU(pre) (1 + beta a)     a[n,i] = |W_dec[i] . g[n]|     g = d(model's loss) / dx
 
-        training: values ReLU(pre) at the k largest scores of each token         inference: TopK, without g
+        training: ReLU(pre) at the k largest scores of each token     inference: TopK, without g
 
-    No gradient flows through a or the ranking.  The score's form, cross-entropy as the loss, g in units of its mean
-    norm over a micro-batch (raw gradients are tiny), and inference without g are ours.
+    No gradient flows through a.  Ours: the score's form, next-token cross-entropy as the loss, g in
+    units of its mean norm over a micro-batch, and inference without g.
     """
-    variant = "gsae"
     defaults = TopK.defaults | dict(beta=1.0)
 
     @property
@@ -791,61 +648,57 @@ class GSAE(TopK):
     def choose(self, b):
         if not b.train or not self.beta:
             return super().choose(b)
-        if b.g is None:
-            raise ValueError("gsae: training needs the gradient of the model's loss at each activation (g)")
-        a = (b.g.to(self.W_dec.dtype) @ self.W_dec.T).abs()                                   # (N,F)
-        return places(top(b.pre.relu() * (1 + self.beta * a), self.k_at(b)), self.n_latents)
-
+        check(b.g is not None, "gsae: training needs the gradient of the model's loss (g)")
+        a = (b.g @ self.W_dec.T).abs()                                   # (N,F)
+        return largest_per_token(b.pre.relu() * (1 + self.beta * a), self.current_k(b))
 
 class TopAFA(Chosen):
-    """top-AFA (arXiv 2503.24277): as many latents as it takes for the code to be as long as the input.
+    """top-AFA (arXiv 2503.24277): as many latents as make the code as long as the input.
 
-        q = (ReLU(pre) ||w||)^2, falling;   keep the first j, whose | sqrt(q_1 + .. + q_j) - ||x - b_dec|| | is least
-        loss = mean e^2 + afa mean_n ( ||z|| - ||x|| )^2
+        q = (ReLU(pre) ||w||)^2, falling
+        keep the first j, for which |sqrt(q_1 + .. + q_j) - ||x - b_dec||| is least
+        loss = mean e^2 + afa mean_n (||z|| - ||x||)^2
 
-    In training and at inference; no encoder bias.  Every token is standardised first.  The authors' code marks the
-    end of the sum with 1e8, which large activations exceed; here j is below F.  k_max, a cap on j, is ours.  L0 is
-    not controlled: in the authors' runs it ends above D, more active atoms than dimensions.
+    No b_enc.  The authors' code ends the sum with 1e8, which large activations exceed; here j < F.
+    k_max, a cap on j, is ours.  L0 is not controlled: in the authors' runs it ends above D.
     """
-    variant = "topafa"
     defaults = BASE | AUX | dict(normalize="token", afa=1 / 32, k_max=None)
-    recon = "mean"
+    error_unit = "entry"     # mean e^2
     betas = (0.9, 0.99)
 
-    def allocate(self):
-        super().allocate()
+    def add_tensors(self):
+        super().add_tensors()
         self.b_enc.requires_grad_(False)
 
     def choose(self, b):
-        length, cap = wide(self.W_dec).norm(dim=1), self.k_max or max(1, self.n_latents - 1)
-        size, index = (b.pre.relu() * length).topk(cap, dim=1)                                # (N,cap), falling
-        missing = size.pow(2).cumsum(1).sqrt() - wide(b.x - self.b_dec).norm(dim=1, keepdim=True)
-        keep = torch.arange(cap, device=index.device) <= missing.abs().argmin(1, keepdim=True)
-        return places(index, self.n_latents)[keep.flatten()]
+        cap = self.k_max or max(1, self.n_latents - 1)
+        size, latents = (b.pre.relu() * self.W_dec.norm(dim=1)).topk(cap, dim=1)       # (N,cap)
+        goal = (b.x - self.b_dec).norm(dim=1, keepdim=True)                            # (N,1)
+        last = (size.pow(2).cumsum(1).sqrt() - goal).abs().argmin(1, keepdim=True)
+        keep = torch.arange(cap, device=latents.device) <= last                        # (N,cap)
+        return flat_indices(latents, self.n_latents)[keep.flatten()]
 
     def extra(self, b):
-        row, square = b.z.place // self.n_latents, wide(b.z.value).pow(2)
-        length = square.new_zeros(len(b.x)).index_add(0, row, square).clamp_min(1e-30).sqrt()                # (N,)
-        return {"afa": (self.afa, (length - wide(b.x).norm(dim=1)).pow(2).mean())}
-
+        token, square = b.z.flat_index // self.n_latents, b.z.value.pow(2)
+        square = square.new_zeros(len(b.x)).index_add(0, token, square)                # (N,)
+        norm = square.clamp_min(1e-30).sqrt()
+        return {"afa": (self.afa, (norm - b.x.norm(dim=1)).pow(2).mean())}
 
 class VSAE(Chosen):
-    """TopK-vSAE (arXiv 2509.22994): codes as means of a Gaussian, drawn to the standard one.
+    """TopK-vSAE (arXiv 2509.22994): codes are means of Gaussians, drawn to the standard one.
 
-        mu = ReLU(pre)     z = mu + sigma noise, then its k largest |z|     loss = mean_n ||e||^2 + beta KL
-        KL = mean_n 1/2 sum_i ( mu^2 + sigma^2 - 1 - log sigma^2 )          over all F latents, ramped up
+        mu = ReLU(pre)    z = the k largest |mu + sigma noise|    loss = mean_n ||e||^2 + beta KL
+        KL = mean_n 1/2 sum_i (mu^2 + sigma^2 - 1 - log sigma^2), over all F latents, ramped up
 
-    sample="none" (the released fixed-variance code, all its published results): no noise, sigma 1, so that the KL is
-    an L2 penalty and nothing is variational;  "unit" (the text): sigma 1;  "learned": sigma from a second encoder.
-    At inference z is mu.  The switch is ours.  Not as in the code: atoms have unit norm, without which a long atom
-    would buy back what beta takes from its code; b_dec is subtracted first; mu is not clamped at 10 inside the KL.
+    sample="none" (the authors' code, all published results): no noise and sigma 1, an L2 penalty;
+    "unit" (the text): sigma 1;  "learned": sigma from a second encoder.  At inference z is mu.
+    Ours: atoms have norm 1, or long ones undo beta; b_dec is subtracted; the KL clamps no mu.
     """
-    variant = "vsae"
     defaults = Chosen.defaults | dict(normalize="scale", beta=0.01, sample="none")
-    recon = "sum"
+    error_unit = "token"     # mean_n ||e||^2
 
-    def allocate(self):
-        super().allocate()
+    def add_tensors(self):
+        super().add_tensors()
         if self.sample == "learned":
             self.W_var = nn.Parameter(torch.empty(self.n_latents, self.d_in))
             self.b_var = nn.Parameter(torch.full((self.n_latents,), -2.0))
@@ -857,63 +710,164 @@ class VSAE(Chosen):
 
     def codes(self, b):
         b.pre = self.preacts(b.x)      # dense, with its graph: the KL reads all of it
-        z = b.pre.relu()
+        z, log_var = b.pre.relu(), b.x.new_zeros(())      # sigma is 1
+        if b.train and self.sample == "learned":
+            log_var = fn.linear(b.x - self.b_dec, self.W_var, self.b_var).clamp(-6, 2)      # (N,F)
         if b.train and self.sample != "none":
-            b.also["log_var"] = self.log_var(b.x)
-            z = z + (b.also["log_var"] / 2).exp() * torch.randn_like(z)
-        place = places(top(z.detach().abs(), self.k_at(b)), self.n_latents).sort().values
-        return Codes(z.flatten()[place], place, z.shape)
-
-    def log_var(self, x):
-        """(N,D) -> (N,F), or 0 where the variance is fixed at 1."""
-        if self.sample != "learned":
-            return x.new_zeros(())
-        return nn.functional.linear(x - self.b_dec, self.W_var, self.b_var).clamp(-6, 2)
+            z = z + (log_var / 2).exp() * torch.randn_like(z)
+        b.cache["log_var"] = log_var
+        index = largest_per_token(z.detach().abs(), self.current_k(b)).sort().values      # (N k,)
+        return Codes(z.flatten()[index], index, z.shape)
 
     def extra(self, b):
-        mu, log_var = wide(b.pre).relu(), wide(b.also.get("log_var", b.x.new_zeros(())))
+        mu, log_var = b.pre.relu(), b.cache["log_var"]
         kl = 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum(-1).mean()
         return {"kl": (self.beta * self.ramp(b), kl)}
 
+# ---- Variants with a penalty: z is dense, and a term of the loss makes it sparse ---------------
 
-# ----------------------------------------------------------------------------------------------------------
-# Variants with a state of their own: a bias that is a controller, a dictionary that is found
-# ----------------------------------------------------------------------------------------------------------
+class ReLU(SAE):
+    """ReLU with an L1 penalty: the first SAEs (arXiv 2309.08600; transformer-circuits.pub 2023).
+
+        z = ReLU(pre)         loss = mean_n ||e||^2 + l1 sum_i z_i ||w_i||
+
+    rows="unit": atoms have norm 1;  "free": any norm, folded into the encoder at the end
+    (transformer-circuits.pub/2024/april-update).  l1 ramps up; with ||x||^2 = 1 on average it
+    shrinks the code of a lone atom by l1 / 2.  AuxK instead of resampling revives dead latents.
+    """
+    defaults = BASE | AUX | dict(normalize="scale", l1=0.05, rows="unit", warmup=0.1)
+    error_unit = "token"     # mean_n ||e||^2
+
+    @property
+    def unit_rows(self):
+        return self.rows == "unit"
+
+    def codes(self, b):
+        b.pre = self.preacts(b.x)
+        return b.pre.relu()                                              # (N,F)
+
+    def extra(self, b):
+        norm = 1.0 if self.unit_rows else self.W_dec.norm(dim=1)         # (F,)
+        return {"l1": (self.l1 * self.ramp(b), (b.z * norm).sum(-1).mean())}
+
+class Gated(SAE):
+    """Gated SAE (arXiv 2404.16014): one encoder says whether a latent fires, a copy how strongly.
+
+        gate = 1[pre > 0]       z = gate ReLU(exp(r_mag) (x - b_dec) W_enc^T + b_mag)
+        loss = mean_n ||e||^2 + l1 sum_i ReLU(pre)_i + mean_n ||x - (ReLU(pre) W_dec' + b_dec')||^2
+
+    W_dec' and b_dec' are detached: the last term trains the gate alone, whose bias is b_enc.
+    Equals JumpReLU of that magnitude with threshold b_mag - exp(r_mag) b_enc.
+    """
+    defaults = BASE | AUX | dict(normalize="scale", l1=0.05, warmup=0.1)
+    error_unit = "token"     # mean_n ||e||^2
+    betas = (0.0, 0.999)
+    encoder_names = ("W_enc", "b_enc", "b_mag")
+
+    def add_tensors(self):
+        super().add_tensors()
+        self.r_mag = nn.Parameter(torch.zeros(self.n_latents))
+        self.b_mag = nn.Parameter(torch.zeros(self.n_latents))
+
+    def codes(self, b):
+        b.pre = self.preacts(b.x)
+        return (b.pre > 0) * (self.r_mag.exp() * (b.pre - self.b_enc) + self.b_mag).relu()
+
+    def extra(self, b):
+        gate = b.pre.relu()
+        x_hat = gate @ self.W_dec.detach() + self.b_dec.detach()         # (N,D)
+        return {"l1": (self.l1 * self.ramp(b), gate.sum(-1).mean()),
+                "gate": (1.0, self.error(b, x_hat))}
+
+class JumpReLU(SAE):
+    """JumpReLU (arXiv 2407.14435; Gemma Scope, 2408.05147): a learned threshold for each latent.
+
+        z = pre 1[pre > threshold]        loss = mean_n ||e||^2 + penalty(L0), which ramps up
+
+    penalty="target": coef (L0 / k - 1)^2, as in dictionary_learning;  "l0": coef L0, the paper's.
+    The gradient is clipped at norm 1, as in the former: the penalty starts near (F / 2k)^2, whose
+    trace in Adam's second moment would hold thresholds back for long.  The threshold is learned,
+    not its logarithm.  bandwidth 0.001, the paper's, suits ||x||^2 ~ 1 and billions of tokens.
+    """
+    defaults = BASE | AUX | dict(k=32, normalize="scale", penalty="target", coef=1.0,
+                                 bandwidth=0.001, threshold_init=0.001, warmup=0.1)
+    error_unit = "token"     # mean_n ||e||^2
+    betas = (0.0, 0.999)
+    clip = 1.0
+    encoder_names = ("W_enc", "b_enc", "threshold")
+
+    def add_tensors(self):
+        super().add_tensors()
+        self.threshold = nn.Parameter(torch.full((self.n_latents,), self.threshold_init))
+
+    def codes(self, b):
+        b.pre = self.preacts(b.x)
+        z, b.cache["step"] = Jump.apply(b.pre, self.threshold, self.bandwidth)      # (N,F) both
+        return z
+
+    def extra(self, b):
+        l0 = b.cache["step"].sum(-1).mean()
+        value = (l0 / self.k - 1) ** 2 if self.penalty == "target" else l0
+        return {"l0_penalty": (self.coef * self.ramp(b), value)}
+
+    def constrain_(self):
+        super().constrain_()
+        self.threshold.data.clamp_(min=0)
+
+class Jump(torch.autograd.Function):
+    """pre -> z = pre step and step = 1[pre > theta], with pseudo-derivatives for theta.
+
+        near = 1[|pre - theta| < width / 2]
+        dz / dpre = step     dz / dtheta = -theta / width near     dstep / dtheta = -1 / width near
+    """
+
+    @staticmethod
+    def forward(ctx, pre, theta, width):
+        ctx.save_for_backward(pre, theta)
+        ctx.width = width
+        step = (pre > theta).to(pre.dtype)                               # (N,F)
+        return pre * step, step
+
+    @staticmethod
+    def backward(ctx, d_z, d_step):
+        pre, theta = ctx.saved_tensors
+        near = (pre - theta).abs() < ctx.width / 2                       # (N,F)
+        by_z, by_step = -(d_z * near).sum(0) * theta, -(d_step * near).sum(0)      # (F,)
+        return d_z * (pre > theta), by_z / ctx.width + by_step / ctx.width, None
+
+# ---- Variants with a state of their own: controlled biases, a collected dictionary -------------
 
 class GBA(SAE):
-    """Group bias adaptation (arXiv 2506.14002): each group of latents is held below a frequency by its biases.
+    """Group bias adaptation (arXiv 2506.14002): biases keep each group below a firing frequency.
 
-        u = W_dec (x - b_dec), ||x|| = 1     pre = u + b_enc     z = scale_out u 1[pre > 0]     loss = mean_n ||e||^2
+        ||x|| = 1     u = W_dec (x - b_dec)     pre = u + b_enc     z = scale_out u 1[pre > 0]
 
-        every `adapt_tokens` tokens, f_i being the share of them on which latent i fired, r_i its largest pre above 0:
-            f_i > p of its group:    b_i <- max(b_i - gamma r_i, -1)
-            f_i < 1e-6:              b_i <- min(b_i + gamma (mean of r over the group's latents that fired), 0)
+        every adapt_tokens tokens; f_i: frequency of latent i on them, r_i: its largest pre above 0
+            f_i > p of its group:   b_i <- max(b_i - gamma r_i, -1)
+            f_i < 1e-6:             b_i <- min(b_i + gamma (mean r of its firing group), 0)
 
-    In training and at inference.  Encoder and decoder share their rows.  b_enc is never trained by gradient; p is a
-    ceiling, not an aim.  p falls geometrically over `groups`, by p_ratio from first to last, scaled so that the
-    ceilings sum to k active latents a token (p_max > 0 sets the first instead).  adapt_tokens None: as many as hold 3
-    firings at the lowest ceiling.  Each adaptation takes b gamma of the way to -max u: 20 of them make a dense start
-    sparse.  The paper's gamma 0.01 and 25600 tokens are for runs of 1e8.  The explicit JumpReLU, unit rows and
-    inputs, the initialisation, scale_out >= 0, these defaults and the choice of p by k are ours.
+    p, a ceiling, falls geometrically over `groups`, by p_ratio in all, so that it sums to k active
+    latents (p_max > 0 sets the first instead).  adapt_tokens=None: 3 firings at the lowest p.  20
+    adaptations make a dense start sparse; the paper's gamma 0.01 and 25,600 tokens suit runs of
+    1e8.  The JumpReLU, unit rows and inputs, init, scale_out >= 0, defaults, p by k are ours.
     """
-    variant = "gba"
-    defaults = BASE | dict(k=32, normalize="unit", groups=10, p_max=0.0, p_ratio=100.0, gamma=0.05,
-                           adapt_tokens=None)
-    recon = "sum"
+    defaults = BASE | dict(k=32, normalize="unit", groups=10, p_max=0.0, p_ratio=100.0,
+                           gamma=0.05, adapt_tokens=None)
+    error_unit = "token"     # mean_n ||e||^2
 
-    def allocate(self):
-        self.W_dec = nn.Parameter(torch.empty(self.n_latents, self.d_in))
+    def add_tensors(self):
+        self.W_dec = nn.Parameter(torch.empty(self.n_latents, self.d_in))      # W_enc, too
         self.b_dec = nn.Parameter(torch.zeros(self.d_in))
         self.scale_out = nn.Parameter(torch.ones(self.n_latents))
-        self.register_buffer("b_enc", torch.zeros(self.n_latents))
-        for name, start in (("fired", torch.zeros(self.n_latents, dtype=torch.int64)),      # since the last
-                            ("peak", torch.zeros(self.n_latents)),                          # adaptation
-                            ("tokens", torch.zeros((), dtype=torch.int64))):
-            self.register_buffer(name, start, persistent=False)
-        self.adapt_tokens = self.adapt_tokens or math.ceil(3 / max(1e-18, float(self.ceilings()[-1])))
+        self.register_buffer("b_enc", torch.zeros(self.n_latents))             # gets no gradient
+        self.add_counters(fired=torch.zeros(self.n_latents, dtype=torch.int64),
+                          peak=torch.zeros(self.n_latents),                    # largest pre
+                          tokens=torch.zeros((), dtype=torch.int64))      # since an adaptation
+        if not self.adapt_tokens:
+            self.adapt_tokens = math.ceil(3 / max(1e-18, float(self.ceilings()[-1])))
 
     def init_weights(self, rng):
-        self.W_dec.copy_(nn.functional.normalize(torch.randn(self.W_dec.shape, generator=rng), dim=1))
+        self.W_dec.copy_(fn.normalize(torch.randn(self.W_dec.shape, generator=rng), dim=1))
 
     @property
     def W_enc(self):
@@ -921,12 +875,13 @@ class GBA(SAE):
 
     def group(self):
         """(F,) int64: the group of each latent; sizes differ by at most 1."""
-        return torch.arange(self.n_latents, device=self.b_enc.device) * self.groups // self.n_latents
+        latent = torch.arange(self.n_latents, device=self.b_enc.device)
+        return latent * self.groups // self.n_latents
 
     def ceilings(self):
-        """(groups,): p of each group."""
+        """(groups,) fp64: p of each group."""
         p = self.p_ratio ** -torch.linspace(0, 1, self.groups, dtype=torch.float64)
-        size = torch.bincount(self.group().cpu(), minlength=self.groups)
+        size = torch.bincount(self.group().cpu(), minlength=self.groups)      # (groups,)
         return p * (self.p_max or min(1.0, self.k / float((p * size).sum())))
 
     def codes(self, b):
@@ -940,46 +895,45 @@ class GBA(SAE):
         torch.maximum(self.peak, b.pre.amax(0), out=self.peak)
         self.tokens += len(b.x)
 
-    def settle_(self):
-        super().settle_()
+    def constrain_(self):
+        super().constrain_()
         self.scale_out.data.clamp_(min=0)         # codes are not signed
         if self.tokens >= self.adapt_tokens:      # never between the micro-batches of a step
             self.adapt()
 
     @torch.no_grad()
     def adapt(self):
-        group, share = self.group(), self.fired / self.tokens
-        sums = self.peak.new_zeros(2, self.groups)
+        group, frequency = self.group(), self.fired / self.tokens        # (F,)
+        sums = self.peak.new_zeros(2, self.groups)      # of peaks, of latents that fired
         sums.index_add_(1, group, torch.stack([self.peak, (self.peak > 0).to(sums)]))
-        lift = (sums[0] / sums[1].clamp(min=1))[group]                                        # (F,); silent: 0
-        ceiling = self.ceilings().to(share)[group]
-        b = torch.where(share > ceiling, (self.b_enc - self.gamma * self.peak).clamp(min=-1), self.b_enc)
-        self.b_enc.copy_(torch.where(share < 1e-6, (b + self.gamma * lift).clamp(max=0), b))
+        lift = (sums[0] / sums[1].clamp(min=1))[group]                   # (F,): mean peak
+        lowered = (self.b_enc - self.gamma * self.peak).clamp(min=-1)
+        b = torch.where(frequency > self.ceilings().to(frequency)[group], lowered, self.b_enc)
+        raised = (b + self.gamma * lift).clamp(max=0)
+        self.b_enc.copy_(torch.where(frequency < 1e-6, raised, b))
         for buffer in (self.fired, self.peak, self.tokens):
             buffer.zero_()
 
-
 class ITDA(SAE):
-    """ITDA (arXiv 2505.17769): the dictionary is a set of activations, collected in one pass; no gradients.
+    """ITDA (arXiv 2505.17769): the dictionary is a set of activations, collected in one pass.
 
-        encode: matching pursuit.  r = x; k times:  i = argmax |W_dec r|,  z_i += c = W_dec[i] r,  r -= c W_dec[i]
-        learn:  every x with cos(x, x_hat) < cosine becomes an atom, x / ||x||, until F are there
+        encode: matching pursuit.  r = x; k times:  i = argmax |W_dec r|,  c = W_dec[i] r,
+                z_i += c,  r -= c W_dec[i]
+        learn:  x becomes an atom, x / ||x||, if cos(x, x_hat) < cosine, until F are there
 
-    In training and at inference; codes are signed, at most k fire.  cosine is the paper's threshold tau, written as
-    1 - tau D / 2.  Until D atoms are there, the distinct rows of a batch are taken, most frequent first.  label[i]
-    says where in the data atom i stood: dictionaries of two models over the same text compare by `jaccard`.  There is
-    no centring, as published; F is the most that may be kept, atoms beyond n_atoms are 0.
+    cosine is the paper's tau as 1 - tau D / 2.  The first D atoms are distinct rows, most frequent
+    first.  label[i], the position of atom i in the data, compares dictionaries over one text.  No
+    gradients; no centring, as published.  Atoms beyond n_atoms are 0.
     """
-    variant = "itda"
     defaults = BASE | dict(k=40, cosine=0.8)
     signed = True
     centred = False
 
-    def allocate(self):
+    def add_tensors(self):
         self.register_buffer("W_dec", torch.zeros(self.n_latents, self.d_in))
         self.register_buffer("label", torch.full((self.n_latents,), -1))
         self.register_buffer("n_atoms", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64), persistent=False)      # shown so far
+        self.add_counters(tokens=torch.zeros((), dtype=torch.int64))      # seen so far
         self.b_dec = nn.Parameter(torch.zeros(self.d_in), requires_grad=False)
 
     def init_weights(self, rng):
@@ -987,723 +941,413 @@ class ITDA(SAE):
 
     @torch.no_grad()
     def codes(self, b):
-        found, rows = [], max(1, CHUNK // self.n_latents)
-        atoms = self.W_dec[:max(1, int(self.n_atoms))]
-        for start in range(0, max(1, len(b.x)), rows):
-            r = b.x[start:start + rows].clone()                                               # left to explain
-            z, every = r.new_zeros(len(r), self.n_latents), torch.arange(len(r), device=r.device)
+        rows, atoms = max(1, CHUNK // self.n_latents), self.W_dec[:max(1, int(self.n_atoms))]
+        values, indices = [], []
+        for n, x in enumerate(b.x.split(rows)):
+            r, token = x.clone(), torch.arange(len(x), device=x.device)      # r: not explained yet
+            z = r.new_zeros(len(r), self.n_latents)                          # (rows,F)
             for _ in range(self.k):
-                close = r @ atoms.T                                                           # (rows, n_atoms)
-                i = close.abs().argmax(1)
-                c = close[every, i]
-                z[every, i] += c
+                dots = r @ atoms.T                                           # (rows,n_atoms)
+                i = dots.abs().argmax(1)
+                c = dots[token, i]
+                z[token, i] += c
                 r -= c[:, None] * atoms[i]
-            place = (z != 0).flatten().nonzero()[:, 0]
-            found.append((z.flatten()[place], place + start * self.n_latents))
-        return Codes(*map(torch.cat, zip(*found)), (len(b.x), self.n_latents))
+            index = z.flatten().nonzero()[:, 0]
+            values.append(z.flatten()[index])
+            indices.append(index + n * rows * self.n_latents)
+        return Codes(torch.cat(values), torch.cat(indices), (len(b.x), self.n_latents))
 
     @torch.no_grad()
     def observe(self, b):
-        at = torch.arange(len(b.x), device=b.x.device) + self.tokens if b.at is None else b.at
+        position = b.position
+        if position is None:
+            position = torch.arange(len(b.x), device=b.x.device) + self.tokens
         self.tokens += len(b.x)
         if self.n_atoms < min(self.d_in, self.n_latents):
-            often = self.most_frequent(b.x)[:self.d_in - int(self.n_atoms)]
-            self.add(b.x[often], at[often])
-            b.z = self.codes(b)      # what the new atoms explain needs none of its own
-            b.e = wide(b.x) - wide(self.rebuild(b.z))
+            first = self.most_frequent(b.x)[:self.d_in - int(self.n_atoms)]
+            self.add_atoms(b.x[first], position[first])
+            b.z = self.codes(b)      # what the new atoms explain needs no atom of its own
+            b.e = b.x - self.decode_normalized(b.z)
         super().observe(b)
-        new = nn.functional.cosine_similarity(b.x, b.x - b.e, dim=1) < self.cosine            # (N,)
-        self.add(b.x[new], at[new])      # not encoded again in between: near twins of one batch all enter
+        # Nothing is encoded again in between: near twins of one batch all become atoms.
+        new = fn.cosine_similarity(b.x, b.x - b.e, dim=1) < self.cosine  # (N,)
+        self.add_atoms(b.x[new], position[new])
 
     def most_frequent(self, x):
-        """(N,D) -> where each distinct row stands first, the most frequent rows first, then by place."""
+        """x (N,D) -> where each distinct row first stands, most frequent first, ties by place."""
         _, index, count = torch.unique(x, dim=0, return_inverse=True, return_counts=True)
-        first = torch.full_like(count, len(x)).scatter_reduce_(0, index, torch.arange(len(x)).to(index), "amin")
+        token = torch.arange(len(x)).to(index)
+        first = torch.full_like(count, len(x)).scatter_reduce_(0, index, token, "amin")
         first, order = first.sort()
         return first[count[order].argsort(descending=True, stable=True)]
 
-    def add(self, x, at):
-        """Rows (M,D) of the data as atoms, as many as there is room for; a row of zeros points nowhere."""
-        there = int(self.n_atoms)
-        keep = x.norm(dim=1) > 0
-        x, at = x[keep][:self.n_latents - there], at[keep][:self.n_latents - there]
-        self.W_dec[there:there + len(x)] = nn.functional.normalize(x, dim=1)
-        self.label[there:there + len(x)] = at
+    def add_atoms(self, x, position):
+        """Rows x (M,D) as atoms, as many as there is room for; rows of zeros are left out."""
+        old, keep = int(self.n_atoms), x.norm(dim=1) > 0
+        x, position = x[keep][:self.n_latents - old], position[keep][:self.n_latents - old]
+        self.W_dec[old:old + len(x)] = fn.normalize(x, dim=1)
+        self.label[old:old + len(x)] = position                          # (M,)
         self.n_atoms += len(x)
 
-    def settle_(self):
+    def constrain_(self):
         pass
 
+VARIANTS = dict(
+    relu=ReLU, gated=Gated, jumprelu=JumpReLU, topk=TopK, batchtopk=BatchTopK,
+    matryoshka=Matryoshka, mutual_choice=MutualChoice, feature_choice=FeatureChoice,
+    abstopk=AbsTopK, gsae=GSAE, topafa=TopAFA, vsae=VSAE, gba=GBA, itda=ITDA)
+for name, cls in VARIANTS.items():
+    cls.variant = name
 
-def jaccard(a, b):
-    """Two ITDAs over the same text -> shared / all of their labels (arXiv 2505.17769), 0 .. 1; both empty: 0."""
-    a, b = (set(sae.label[:int(sae.n_atoms)].tolist()) for sae in (a, b))
-    return len(a & b) / max(1, len(a | b))
+# ---- Settings, building ------------------------------------------------------------------------
 
+WHOLE = 2**62      # the highest whole number: fits int64
+# Setting: (type or words, lowest, highest), for `read_fields`; the default is the variant's own.
+SETTINGS = {
+    # All variants
+    "normalize": (("none", "scale", "unit", "token"), None, None),
+    "dead_after": (int, 1, WHOLE), "seed": (int, 0, WHOLE),
+    # AuxK: who is rare, weight, latents a token (None: half of D), share of the Zipf density
+    "aux": (("dead", "zipf"), None, None), "aux_coef": (float, 0, None),
+    "k_aux": (int, 1, None), "tau": (float, 0, None),
+    # The TopK family: latents a token (k_start: at the first step), loss at 4 k too
+    "k": (int, 1, None), "k_start": (int, 1, None), "multi_topk": (bool, None, None),
+    # Fraction of training over which penalties rise to their weight and k_start falls to k
+    "warmup": (float, 0, 1),
+    # Matryoshka, AbsTopK
+    "levels": ([float], 1, None), "weighting": (("sum", "mean", "squared"), None, None),
+    "over": (("token", "batch"), None, None),
+    # Feature Choice
+    "budget": (("uniform", "zipf"), None, None), "alpha": (float, 0, None), "q": (float, 0, None),
+    "m_min": (int, 0, WHOLE), "rerank": (int, 1, WHOLE),
+    # g-SAE and vSAE, top-AFA
+    "beta": (float, 0, None), "sample": (("none", "unit", "learned"), None, None),
+    "afa": (float, 0, None), "k_max": (int, 1, None),
+    # ReLU and Gated, JumpReLU
+    "l1": (float, 0, None), "rows": (("unit", "free"), None, None),
+    "penalty": (("target", "l0"), None, None), "coef": (float, 0, None),
+    "bandwidth": (float, 1e-12, None), "threshold_init": (float, 0, None),
+    # GBA, ITDA
+    "groups": (int, 1, None), "p_max": (float, 0, 1), "p_ratio": (float, 1, None),
+    "gamma": (float, 0, 1), "adapt_tokens": (int, 1, WHOLE), "cosine": (float, -1, 1)}
 
-VARIANTS = {cls.variant: cls for cls in (ReLU, Gated, JumpReLU, TopK, BatchTopK, Matryoshka, MutualChoice,
-                                         FeatureChoice, AbsTopK, GSAE, TopAFA, VSAE, GBA, ITDA)}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Building
-# ----------------------------------------------------------------------------------------------------------
-
-INF = float("inf")
-# What each setting may be: one of some words, or a number of this type from low to high.
-LIMITS = {
-    "normalize": ("none", "scale", "unit", "token"), "aux": ("dead", "zipf"), "rows": ("unit", "free"),
-    "penalty": ("target", "l0"), "budget": ("uniform", "zipf"), "over": ("token", "batch"),
-    "sample": ("none", "unit", "learned"), "weighting": ("sum", "mean", "squared"),
-    "multi_topk": (False, True), "k": (1, "F"), "k_start": (1, "F"), "k_aux": (1, "F"), "k_max": (1, "F"),
-    "groups": (1, "F"), "seed": (0, 2**62), "dead_after": (1, 2**62), "adapt_tokens": (1, 2**62), "m_min": (0, 2**62),
-    "rerank": (1, 2**62), "aux_coef": (0.0, INF), "tau": (0.0, INF), "l1": (0.0, INF), "coef": (0.0, INF),
-    "bandwidth": (1e-12, INF), "threshold_init": (0.0, INF), "warmup": (0.0, 1.0), "alpha": (0.0, INF),
-    "q": (0.0, INF), "beta": (0.0, INF), "afa": (0.0, INF), "p_max": (0.0, 1.0), "p_ratio": (1.0, INF),
-    "gamma": (0.0, 1.0), "cosine": (-1.0, 1.0)}
-
+def check_known(name, names, what):
+    """ValueError that suggests the nearest of `names`, unless `name` is one of them."""
+    if name not in names:
+        near = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown {what} {name!r}; the nearest is {near!r}")
 
 def resolve_hyper(variant, d_in, n_latents, given):
-    """Defaults, then `given`, all checked. ValueError names the setting, its value and what it may be."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; the nearest is {nearest(variant, VARIANTS)!r}")
+    """Defaults of a variant, overridden by `given`; ValueError names what SETTINGS refuses."""
+    check_known(variant, VARIANTS, "variant")
     defaults = VARIANTS[variant].defaults
-    for name in given:
-        if name not in defaults:
-            raise ValueError(f"{variant} has no setting {name!r}; the nearest is {nearest(name, defaults)!r}")
-    for name, value in (("d_in", d_in), ("n_latents", n_latents)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-    hyper = {**defaults, **given}
-    if hyper.get("k_aux", 0) is None:  # half the width: arXiv 2406.04093, appendix B.1
+    for name, value in given.items():
+        check_known(name, defaults, f"setting of {variant}")
+        check(value is not None or defaults[name] is None, f"{variant}: {name}=None is no number")
+    read_value(d_in, int, 1, None, "d_in")
+    read_value(n_latents, int, 1, None, "n_latents")
+    table = {name: (*SETTINGS[name], default) for name, default in defaults.items()}
+    hyper = read_fields(given, table, variant)
+    if "k_aux" in hyper and hyper["k_aux"] is None:      # arXiv 2406.04093, appendix B.1
         hyper["k_aux"] = max(1, min(d_in // 2, n_latents))
-    for name, value in hyper.items():
-        if not (value is None and defaults[name] is None):
-            hyper[name] = in_limits(name, value, n_latents)
-    if hyper.get("multi_topk") and 4 * hyper["k"] > n_latents:
-        raise ValueError(f"multi_topk keeps 4 k = {4 * hyper['k']} latents of n_latents={n_latents}: lower k")
+    for name in ("k", "k_start", "k_aux", "k_max", "groups"):
+        check((hyper.get(name) or 1) <= n_latents,
+              f"{variant}: {name}={hyper.get(name)} is above n_latents={n_latents}")
+    check(all(share > 0 for share in hyper.get("levels", [])), f"{variant}: levels are not above 0")
+    check(not hyper.get("multi_topk") or 4 * hyper["k"] <= n_latents,
+          f"multi_topk keeps 4 k = {4 * hyper.get('k', 0)} latents of {n_latents}: lower k")
     return hyper
 
-
-def in_limits(name, value, n_latents):
-    """The value, an int as a float where one is wanted. ValueError if it is not among LIMITS."""
-    if name == "levels":
-        numbers = isinstance(value, (list, tuple)) and all(type(v) in (int, float) and 0 < v < INF for v in value)
-        if not numbers or not value:
-            raise ValueError(f"levels={value!r} must be a list of shares above 0")
-        return [float(v) for v in value]
-    low, high = LIMITS[name][0], LIMITS[name][-1]
-    if isinstance(low, str):
-        if value not in LIMITS[name]:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(LIMITS[name])}")
-        return value
-    high = n_latents if high == "F" else high
-    if isinstance(low, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(low) or not low <= value <= high or value == INF:
-        raise ValueError(f"{name}={value!r} must be {type(low).__name__}, from {low} to {high}, for "
-                         f"n_latents={n_latents}")
-    return value
-
-
 def build(variant, d_in, n_latents, **hyper):
-    """A fresh SAE in fp32 on the CPU; `VARIANTS[variant].defaults` lists what `hyper` may hold.
+    """A fresh SAE in fp32 on the CPU, to be shown some activations, once, by `init_b_dec`.
 
-    Then show it some activations, once, by `init_b_dec`."""
+    hyper: settings of the variant; `VARIANTS[variant].defaults` lists them.
+    """
     hyper = resolve_hyper(variant, d_in, n_latents, hyper)
     sae = VARIANTS[variant](d_in, n_latents, hyper)
     with torch.no_grad():
         sae.init_weights(torch.Generator().manual_seed(sae.seed))
     return sae
 
-
 @torch.no_grad()
-def init_b_dec(sae, x, how="mean"):
-    """From the first activations x (..., D): the input scale where there is one, and the centre b_dec.
+def init_b_dec(sae, x):
+    """From the first activations x (..., D): the input scale where there is one, b_dec their mean.
 
-    how: "mean", or "median" for the geometric median, which a few huge tokens do not move.  So the first codes
-    describe what differs between tokens.  Resa: does this on the first batch even when it fine-tunes."""
-    x = wide(x.reshape(-1, x.shape[-1]))                                                      # (N,D)
-    size = x.pow(2).sum(1).mean()
-    if not 0 < size < math.inf:      # of no tokens it is NaN
-        raise ValueError("no SAE can start from these activations: there are none, all are 0, or some not finite")
+    So the first codes say what differs between tokens.  Resa: does this even when it fine-tunes.
+    """
+    x = x.reshape(-1, x.shape[-1]).to(sae.W_dec.dtype)                   # (N,D)
+    square = x.pow(2).sum(1).mean()                                      # of no tokens it is NaN
+    check(0 < square < math.inf, "no SAE can start from these activations: "
+                                 "there are none, all are 0, or some not finite")
     if sae.normalize == "scale":
-        sae.input_scale.copy_(size.rsqrt())
+        sae.input_scale.copy_(square.rsqrt())
     if sae.centred:
-        x = wide(sae.batch(x).x)
-        sae.b_dec.copy_(x.mean(0) if how == "mean" else geometric_median(x))
+        sae.b_dec.copy_(sae.batch(x).x.mean(0))
 
-
-def geometric_median(x, steps=50):
-    """(N,D) -> (D,), the point with the least sum of distances, by Weiszfeld's iteration."""
-    centre = x.mean(0)
-    for _ in range(steps):
-        weight = 1 / (x - centre).norm(dim=1).clamp_min(1e-9)
-        centre = (weight / weight.sum()) @ x
-    return centre
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Optimisers
-# ----------------------------------------------------------------------------------------------------------
+# ---- Optimizers, the training step -------------------------------------------------------------
 
 BASE_LR = {"signum": 5e-3, "adam": 2e-4}
 
-
 def default_lr(name, n_latents):
-    """The base rate holds at 2^14 latents and falls with the square root of their number, as in sparsify.
+    """The base rate holds at 2^14 latents and falls with their square root, as in sparsify.
 
-    At 65,536 latents signum's is 2.5e-3: what the published code runs, though its text says 2.5e-4."""
+    At 65,536 latents signum's is 2.5e-3: what the published code runs; its text says 2.5e-4.
+    """
     return BASE_LR[name] / math.sqrt(n_latents / 2**14)
 
-
 class Signum(torch.optim.Optimizer):
-    """Sign descent inside a schedule-free average (arXiv 2405.15682), the optimiser of the published runs.
+    """Sign descent in a schedule-free average (arXiv 2405.15682): the published runs' optimizer.
 
-        y = (1 - b) z + b x       the parameters of the SAE: here the gradient is taken
+        y = (1 - b) z + b x       the parameters of the SAE: the gradient is taken here
         z <- z - lr sign(g)
         x <- running mean of z    what is evaluated and saved: see `averaged`
 
-    Only z is stored; the step is written in y and z alone, x is read back from them, so a rescaled decoder row
-    moves x with it, as in the published code."""
+    Only z is stored.  x is read back from y and z: normalizing atoms moves it, as published.
+    """
 
     def __init__(self, sae, lr, momentum=0.95):
         super().__init__(sae.parameters(), dict(lr=lr, momentum=momentum, steps=0))
-        self.sae = sae
+        self.sae = sae      # `averaged` puts its weights back onto their constraints
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for y in group["params"]:
-                if y.grad is None:      # held fixed
+                if y.grad is None:      # a fixed parameter
                     continue
                 if "z" not in self.state[y]:
                     self.state[y]["z"] = y.clone()
                 z, sign, c = self.state[y]["z"], y.grad.sign(), 1 / (group["steps"] + 1)
-                y.lerp_(z, c).add_(sign, alpha=-group["lr"] * (1 - group["momentum"] * (1 - c)))
+                y.lerp_(z, c)
+                y.add_(sign, alpha=-group["lr"] * (1 - group["momentum"] * (1 - c)))
                 z.add_(sign, alpha=-group["lr"])
             group["steps"] += 1
 
-    def mean_of(self, y, group):
-        """x, from y = z + b (x - z); before the first step it is y."""
-        return torch.lerp(y, self.state[y].get("z", y), 1 - 1 / group["momentum"])
-
     @contextmanager
     def averaged(self, unit_rows=True):
-        """Inside, the SAE holds x, its weights to evaluate and save; after, y again, to the bit.
+        """Inside, the SAE holds x, its weights to evaluate and save; afterwards y, to the bit.
 
-        Resa: saves x with decoder rows of whatever length they have; unit_rows=False restores that."""
-        kept = [(y, y.detach().clone(), group) for group in self.param_groups for y in group["params"]]
+        Resa: saves x with atoms of any norm; unit_rows=False restores that.
+        """
+        group, = self.param_groups
+        training = {y: y.detach().clone() for y in group["params"]}
         try:
-            with torch.no_grad():
-                for y, _, group in kept:
-                    y.copy_(self.mean_of(y, group))
-            if unit_rows and self.param_groups[0]["steps"]:  # an SAE that took no step stays as loaded
-                self.sae.settle_()
+            for y in group["params"]:
+                z = self.state[y].get("z", y)      # before the first step x is y
+                y.data.lerp_(z.data, 1 - 1 / group["momentum"])
+            if unit_rows and group["steps"]:       # without a step: as loaded
+                self.sae.constrain_()
             yield
         finally:
-            with torch.no_grad():
-                for y, training, _ in kept:
-                    y.copy_(training)
-
+            for y, before in training.items():
+                y.data.copy_(before)
 
 def make_optimizer(sae, name, lr=None):
     """name: "signum" or "adam"; lr None means `default_lr`."""
-    if name not in BASE_LR:
-        raise ValueError(f"unknown optimizer {name!r}; the nearest is {nearest(name, BASE_LR)!r}")
+    check_known(name, BASE_LR, "optimizer")
     lr = default_lr(name, sae.n_latents) if lr is None else lr
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr={lr!r} must be a positive number")
+    check(0 < lr < math.inf, f"lr={lr!r} must be a positive number")
     if name == "signum":
         return Signum(sae, lr)
-    return torch.optim.Adam(sae.parameters(), lr=lr, betas=sae.betas, fused=True)      # one pass over each tensor
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The training step
-# ----------------------------------------------------------------------------------------------------------
+    return torch.optim.Adam(sae.parameters(), lr=lr, betas=sae.betas, fused=True)
 
 def train_step(sae, optimizer, xs, progress=1.0):
-    """One step of any variant on micro-batches xs, each weighing the same -> parts.
+    """One step of any variant on micro-batches, averaged with equal weight -> parts.
 
-    xs: list of x (N_i, D), or of (x, g, at) as `SAE.loss` takes them.  progress: share of the training behind.
-    parts: those of `SAE.loss`, averaged over xs (fired: any), and "loss".  For TopK nothing waits for the device
-    unless there is AuxK, which asks who is dead."""
-    optimizer.zero_grad()
-    seen = []
+    xs        list of x (N_i, D), or of (x, g, position) as `SAE.loss` takes them
+    progress  fraction of training completed, 0 to 1
+    parts     those of `SAE.loss`, averaged over xs (fired: in any of them), and "loss"
+    """
+    optimizer.zero_grad()      # for TopK, nothing here waits for the device unless there is AuxK
+    seen, means = [], {}
     for x in xs:
-        b = sae.batch(*(x if isinstance(x, tuple) else (x,)), progress=progress, train=True)
-        total, parts = sae.study(b)
-        if total.requires_grad:      # not for a dictionary that is collected
+        inputs = x if isinstance(x, tuple) else (x,)
+        b = sae.batch(*inputs, progress=progress, train=True)
+        total, parts = sae.batch_loss(b)
+        if total.requires_grad:      # a collected dictionary has no gradient
             (total / len(xs)).backward()
         sae.observe(b)
         seen.append({"loss": total.detach(), **parts})
     if sae.unit_rows and sae.W_dec.requires_grad:
         sae.project_grad_()
     if sae.clip < math.inf:
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), sae.clip)
+        nn.utils.clip_grad_norm_(sae.parameters(), sae.clip)
     optimizer.step()
-    sae.settle_()
-    parts = {name: torch.stack([p[name] for p in seen]) for name in seen[0]}      # (len(xs), ...)
-    return {name: v.any(0) if name == "fired" else v.mean(0) for name, v in parts.items()}
+    sae.constrain_()
+    for name in seen[0]:
+        values = torch.stack([parts[name] for parts in seen])            # (len(xs), ...)
+        means[name] = values.any(0) if name == "fired" else values.mean(0)
+    return means
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Metrics
-# ----------------------------------------------------------------------------------------------------------
+# ---- Metrics -----------------------------------------------------------------------------------
 
 class Metrics:
-    """Sums in fp64 over everything shown to `update`; `result` does not depend on how it was cut up."""
+    """Sums in fp64 over all tokens shown to `update`, however they are cut into batches."""
 
     def __init__(self):
         self.n_tokens, self.sums, self.sum_x, self.count = 0, 0, 0, 0
 
     @torch.no_grad()
     def update(self, x, x_hat, z):
-        """(..., D), (..., D), (..., F) or `Codes`. Leave out tokens that should not count before calling."""
-        x, x_hat = (t.reshape(-1, t.shape[-1]).double() for t in (x, x_hat))
-        xx, hh, xh = (x * x).sum(1), (x_hat * x_hat).sum(1), (x * x_hat).sum(1)   # (N,)
+        """x, x_hat (..., D), z (..., F) or `Codes`, without the tokens that should not count."""
+        x, x_hat = (t.reshape(-1, t.shape[-1]).double() for t in (x, x_hat))      # (N,D)
+        z = z if isinstance(z, Codes) else z.reshape(-1, z.shape[-1])             # (N,F)
+        tiny = torch.finfo(torch.float64).tiny      # a token of zeros: 0, or a visible absurdity
+        xx, hh, xh = (x * x).sum(1), (x_hat * x_hat).sum(1), (x * x_hat).sum(1)      # (N,)
         ee = (x - x_hat).pow(2).sum(1)
-        tiny = torch.finfo(torch.float64).tiny  # a token of zeros contributes 0 or a visible absurdity
-        cosine, l2_ratio = xh / (xx * hh).sqrt().clamp_min(tiny), (hh / xx.clamp_min(tiny)).sqrt()
-        rows = torch.stack([ee, xx, ee / xx.clamp_min(tiny), cosine, l2_ratio])   # (5, N)
-        self.sums, self.sum_x = self.sums + rows.sum(1), self.sum_x + x.sum(0)    # (5,), (D,)
-        self.count = self.count + counts(z if isinstance(z, Codes) else z.reshape(-1, z.shape[-1]))          # (F,)
+        cosine = xh / (xx * hh).sqrt().clamp_min(tiny)
+        l2_ratio = (hh / xx.clamp_min(tiny)).sqrt()
+        per_token = torch.stack([ee, xx, ee / xx.clamp_min(tiny), cosine, l2_ratio])      # (5,N)
+        self.sums = self.sums + per_token.sum(1)                         # (5,)
+        self.sum_x = self.sum_x + x.sum(0)                               # (D,)
+        self.count = self.count + counts(z)                              # (F,)
         self.n_tokens += len(x)
 
     def result(self):
-        """fvu: squared error over squared distance from the mean of the whole set (mean predictor 1,
-        perfect 0). nmse, cosine, l2_ratio = ||x_hat||/||x||: means over tokens, not centred. l0: active
-        latents a token. density (F,): share of tokens a latent fires on. dead: share of latents that
-        never fired on these n_tokens. ValueError when nothing was shown."""
-        if self.n_tokens == 0:
-            raise ValueError("no tokens to measure the SAE on")
-        sse, sxx, *ratios = self.sums
-        fvu = sse / (sxx - self.sum_x.pow(2).sum() / self.n_tokens)
-        nmse, cosine, l2_ratio = (float(r) / self.n_tokens for r in ratios)
-        return {"fvu": float(fvu), "nmse": nmse, "l0": float(self.count.sum()) / self.n_tokens,
-                "cosine": cosine, "l2_ratio": l2_ratio, "dead": float((self.count == 0).double().mean()),
-                "density": self.count.double() / self.n_tokens, "n_tokens": self.n_tokens}
+        """{name: number}.  ValueError when no tokens were shown.
 
+        fvu    sum e^2 / sum (x - mean x)^2, over the whole set: the mean has 1, a perfect fit 0
+        nmse, cosine, l2_ratio = ||x_hat|| / ||x||: means over tokens, not centred
+        l0     active latents of a token;  density (F,): fraction of tokens a latent fires on
+        dead   fraction of latents that never fired on these n_tokens
+        """
+        check(self.n_tokens, "no tokens to measure the SAE on")
+        n, (ee, xx, *ratios) = self.n_tokens, self.sums
+        variance = xx - self.sum_x.pow(2).sum() / n
+        nmse, cosine, l2_ratio = (float(total) / n for total in ratios)
+        return {"fvu": float(ee / variance), "nmse": nmse, "l0": float(self.count.sum()) / n,
+                "cosine": cosine, "l2_ratio": l2_ratio, "density": self.count / n,
+                "dead": float((self.count == 0).double().mean()), "n_tokens": n}
 
 @torch.no_grad()
 def metrics(sae, x, batch=4096):
-    """(..., D) -> dict of `Metrics.result`, `batch` tokens at a time."""
+    """x (..., D) -> `Metrics.result`, `batch` tokens at a time."""
     total = Metrics()
     for part in x.reshape(-1, x.shape[-1]).split(batch):
         total.update(part, *sae.reconstruct(part))
     return total.result()
 
-
 @torch.no_grad()
 def afa(sae, x):
-    """(..., D) -> how long the codes are, against how long they should be (arXiv 2503.24277).  x_hat, x: as scaled.
+    """x (..., D) -> how long codes are, against how long they should be (arXiv 2503.24277).
 
-    Nearly orthogonal atoms give ||f|| ~ ||x||, with f = [z_i ||w_i||, ||b_dec||].  length_ratio: ||f|| / ||x||, mean
-    over tokens; 1 is expected.  coherence: the largest | ||x_hat||^2 - ||f||^2 | / ((n - 1) ||f||^2) of any token, a
-    lower bound on the largest |cosine| between two of the n atoms, b_dec among them.  coherence_active: with n the
-    active atoms of the token, valid too and far tighter, which is ours.  So is x_hat: the authors' code has x there,
-    which proves nothing unless it is rebuilt exactly."""
+    Nearly orthogonal atoms give ||f|| ~ ||x||, with f = [z_i ||w_i||, ||b_dec||] and x normalized.
+    length_ratio      mean of ||f|| / ||x||; 1 is expected
+    coherence         largest | ||x_hat||^2 - ||f||^2 | / ((n - 1) ||f||^2), a lower bound of the
+                      largest |cosine| of two of the n atoms, b_dec being one.  The authors' code
+                      has x for x_hat, which bounds nothing unless the fit is exact
+    coherence_active  the same with n the active atoms of the token: valid, tighter, and ours
+    """
     b = sae.batch(x)
-    z = dense(sae.codes(b))                                                                   # (N,F)
-    bias = wide(sae.b_dec).norm()
-    f2 = (wide(z) * wide(sae.W_dec).norm(dim=1)).pow(2).sum(1) + bias**2                      # (N,)
-    gap = (wide(sae.rebuild(z)).pow(2).sum(1) - f2).abs() / f2.clamp_min(1e-30)
-    all_, active = sae.n_latents + (bias > 0) - 1, (z != 0).sum(1) + (bias > 0) - 1
-    return {"length_ratio": float((f2 / wide(b.x).pow(2).sum(1).clamp_min(1e-30)).sqrt().mean()),
-            "coherence": float((gap / all_.clamp(min=1)).amax()),
-            "coherence_active": float((gap / active.clamp(min=1)).amax())}
+    z, bias = dense(sae.codes(b)), sae.b_dec.norm()
+    f2 = (z * sae.W_dec.norm(dim=1)).pow(2).sum(1) + bias**2             # (N,)
+    gap = (sae.decode_normalized(z).pow(2).sum(1) - f2).abs() / f2.clamp_min(1e-30)
+    others = sae.n_latents + (bias > 0) - 1                              # n - 1
+    others_active = (z != 0).sum(1) + (bias > 0) - 1                     # (N,)
+    return {"length_ratio": float((f2 / b.x.pow(2).sum(1).clamp_min(1e-30)).sqrt().mean()),
+            "coherence": float((gap / others.clamp(min=1)).amax()),
+            "coherence_active": float((gap / others_active.clamp(min=1)).amax())}
 
+# ---- Files: sparsify's layout, with more fields.  Those of other projects: data/formats.py -----
 
-# ----------------------------------------------------------------------------------------------------------
-# Files: the layouts, ours and theirs
-# ----------------------------------------------------------------------------------------------------------
+LAYOUT = {                               # cfg.json, which also holds the settings of the variant
+    "d_in": (int, 1, None, REQUIRED), "expansion_factor": (int, 0, None, 0),
+    "num_latents": (int, 0, None, 0),    # 0, as in older files: d_in * expansion_factor
+    "activation": (str, None, None, "topk"), "variant": (tuple(VARIANTS), None, None, "topk"),
+    "normalize_decoder": (bool, None, None, True), "multi_topk": (bool, None, None, False),
+    "meta": (dict, None, None, None)
+} | dict.fromkeys(("skip_connection", "transcode", "signed"), ((False,), None, None, False))
+META = {"layer": (int, 0, None, None), "site": (str, None, None, None),
+        "model": (str, None, None, None), "sink_norm": (float, 0, None, None)}
 
-# Layout -> its configuration, its weights.  "sparsify" is ours too; OpenAI's, once converted, has the last names.
-FILES = {"sparsify": ("cfg.json", "sae.safetensors"), "saelens": ("cfg.json", "sae_weights.safetensors"),
-         "dictionary_learning": ("config.json", "ae.safetensors")}
-SPARSIFY_KEYS = ["activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk",
-                 "skip_connection", "transcode", "d_in", "signed"]
-
-# Name of a tensor in the file -> our name, with .T where they store it transposed.
-LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
-BARE = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-BIAS, LEVEL, K = {"b_dec": "b_dec"}, {"threshold": "threshold"}, {"k": "k"}
-
-SAELENS = {      # architecture -> variant, tensors
-    "standard": ("relu", BARE), "topk": ("topk", BARE), "jumprelu": ("jumprelu", BARE | LEVEL),
-    "gated": ("gated", {"W_enc": "W_enc.T", "b_gate": "b_enc", "r_mag": "r_mag", "b_mag": "b_mag",
-                        "W_dec": "W_dec", "b_dec": "b_dec"})}
-TO_SAELENS = dict(relu="standard", gated="gated", jumprelu="jumprelu", topk="topk", gsae="topk", vsae="topk",
-                  batchtopk="jumprelu", matryoshka="jumprelu", mutual_choice="jumprelu", feature_choice="jumprelu")
-NORMS = {"none": "none", "token": "layer_norm", "scale": "expected_average_only_in"}      # normalize -> theirs
-HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out"}                               # site -> theirs
-
-DICTIONARY_LEARNING = {      # dict_class -> variant, tensors
-    "AutoEncoder": ("relu", LINEAR | {"bias": "b_dec"}),
-    "AutoEncoderNew": ("relu", LINEAR | {"decoder.bias": "b_dec"}),
-    "GatedAutoEncoder": ("gated", {"encoder.weight": "W_enc", "gate_bias": "b_enc", "r_mag": "r_mag",
-                                   "mag_bias": "b_mag", "decoder.weight": "W_dec.T", "decoder_bias": "b_dec"}),
-    "AutoEncoderTopK": ("topk", LINEAR | BIAS | K), "BatchTopKSAE": ("batchtopk", LINEAR | BIAS | K | LEVEL),
-    "JumpReluAutoEncoder": ("jumprelu", BARE | LEVEL), "MatryoshkaBatchTopKSAE": ("matryoshka", BARE | K | LEVEL)}
-OPENAI = {"encoder.weight": "W_enc", "latent_bias": "b_enc", "decoder.weight": "W_dec.T", "pre_bias": "b_dec"}
-
-# What a user may run to make safetensors of a pickle; KEEP: and of what OpenAI's says beside the tensors.
-CONVERT = ("import json, sys, torch; from safetensors.torch import save_file; "
-           "s = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
-           "t = {k: v.contiguous().clone() for k, v in s.items() if torch.is_tensor(v)}; "
-           "save_file(t, 'ae.safetensors')")
-KEEP = ("; json.dump({'shape': s['encoder.weight'].shape, **{k: s[k] for k in s.keys() - t.keys()}}, "
-        "open('config.json', 'x'))")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Files: writing
-# ----------------------------------------------------------------------------------------------------------
-
-def save_sae(sae, directory, layout="sparsify"):
-    """Writes an SAE: any variant in the layout "sparsify", what SAELens v6 can compute in the layout "saelens".
-
-    sparsify's own loader reads TopK, and g-SAE, which is TopK at inference, if inputs are not scaled; it refuses the
-    others.  ValueError, and nothing is written, for what SAELens cannot express, or beside files of another layout.
-    An interrupted save never leaves old settings beside new weights: both files are written under temporary names;
-    then the old configuration goes, for without one a directory does not load; then both take their names."""
-    writers, directory = {"sparsify": to_sparsify, "saelens": to_saelens}, Path(directory)
-    if layout not in writers:
-        raise ValueError(f"unknown layout {layout!r}; the nearest is {nearest(layout, writers)!r}")
-    for other, (_, name) in FILES.items():
-        if other != layout and (directory / name).exists():
-            raise ValueError(f"{directory}: holds {name}, of the layout {other!r}; with {layout!r} beside it nobody "
-                             "could tell which is meant: name another directory")
-    cfg, tensors = writers[layout](sae)
-    text = json.dumps(cfg, indent=2) + "\n"  # before any file is touched: meta may not be JSON
-    directory.mkdir(parents=True, exist_ok=True)
-    config, weights = (directory / name for name in FILES[layout])
-    new_config, new_weights = (path.with_name(f"{path.name}.tmp") for path in (config, weights))
-    save_file(tensors, new_weights)
-    new_config.write_text(text, encoding="utf-8")
-    config.unlink(missing_ok=True)
-    os.replace(new_weights, weights)
-    os.replace(new_config, config)
-
-
-def as_sparsify(variant, normalize):
-    """-> (activation, {our name: name there}).  What sparsify would compute otherwise gets an activation that its
-    loader refuses, and keeps our names, in which older loaders, blind to activation, find no encoder."""
+def sparsify_names(variant, normalize):
+    """-> (activation, {our name: name in the file}).  Where sparsify would compute something else:
+    an activation that it refuses, and our names, for its older versions ignore the activation."""
     if variant in ("topk", "gsae") and normalize == "none":
         return "topk", {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
-    return f"{variant}/{normalize}", {}
+    return f"{variant}/{normalize}", {}                    # no name that sparsify knows
 
-
-def to_sparsify(sae):
-    activation, names = as_sparsify(sae.variant, sae.normalize)
+def save_sae(sae, directory):
+    """Writes cfg.json and sae.safetensors.  sparsify itself loads TopK and g-SAE, unscaled."""
+    activation, names = sparsify_names(sae.variant, sae.normalize)
     cfg = {"activation": activation, "expansion_factor": max(1, sae.n_latents // sae.d_in),
            "normalize_decoder": True, "num_latents": sae.n_latents, "skip_connection": False,
-           "transcode": False, "d_in": sae.d_in, "variant": sae.variant, **sae.hyper, "meta": sae.meta}
-    return cfg, {names.get(name, name): t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
+           "transcode": False, "d_in": sae.d_in, "variant": sae.variant, **sae.hyper,
+           "meta": sae.meta}
+    tensors = {names.get(name, name): tensor for name, tensor in sae.state_dict().items()}
+    write_sae(directory, "sae.safetensors", cfg, tensors)
 
-
-def to_saelens(sae):
-    """The input scale goes into the weights, in fp32 at least; one threshold for all becomes one for each latent."""
-    kind, norm = TO_SAELENS.get(sae.variant), NORMS.get(sae.normalize)
-    if kind is None or norm is None:
-        raise ValueError(f"SAELens cannot express {sae.variant} with normalize={sae.normalize!r}; the layout "
-                         "'sparsify' holds everything")
-    tensors, fold = {}, {}
-    if sae.normalize == "scale":
-        norm, s = "none", wide(sae.input_scale.detach().cpu())
-        fold = {"W_enc": s, "W_dec": 1 / s, "b_dec": 1 / s}
-    for key, place in SAELENS[kind][1].items():
-        name = place.removesuffix(".T")
-        t = getattr(sae, name).detach().cpu()
-        t = wide(t) * fold.get(name, 1) if fold else t
-        t = t.expand(sae.n_latents) if name == "threshold" else t
-        tensors[key] = (t if name == place else t.T).contiguous()
-    meta = {"training_architecture": sae.variant, **sae.meta, "sae_lens_version": "6.0.0"}
-    if "model" in meta:
-        meta["model_name"] = meta.pop("model")
-    if "layer" in meta and "site" in meta:
-        site = str(meta.pop("site"))
-        meta["hook_name"] = f"blocks.{meta.pop('layer')}.{HOOKS.get(site, site)}"
-    cfg = {"architecture": kind, "d_in": sae.d_in, "d_sae": sae.n_latents, "device": "cpu", "metadata": meta,
-           "dtype": str(tensors["W_dec"].dtype).removeprefix("torch."), "normalize_activations": norm,
-           "apply_b_dec_to_input": True, "reshape_activations": "none"}
-    return cfg | ({"k": sae.k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}), tensors
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Files: reading.  Whatever is read may be hostile
-# ----------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Recipe:
-    """What a configuration says, before any tensor is read."""
-    variant: str
-    d_in: int
-    n_latents: int
-    hyper: dict
-    meta: dict
-    tensors: dict                     # name in the file -> our name, as in the tables above
-    unread: tuple = ()                # names in the file that codes do not depend on
-    scale: float | None = None        # the input scale, where it is not among the tensors
-    centred: bool = True              # their encoder reads x - b_dec, as ours does
-    folded: bool = False              # their codes are ours once the atoms' lengths are in the encoder
-
-    def __post_init__(self):
-        self.hyper = resolve_hyper(self.variant, self.d_in, self.n_latents, self.hyper)
-
-    def miniature(self):
-        """{our name: tensor} of such an SAE in which every length 2 stands for D, and 3 for F."""
-        return VARIANTS[self.variant](2, 3, self.hyper).state_dict()
-
+def write_sae(directory, weights, cfg, tensors):
+    """Writes cfg.json and `weights`, whole or not at all.  ValueError beside another's cfg.json."""
+    directory = Path(directory)
+    check((directory / weights).exists() or not (directory / "cfg.json").exists(),
+          f"{directory}: its cfg.json belongs to other weights; name another directory")
+    with staged(directory) as temporary:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary / weights)
+        (temporary / "cfg.json").write_text(json.dumps(cfg, indent=2) + "\n", encoding="utf-8")
 
 def load_sae(directory_or_hub_id, hookpoint=None):
-    """An SAE from a directory or hub repository, on the CPU, in the dtype of its file (fp32 where biases are folded).
+    """Reads our layout or sparsify's: an SAE on the CPU, in at least fp32.
 
-    Reads ours, sparsify's and SAELens's; of dictionary_learning's and OpenAI's (github.com/openai/sparse_autoencoder)
-    a copy in safetensors, for a pickle is never loaded.  meta has site, layer and model as far as the file says them.
-    hookpoint: the sub-directory that holds the SAE ("layers.12.mlp").  ValueError names the file and what is wrong
-    with it; FileNotFoundError when there is none, or the hub cannot be reached."""
-    folder, layout = find_folder(str(directory_or_hub_id), hookpoint)
-    config, weights = (folder / name for name in FILES[layout])
-    recipe = read_config(config, READ[layout])
-    tensors = read_weights(weights, recipe, config.name)
-    try:
-        return assemble(recipe, tensors)
-    except ValueError as err:
-        raise ValueError(f"{weights}: {err}") from None
+    hookpoint: the subfolder that holds it; DIRECTORY_OR_HUB_ID#HOOKPOINT means the same.
+    ValueError or FileNotFoundError names the file and what is wrong.
+    """
+    spec = f"{directory_or_hub_id}#{hookpoint}" if hookpoint else str(directory_or_hub_id)
+    config = locate(spec) / "cfg.json"
+    cfg = read_json(config)
+    fields = read_fields(cfg, LAYOUT, config)
+    variant, activation, d_in = fields["variant"], fields["activation"], fields["d_in"]
+    known = VARIANTS[variant].defaults
+    if unknown := sorted(cfg.keys() - LAYOUT.keys() - known.keys()):
+        warnings.warn(f"{config}: ignored unknown keys {', '.join(unknown)}")
+    if "k" in known:                     # our default need not be what it was trained with
+        read_fields(cfg, {"k": (int, 1, None, REQUIRED)}, config)
+    hyper = {name: cfg[name] for name in known if name in cfg}
+    wanted, names = sparsify_names(variant, (known | hyper)["normalize"])
+    check(activation == wanted, f"{config}: activation {activation!r} should be {wanted!r}")
+    n_latents = fields["num_latents"] or d_in * fields["expansion_factor"]      # F
+    sae = read_sae(config.with_name("sae.safetensors"), variant, d_in, n_latents, hyper, names)
+    sae.meta = complete_meta(fields["meta"] or {}, spec)
+    return sae
 
-
-def find_folder(spec, hookpoint):
-    """The directory with the SAE, `spec` or its sub-directory `hookpoint`, here or on the hub; and its layout."""
-    if hookpoint and not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", hookpoint):
-        raise ValueError(f"hookpoint {hookpoint!r} must be a path inside {spec}, like layers.12.mlp")
-    root = Path(spec) if Path(spec).is_dir() else fetch(spec, hookpoint)
-    folder = root / (hookpoint or "")
-    if not folder.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"hookpoint {hookpoint!r} leads out of {spec}")
-    layouts = [layout for layout, files in FILES.items() if all((folder / name).is_file() for name in files)]
-    if len(layouts) == 1:
-        return folder, layouts[0]
-    if layouts:
-        both = " and ".join(f"{layout} ({', '.join(FILES[layout])})" for layout in layouts)
-        raise ValueError(f"{folder}: holds the files of {both}: keep those of one")
-    if (folder / "cfg.json").is_file():
-        raise FileNotFoundError(f"{folder / 'sae.safetensors'}: no such file, nor sae_weights.safetensors")
-    found = sorted({path.parent.name for _, name in FILES.values() for path in root.glob(f"*/{name}")})
-    if not found:
-        refuse_pickle(folder)
-    raise FileNotFoundError(f"{folder}: no cfg.json there; name a hookpoint of {spec} that has one, "
-                            f"like {', '.join(found[:30] or ['layers.12.mlp'])}")
-
-
-def refuse_pickle(folder):
-    """ValueError with the way out, if all there is was written by dictionary_learning or OpenAI."""
-    config = folder / "config.json"
-    theirs = config.is_file() and "trainer" in read_object(config)
-    names = sorted(path.name for path in folder.glob("*.pt")) or ["ae.pt"] * theirs
-    if names:
-        command = f'python -c "{CONVERT if theirs else CONVERT + KEEP}" {shlex.quote(names[0])}'
-        raise ValueError(f"{folder}: {names[0]} is a pickle, which can run any code when it is loaded, so it is not; "
-                         f"this makes safetensors of it, in that directory: {command}")
-
-
-def fetch(repo, hookpoint):
-    """The local copy of what a hub repository holds of an SAE, at `hookpoint` where one is given."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise FileNotFoundError(f"{repo}: no such directory, nor a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-    names = ["activation_scaler.json", *(name for files in FILES.values() for name in files)]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=[f"{hookpoint}/{n}" if hookpoint else n for n in names]))
-    except Exception as err:  # whatever the network, the proxy or the hub may raise, the user needs one line
-        raise FileNotFoundError(f"{repo}: no such directory, and the hub did not give it "
-                                f"({type(err).__name__}); check the name, or go online once") from err
-
-
-def read_object(path):
-    """A JSON object, of which the parts that are looked into are objects too."""
-    try:
-        cfg = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as err:
-        raise ValueError(f"{path}: not JSON ({err})") from None
-    parts = ("meta", "metadata", "trainer")
-    if not (isinstance(cfg, dict) and all(isinstance(cfg.get(part, {}), dict) for part in parts)):
-        raise ValueError(f'{path}: the file, and its "meta", "metadata", "trainer", must each be a JSON object')
-    return cfg
-
-
-def read_config(path, read):
-    """A configuration -> Recipe, by one of the functions below."""
-    cfg = read_object(path)
-    try:
-        return read(cfg, path)
-    except KeyError as err:
-        raise ValueError(f"{path}: no {err}") from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as err:      # the last three: a value out of place
-        raise ValueError(f"{path}: {err}") from None
-
-
-def read_sparsify(cfg, path):
-    """Ours and sparsify's."""
-    for key in ("skip_connection", "transcode", "signed"):
-        if cfg.get(key):
-            raise ValueError(f"{key} is true; only plain autoencoders with codes >= 0 are read here")
-    activation = cfg.get("activation", "topk")  # files from before there was a choice lack it
-    variant, d_in, factor = cfg.get("variant", activation), cfg["d_in"], cfg.get("expansion_factor", 0)
-    n_latents = cfg.get("num_latents") or (d_in * factor if type(d_in) is type(factor) is int else 0)
-    known = VARIANTS[variant].defaults if variant in VARIANTS else {}
-    hyper = {key: cfg[key] for key in known if key in cfg or key == "k"}
-    recipe = Recipe(variant, d_in, n_latents, hyper, cfg.get("meta", {}), {})
-    ours, names = as_sparsify(variant, recipe.hyper["normalize"])
-    if activation != ours:
-        raise ValueError(f"activation {activation!r} and variant {variant!r} contradict each other")
-    unknown = sorted(set(cfg) - set(SPARSIFY_KEYS) - set(known) - {"variant", "meta"})
-    if unknown:
-        warnings.warn(f"{path}: ignored unknown keys {', '.join(unknown)}")
-    recipe.tensors = {names.get(name, name): name for name in recipe.miniature()}
-    return recipe
-
-
-def read_saelens(cfg, path):
-    """SAELens's."""
-    cfg, norms = as_v6(cfg), {theirs: ours for ours, theirs in NORMS.items()}
-    for key, read in (("architecture", SAELENS), ("normalize_activations", norms), ("activation_fn", ["relu"]),
-                      ("reshape_activations", ["none"]), ("finetuning_scaling_factor", [False])):
-        if cfg[key] not in read:
-            raise ValueError(f"{key} {cfg[key]!r} is not read here, only {', '.join(map(str, read))}")
-    kind, normalize, scale = cfg["architecture"], norms[cfg["normalize_activations"]], None
-    if normalize == "scale":      # not yet in the weights: a file beside them says how much
-        scaler = path.with_name("activation_scaler.json")
-        scale = read_object(scaler)["scaling_factor"] if scaler.is_file() else None
-        if type(scale) is not float:
-            raise ValueError(f"normalize_activations {NORMS['scale']!r} needs a scaling_factor in {scaler.name}")
-    own = {"topk": {"k": cfg["k"]}, "jumprelu": {"k": min(32, cfg["d_sae"])}, "standard": {"rows": "free"}}
-    meta = {key: value for key, value in cfg["metadata"].items() if value is not None and key[:9] != "sae_lens_"}
-    meta |= site_of(meta.pop("hook_name", None)) | ({"model": meta.pop("model_name")} if "model_name" in meta else {})
-    return Recipe(SAELENS[kind][0], cfg["d_in"], cfg["d_sae"], {"normalize": normalize, **own.get(kind, {})}, meta,
-                  SAELENS[kind][1], unread=("scaling_factor",), scale=scale, centred=cfg["apply_b_dec_to_input"],
-                  folded=kind == "topk" and cfg["rescale_acts_by_decoder_norm"])
-
-
-def as_v6(cfg):
-    """Every setting of SAELens that counts.  Before v6 there was no "metadata", topk was an activation function."""
-    there = {key: value for key, value in cfg.items() if value is not None}
-    hook = there.get("hook_name", there.get("hook_point"))
-    cfg = {"architecture": "standard", "k": None, "apply_b_dec_to_input": True, "normalize_activations": "none",
-           "reshape_activations": "none", "rescale_acts_by_decoder_norm": False, "finetuning_scaling_factor": False,
-           "activation_fn": there.get("activation_fn_str", "relu"),
-           "metadata": {"hook_name": hook, "model_name": there.get("model_name")}} | there
-    if cfg["activation_fn"] == "topk":
-        cfg |= {"architecture": "topk", "activation_fn": "relu", "k": cfg["activation_fn_kwargs"]["k"]}
-    if type(cfg["normalize_activations"]) is bool:
-        cfg["normalize_activations"] = NORMS["scale" if cfg["normalize_activations"] else "none"]
-    return cfg
-
-
-def site_of(hook):
-    """TransformerLens's name of a hook -> {"layer", "site"}, {} if it is in no block.  A site that is not ours keeps
-    its name, so that it is never taken for one of ours."""
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", str(hook))
-    if not match:
-        return {}
-    layer, name = int(match[1]), match[2]
-    if name == "hook_resid_pre" and layer > 0:      # the input of a block is the output of the one before
-        layer, name = layer - 1, "hook_resid_post"
-    return {"layer": layer, "site": {theirs: ours for ours, theirs in HOOKS.items()}.get(name, name)}
-
-
-def read_dictionary_learning(cfg, path):
-    """dictionary_learning.  Its loader folds the atoms' lengths of AutoEncoder; two classes read x, not x - b_dec."""
-    if "shape" in cfg:
-        return read_openai(cfg)
-    trainer = cfg["trainer"]
-    kind, n_latents = trainer["dict_class"], trainer["dict_size"]
-    if kind not in DICTIONARY_LEARNING:
-        raise ValueError(f"dict_class {kind!r} is not read here, only {', '.join(DICTIONARY_LEARNING)}")
-    variant, tensors = DICTIONARY_LEARNING[kind]
-    hyper = {"normalize": "none"} | ({"rows": "free"} if kind == "AutoEncoderNew" else {})
-    if "k" in VARIANTS[variant].defaults:
-        hyper["k"] = min(32, n_latents) if variant == "jumprelu" else trainer["k"]
-    if variant == "matryoshka":
-        hyper["levels"] = trainer["group_sizes"]
-    where = str(trainer.get("submodule_name"))
-    site = next((site for site, hook in HOOKS.items() if where.startswith(hook.removeprefix("hook_"))), None)
-    meta = {"layer": trainer.get("layer"), "site": site, "model": trainer.get("lm_name")}
-    return Recipe(variant, trainer["activation_dim"], n_latents, hyper,
-                  {key: value for key, value in meta.items() if value is not None}, tensors,
-                  unread=("threshold", "group_sizes"), folded=kind == "AutoEncoder",
-                  centred=kind not in ("AutoEncoderNew", "JumpReluAutoEncoder"))
-
-
-def read_openai(cfg):
-    """What CONVERT keeps of OpenAI's: TopK standardises each token, ReLU does not."""
-    n_latents, d_in = cfg["shape"]
-    kind, state = cfg.get("activation", "ReLU"), cfg.get("activation_state_dict", {})
-    if kind not in ("ReLU", "TopK") or state.get("postact_fn", "ReLU") != "ReLU":
-        raise ValueError(f"activation {kind!r} with {state} is not read here, only ReLU, and TopK with ReLU")
-    hyper = {"normalize": "token", "k": state["k"]} if kind == "TopK" else {"normalize": "none", "rows": "free"}
-    return Recipe(kind.lower(), d_in, n_latents, hyper, {}, OPENAI,
-                  unread=("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"))
-
-
-READ = {"sparsify": read_sparsify, "saelens": read_saelens, "dictionary_learning": read_dictionary_learning}
-
-
-def read_weights(path, recipe, config):
-    """Weights -> {our name: tensor as ours}; the header is checked before any tensor is read."""
-    table, small = recipe.tensors, recipe.miniature() | {"k": torch.tensor(0)}
-    size = {2: recipe.d_in, 3: recipe.n_latents}
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = {key: file.get_slice(key) for key in file.keys()}
-            missing = table.keys() - header.keys() - {"k"}      # which older files lack
-            for key in sorted(missing | header.keys() - table.keys() - set(recipe.unread)):
-                raise ValueError(f"{path}: tensor {key!r} is {'missing' if key in missing else 'not expected'}")
-            names, dtypes = {key: table[key].removesuffix(".T") for key in table if key in header}, set()
-            for key, name in names.items():
-                shape, want = tuple(header[key].get_shape()), tuple(size[n] for n in small[name].shape)
-                want = want if name == table[key] else want[::-1]
-                if shape != want:
-                    raise ValueError(f"{path}: tensor {key!r} has shape {shape}, {config} says {want}")
-                dtype, floats = header[key].get_dtype(), small[name].is_floating_point()
-                if dtype not in (("F64", "F32", "F16", "BF16") if floats else ("I64", "I32")):
-                    raise ValueError(f"{path}: tensor {key!r} has dtype {dtype}")
-                dtypes |= {dtype} if floats and name not in ("threshold", "input_scale") else set()
-            if len(dtypes) > 1:
-                raise ValueError(f"{path}: dtypes {sorted(dtypes)}, expected one for all weights and biases")
-            tensors = {key: file.get_tensor(key) for key in names}
-    except SafetensorError as err:
-        raise ValueError(f"{path}: not a whole safetensors file ({err})") from None
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: tensor {key!r} holds NaN or infinite values")
-    return {name: tensors[key] if name == table[key] else tensors[key].T.contiguous() for key, name in names.items()}
-
+def complete_meta(meta, spec):
+    """Checked; a folder's name, layers.12.mlp or layers.12, gives the layer and site it lacks."""
+    read_fields(meta, META, f"{spec}: meta")
+    match = re.search(r"layers\.(\d{1,9})(\.mlp)?/?$", spec)
+    place = {"layer": int(match[1]), "site": "mlp" if match[2] else "resid"} if match else {}
+    return place | meta
 
 @torch.no_grad()
-def assemble(recipe, tensors):
-    """Recipe and {our name: tensor} -> SAE; what the others compute differently goes into the weights."""
-    sae = VARIANTS[recipe.variant](recipe.d_in, recipe.n_latents, recipe.hyper)
-    sae.meta = recipe.meta
-    if "k" in tensors and int(tensors.pop("k")) != sae.k:
-        raise ValueError(f"its k is not {sae.k}, that of its configuration")
-    if recipe.scale is not None:
-        tensors["input_scale"] = torch.tensor(recipe.scale)
-    if recipe.folded or not recipe.centred:      # never in half precision
-        tensors = {name: wide(t) for name, t in tensors.items()}
-    sae.load_state_dict(tensors, assign=True)
-    if not recipe.centred:
-        shift = sae.W_enc @ sae.b_dec                                                         # (F,)
-        sae.b_enc += shift
-        if sae.variant == "gated":
-            sae.b_mag += sae.r_mag.exp() * shift
-    if recipe.folded:
-        sae.fold_rows_()
-    if "threshold" in tensors:      # theirs rectify as well: below 0 it does nothing
-        sae.threshold.clamp_(min=0)
-    if sae.normalize == "scale" and not 0 < sae.input_scale < INF:
-        raise ValueError(f"the input scale {float(sae.input_scale)} is not above 0")
-    if not 0 <= getattr(sae, "n_atoms", 0) <= sae.n_latents:
-        raise ValueError(f"n_atoms is {int(sae.n_atoms)}, there is room for {sae.n_latents}")
+def read_sae(weights, variant, d_in, n_latents, hyper, names, ignored=()):
+    """An SAE with the tensors of a file.  Sizes are checked before memory is taken for them.
+
+    names    {our name: name in the file, and .T behind it where it is stored transposed}
+    ignored  names in the file that codes do not depend on
+    """
+    try:
+        hyper = resolve_hyper(variant, d_in, n_latents, hyper)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{weights.parent}: {error}") from None
+    with open_tensors([weights]) as found:
+        found = {name: part for name, part in found.items() if name not in ignored}
+        check(2 * d_in * n_latents <= weights.stat().st_size,      # 2 bytes a number at least
+              f"{weights}: too small for n_latents={n_latents}, d_in={d_in}")
+        sae = VARIANTS[variant](d_in, n_latents, hyper)    # in fp32
+        if "F64" in [part.get_dtype() for part in found.values()]:
+            sae.double()
+        targets = {}                     # name in the file -> the SAE's own tensor
+        for ours, tensor in sae.state_dict().items():
+            name = names.get(ours, ours)
+            targets[name.removesuffix(".T")] = tensor.T if name.endswith(".T") else tensor
+        check_tensors(found, targets, weights)             # from the header: reads no tensor
+        for name, target in targets.items():
+            dtypes = "F64 F32 F16 BF16" if target.is_floating_point() else "I64 I32"
+            dtype = found[name].get_dtype()
+            check(dtype in dtypes.split(), f"{weights}: {name!r} has dtype {dtype}")
+            tensor = found[name][...]
+            check(tensor.isfinite().all(), f"{weights}: {name!r} holds NaN or infinite values")
+            target.copy_(tensor)                           # widened to its dtype
+    check(0 <= getattr(sae, "n_atoms", 0) <= n_latents, f"{weights}: n_atoms is out of range")
+    check(getattr(sae, "input_scale", 1) > 0, f"{weights}: input_scale is not above 0")
     return sae

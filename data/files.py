@@ -24,26 +24,23 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny"
 LONGEST = 2**26      # bytes of one JSON file or line: tokenizers, the largest we read, have 12 MB
 
-
 def check(condition, message):
     """ValueError with this message unless the condition holds: a user's mistake, in one line."""
     if not condition:
         raise ValueError(message)
 
-
-# ------------------------------------------------------------------------------------------------
-# JSON: one reader for everything that comes from outside
-# ------------------------------------------------------------------------------------------------
+# ---- JSON: one reader for everything that comes from outside -----------------------------------
 
 def parse_json(text, where):
     """Text or bytes -> the value.  NaN and infinities, which JSON does not have, are refused."""
-    def refuse(word):
-        raise ValueError(f"{word} is not a number")
+    def finite(word):                    # NaN, Infinity and 1e400
+        if not math.isfinite(value := float(word)):
+            raise ValueError(f"{word} is not a finite number")
+        return value
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
-
 
 def read_text(path):
     """The UTF-8 text of a file.  FileNotFoundError or ValueError in one line that names it."""
@@ -56,7 +53,6 @@ def read_text(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
-
 def read_json(path):
     """A parsed JSON object."""
     value = parse_json(read_text(path), path)
@@ -64,9 +60,7 @@ def read_json(path):
     check(isinstance(value, dict), f"{path}: a JSON object was expected, this is a {kind}")
     return value
 
-
 REQUIRED = object()      # as the default of a field: it must be there
-
 
 def read_fields(raw, table, where):
     """A parsed JSON object -> {field: value} for the fields of `table`.
@@ -87,10 +81,8 @@ def read_fields(raw, table, where):
             found[name] = read_value(raw[name], kind, low, high, f"{where}: {name!r}")
     return found
 
-
 KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
               dict: "an object", list: "a list"}
-
 
 def read_value(value, kind, low=None, high=None, where="value"):
     """One value of a kind, within bounds, as in `read_fields`.  An int may stand for a float."""
@@ -110,16 +102,12 @@ def read_value(value, kind, low=None, high=None, where="value"):
         check(high is None or size <= high, f"{where} is above {high}: {shorten(value)}")
     return [read_value(x, kind[0], where=where) for x in value] if isinstance(kind, list) else value
 
-
 def shorten(value):
     """A value as an error message shows it."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
-
-# ------------------------------------------------------------------------------------------------
-# Rows: JSONL, or one JSON list
-# ------------------------------------------------------------------------------------------------
+# ---- Rows: JSONL, or one JSON list -------------------------------------------------------------
 
 def read_jsonl(path):
     """Yields (line number, object) of a JSONL file, blank lines left out.
@@ -137,10 +125,8 @@ def read_jsonl(path):
         check(isinstance(row, dict), f"{path}:{number}: a JSON object was expected")
         yield number, row
 
-
 TEXT = (str, int, float)
 PROBLEM = {name: (TEXT, None, None, None) for name in ("problem", "question", "answer", "id")}
-
 
 def read_problems(path):
     """Rows of "problem" (or "question"), "answer", maybe "id" -> list of dicts with these as text.
@@ -161,10 +147,7 @@ def read_problems(path):
     check(rows, f"{path}: no problems in it")
     return rows
 
-
-# ------------------------------------------------------------------------------------------------
-# Tensors
-# ------------------------------------------------------------------------------------------------
+# ---- Tensors -----------------------------------------------------------------------------------
 
 @contextmanager
 def open_tensors(paths):
@@ -181,7 +164,6 @@ def open_tensors(paths):
             slices |= {name: handle.get_slice(name) for name in handle.keys()}
         yield slices
 
-
 def check_tensors(found, wanted, where):
     """ValueError names what is missing, unexpected or of another shape.  Reads only headers.
 
@@ -196,10 +178,7 @@ def check_tensors(found, wanted, where):
     more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
     check(not wrong, f"{where}: {'; '.join(wrong[:8])}{more}")
 
-
-# ------------------------------------------------------------------------------------------------
-# Where things are: directories, the hub
-# ------------------------------------------------------------------------------------------------
+# ---- Where things are: directories, the hub ----------------------------------------------------
 
 def locate(spec):
     """The local directory of PATH_OR_HUB_ID[@REVISION][#SUBFOLDER]; hub ids are fetched and cached.
@@ -209,22 +188,22 @@ def locate(spec):
     spec = str(spec)
     if Path(spec).is_dir():
         return Path(spec)
-    match = re.fullmatch(r"([^@#]+)(?:@([^#]+))?(?:#(.+))?", spec)
+    match = re.fullmatch(r"([^#]+?)(?:@([^@#]+))?(?:#(.+))?", spec)
     check(match, f"{spec}: not of the form PATH_OR_HUB_ID[@REVISION][#SUBFOLDER]")
     name, revision, subfolder = match.groups()
+    if Path(spec.partition("#")[0]).is_dir():            # a directory may have an @ in its name
+        name, revision = spec.partition("#")[0], None
     root = Path(name)
     if not root.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
             raise FileNotFoundError(f"{spec}: no such directory, nor a hub id, owner/name")
         root = fetch(name, revision, subfolder)
-    elif revision:
-        raise ValueError(f"{spec}: a revision needs a hub id, {name} is a local directory")
+    check(not revision or root != Path(name), f"{spec}: a revision needs a hub id, {name} is local")
     path = (root / (subfolder or ".")).resolve()
     check(path.is_relative_to(root.resolve()), f"{spec}: the subfolder leads out of {root}")
     if not path.is_dir():
         raise FileNotFoundError(f"{spec}: no folder {subfolder!r} there")
     return path
-
 
 def fetch(repo, revision=None, subfolder=None):
     """Downloads a hub repository: weights, JSON, templates; never a pickle."""
@@ -239,10 +218,7 @@ def fetch(repo, revision=None, subfolder=None):
         raise FileNotFoundError(f"{repo}: no such directory, and the hub did not give it ({kind}); "
                                 "offline, download it and pass its path") from None
 
-
-# ------------------------------------------------------------------------------------------------
-# Writing
-# ------------------------------------------------------------------------------------------------
+# ---- Writing -----------------------------------------------------------------------------------
 
 @contextmanager
 def staged(directory):
@@ -269,13 +245,11 @@ def staged(directory):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-
 def write_json(path, value):
     """A JSON file, whole or not at all."""
     path = Path(path)
     with staged(path.parent) as temporary:
         (temporary / path.name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
 
 def write_jsonl(path, rows):
     path = Path(path)
@@ -283,11 +257,9 @@ def write_jsonl(path, rows):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (temporary / path.name).write_text(text, encoding="utf-8")
 
-
 def relative(spec):
     """A spec or path without this checkout's own directory, so that it makes sense elsewhere."""
     return str(spec).replace(f"{ROOT}/", "")
-
 
 def printable(text):
     """Text without control characters: a stranger's text must not be able to steer the terminal."""

@@ -1,8 +1,9 @@
-"""Command lines: flags with presets, errors in one line, and the record of a run.
+"""Command lines: flags with presets, errors in one line, records of runs, experiments of many runs.
 
     parser = Parser("train.py --stage tune", "what it does")      argparse + --preset and --config
     parser.add_argument("--batch", type=whole(1), default=32, help="chunks in an optimizer step")
     args = parse(parser, argv, "tune")                            defaults < preset < config < flags
+    run_commands({"random SAE": "train.py ..."}, args)            an arm is a command line
 """
 
 import argparse
@@ -10,35 +11,39 @@ import difflib
 import math
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from data.files import (
-    ROOT, check, parse_json, printable, read_json, read_text, shorten, write_json)
+from tqdm import tqdm
 
+from data.files import (
+    ROOT, check, parse_json, printable, read_json, read_text, relative, shorten, write_json)
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Descriptions as written; the default behind each flag that has one."""
 
     def _get_help_string(self, action):
-        if action.default in (None, "", False, argparse.SUPPRESS):
+        if action.default in (None, "", argparse.SUPPRESS) or action.default is False:
             return action.help
         return super()._get_help_string(action)
 
-
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line.  Every program takes --preset and --config."""
+    """argparse whose errors are one line.  With a preset it takes --preset and --config too."""
 
     def __init__(self, prog, description, preset="tiny"):
         super().__init__(prog=prog, description=description, allow_abbrev=False,
                          formatter_class=Help)
-        self.add_argument("--preset", default=preset, help="defaults by name, data/presets.json")
-        self.add_argument("--config", metavar="FILE", help="JSON file of flags; flags override it")
+        self.set_defaults(preset=None, config=None)
+        if preset:
+            self.add_argument("--preset", default=preset, help="of defaults: data/presets.json")
+            self.add_argument("--config", metavar="FILE", help="JSON file of flags, below flags")
 
     def error(self, message):
         raise ValueError(f"{self.prog}: {message}; --help lists the flags")
-
 
 def whole(low, high=2**62):
     """A type for add_argument: whole numbers from low to high."""
@@ -50,7 +55,6 @@ def whole(low, high=2**62):
         return value
     return number
 
-
 def real(low, high=math.inf, above=False):
     """A type for add_argument: finite numbers from low to high; above=True: not low itself."""
     def number(text):
@@ -61,7 +65,6 @@ def real(low, high=math.inf, above=False):
             raise argparse.ArgumentTypeError(f"{text} should be finite, {bounds}")
         return value
     return number
-
 
 def read_preset(name):
     """A bundle of data/presets.json -> {flag: value, or the name of a section: {flag: value}}.
@@ -77,23 +80,24 @@ def read_preset(name):
         merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
     return merged
 
-
 def parse(parser, argv, section=""):
-    """argv -> settings, by the parser's own defaults < --preset NAME < --config FILE.json < flags.
+    """argv -> settings: the parser's defaults < --preset NAME < --config FILE.json < flags.
 
     section  the part of a preset that belongs to this program or stage, beside what is common
     .given holds the names set by file or flag, so that what cannot take effect can be refused.
     """
     early = Parser(parser.prog, None, parser.get_default("preset"))
     known, _ = early.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    bundle = read_preset(known.preset)
+    bundle = read_preset(known.preset) if known.preset else {}
     bundle = {k: v for k, v in bundle.items() if not isinstance(v, dict)} | bundle.get(section, {})
     names = {action.dest for action in parser._actions}
     parser.set_defaults(**{name: value for name, value in bundle.items() if name in names})
-    if known.config:
-        argv = to_argv(read_json(known.config), known.config) + argv
-    args, unknown = parser.parse_known_args(argv)
     flags = [flag for action in parser._actions for flag in action.option_strings]
+    if known.config:
+        config = read_json(known.config)
+        check(not config.keys() & {"preset", "config"}, f"{known.config}: give --preset beside it")
+        argv = to_argv(config, flags, known.config) + argv
+    args, unknown = parser.parse_known_args(argv)
     for word in unknown:
         near = difflib.get_close_matches(word.split("=")[0], flags, 1)
         parser.error(f"no flag {shorten(word)}" + (f", did you mean {near[0]}?" if near else ""))
@@ -101,27 +105,29 @@ def parse(parser, argv, section=""):
     args.given = {action.dest for action in parser._actions if words & set(action.option_strings)}
     return args
 
+def to_argv(config, flags=(), where="--config"):
+    """{"lr": 0.1, "shuffle": false, "model": ["a"]} -> [--lr=0.1, --no-shuffle, --model, a].
 
-def to_argv(config, where="--config"):
-    """{"lr": 0.1, "shuffle": false, "model": ["a"]} -> [--lr=0.1, --no-shuffle, --model, a]."""
+    flags  those there are: what has no --no-NAME is off already
+    """
     argv = []
     for name, value in config.items():
         flag = name.replace("_", "-")
         check(not isinstance(value, dict), f"{where}: {name!r} should be a value or a list")
-        if isinstance(value, bool):
-            argv.append(f"--{flag}" if value else f"--no-{flag}")
+        if value is False:
+            argv += [] if f"--{flag}" in flags and f"--no-{flag}" not in flags else [f"--no-{flag}"]
+        elif value is True:
+            argv.append(f"--{flag}")
         elif isinstance(value, list):
             argv += [f"--{flag}", *map(str, value)]
         elif value is not None:
             argv.append(f"--{flag}={value}")
     return argv
 
-
 def refuse_idle(args, names, where):
     """ValueError if one of these space-separated flags was given where it could not take effect."""
     for name in names.split():
         check(name not in args.given, f"--{name.replace('_', '-')} has no effect with {where}")
-
 
 def front_door(main):
     """Runs main(argv).  A user's mistake becomes one line and exit code 2.
@@ -143,7 +149,6 @@ def front_door(main):
         print("\ninterrupted; train.py continues with --resume, eval.py by itself", file=sys.stderr)
         sys.exit(130)
 
-
 def open_run(directory, args):
     """Makes a run directory and writes config.json, what would be needed to run it again."""
     import torch
@@ -158,3 +163,110 @@ def open_run(directory, args):
         "argv": sys.argv, "git": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}})
+
+# ---- Experiments: many command lines, each of which can be pasted ------------------------------
+
+def experiment_parser(prog, description, *passed):
+    """A Parser for an experiment; the flags `passed` are those of the commands that it runs."""
+    parser = Parser(prog, description)
+    add = parser.add_argument
+    for name in passed:
+        add(f"--{name}", default="", help="as in train.py and eval.py; by default the preset's")
+    add("--device", default="", help="cpu, cuda or cuda:N; by default a GPU where there is one")
+    add("--out", default="", help="run directory; by default out/PRESET/NAME")
+    add("--workers", type=whole(0), default=0, help="commands at a time; 0: 2 on a CPU, else 1")
+    add("--quick", action="store_true", help="as little as possible: shows only that it runs")
+    return parser
+
+def arms_parser(prog, description):
+    """The same for adapters that are trained and asked."""
+    parser = experiment_parser(prog, description, "source", "target", "data", "bench", "dtype")
+    add = parser.add_argument
+    add("--seed", type=whole(0), default=0, help="of every training and of the samples")
+    add("--questions", type=whole(0), default=1000, help="of --bench, the first ones; 0: all")
+    add("--samples", type=whole(1), default=1, help="of each question")
+    add("--sae-steps", type=whole(1), default=100, help="optimizer steps of an SAE")
+    add("--tune-steps", type=whole(1), default=120, help="optimizer steps of an adapter")
+    add("--lr", type=real(0, above=True), default=3e-4, help="learning rate of every adapter")
+    return parser
+
+def parse_experiment(parser, argv, quick, name="arms"):
+    """argv -> settings; `quick` {flag: value} is what --quick means.  Makes the run directory.
+
+    name  of the experiment: its section in presets, its folder in out/PRESET
+    """
+    args = parse(parser, argv, name)
+    if args.quick:
+        refuse_idle(args, " ".join(quick), "--quick, which sets it")
+        vars(args).update(quick)
+    if not args.workers:
+        import torch
+        on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+        args.workers = 2 if on_cpu else 1
+    args.out = args.out or f"out/{args.preset}/{name}"
+    open_run(args.out, args)
+    Path(args.out, "commands.sh").unlink(missing_ok=True)        # of an earlier run
+    return args
+
+def command_lines(name, words, args):
+    """An arm -> its command lines, each a list of words: train it, unless it is there; then ask it.
+
+    words  "train.py ..." or "eval.py --model SPEC", with the settings `args` to fill in by {name}.
+           What is trained goes into OUT/NAME; an adapter is asked on --target, an SAE is not asked.
+    """
+    line = [word.format(**vars(args)) for word in words.split()]
+    common, lines = given_flags(args, "preset", "seed", "device", "dtype"), []
+    if line[0] == "train.py":
+        where = f"{args.out}/{slug(name)}"
+        unfinished = ["--resume"] if Path(where, "checkpoint.safetensors").exists() else []
+        data = given_flags(args, "data") if "data" in args.given and "--data" not in line else []
+        lines.append(line + common + data + ["--out", where] + unfinished)
+        if line[1:3] == ["--stage", "sae"]:
+            return lines
+        line = ["eval.py", "--model", f"{args.target}+{where}"]
+    asking = given_flags(args, "bench", "samples", "out") + ["--limit", str(args.questions)]
+    return [*lines, line + common + asking + ["--slots", "128", "--fresh"]]
+
+def given_flags(args, *names):
+    """["--name", "value", ..] of the settings that are set."""
+    flags = []
+    for name in names:
+        if getattr(args, name) not in (None, ""):
+            flags += [f"--{name}", str(getattr(args, name))]
+    return flags
+
+def slug(name):
+    """The name of an arm as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+def run_commands(arms, args, title="arms"):
+    """Runs {name: words} as `command_lines`, args.workers arms at a time, an arm's lines in order.
+
+    The lines are noted in OUT/commands.sh, to be pasted.  -> {name: the model spec that was asked}.
+    ValueError: a command failed; the last line of what it said is in it.
+    """
+    commands = {name: command_lines(name, words, args) for name, words in arms.items()}
+    with open(Path(args.out) / "commands.sh", "a", encoding="utf-8") as file:
+        for name, lines in commands.items():
+            pasted = [relative("python " + shlex.join(line)) for line in lines]
+            file.write("\n".join([f"# {name}", *pasted, ""]))
+    with ThreadPoolExecutor(args.workers) as pool:
+        futures = {pool.submit(run_lines, lines): name for name, lines in commands.items()}
+        bar = tqdm(as_completed(futures), total=len(futures), desc=title, unit="arm", disable=None)
+        try:
+            for future in bar:
+                future.result()
+                bar.set_postfix_str(f"done: {futures[future]}")
+        finally:                         # after an error, what has not begun is dropped
+            pool.shutdown(wait=False, cancel_futures=True)
+    return {name: lines[-1][2] for name, lines in commands.items() if lines[-1][0] == "eval.py"}
+
+def run_lines(lines):
+    """Runs command lines one after the other, on one thread: fastest for small tensors."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for line in lines:
+        program = line[:2] if line[0] == "-m" else [str(ROOT / line[0])]
+        done = subprocess.run([sys.executable, *program, *line[len(program):]], env=environment,
+                              capture_output=True, text=True)
+        said = (done.stderr.strip() or "it said nothing").split("\n")[-1]
+        check(done.returncode == 0, f"python {shlex.join(line)}: {said}")

@@ -1,22 +1,32 @@
-"""The commands as a user types them: real processes, in an empty directory, and every line of the READMEs."""
+"""The commands as a user types them: real processes, in an empty directory; every line of the READMEs; the house."""
+import ast
+import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 
 import pytest
-import torch
 
 import eval
 import resa
-import sae
 import train
+from data import stats
+from data.flags import arms_parser, parse_experiment, run_commands
 from tests.conftest import ROOT
 
 
+def run(cwd, *words):
+    """python SCRIPT ..., or python -m MODULE ..., in `cwd`."""
+    program = list(words) if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *program], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
 def command(cwd, *words):
-    """python SCRIPT ... in `cwd`; returns its standard output."""
-    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True)
+    """The same; returns its standard output."""
+    done = run(cwd, *words)
     assert done.returncode == 0, done.stderr
     assert "|" not in done.stderr, "progress bars are quiet where there is no terminal"
     return done.stdout
@@ -24,7 +34,7 @@ def command(cwd, *words):
 
 def test_sae_tune_eval_merge_one_after_the_other(tmp_path):
     few = ["--steps", "2", "--batch", "4"]
-    assert "loss recovered" in command(tmp_path, "train.py", "--stage", "sae", *few)
+    assert "recovered_mean" in command(tmp_path, "train.py", "--stage", "sae", *few)
     command(tmp_path, "train.py", "--stage", "tune", *few)
     distill, adapter = f"{ROOT}/data/tiny/distill", "out/tiny/adapter"
     command(tmp_path, "resa.py", "merge", "--model", f"{distill}+{adapter}", "--out", "out/merged")
@@ -39,34 +49,61 @@ def test_sae_tune_eval_merge_one_after_the_other(tmp_path):
     assert merged == attached
 
 
+# ---- the READMEs -------------------------------------------------------------------------------------------
 
 def shell_lines():
     """Every `python ...` line in the code blocks of the READMEs."""
-    for path in (ROOT / "README.md", ROOT / "data" / "README.md"):
+    for path in (ROOT / "README.md", ROOT / "data" / "README.md", ROOT / "tests" / "claims" / "README.md"):
         for block in re.findall(r"```\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
             for line in block.replace("\\\n", " ").splitlines():
-                if match := re.search(r"python (\S+\.py.*)", line.split("#")[0].rstrip()):
+                line = line.split("#")[0].rstrip() if " # " in line or "  #" in line else line.rstrip()
+                if match := re.search(r"python ((?:-m )?\S+.*)", line):
                     yield match[1]
 
 
-@pytest.mark.parametrize("line", sorted(set(shell_lines())))
-def test_every_command_in_the_readmes_is_understood(line):
-    script, *argv = shlex.split(line)
-    assert (ROOT / script).exists()
-    if script == "train.py":
-        at = argv.index("--stage") if "--stage" in argv else len(argv)      # without: the --dry-run of a preset
-        settings = train.STAGES[argv[at + 1]] if argv[at:] else train.Common
-        assert resa.parse_flags(settings, argv[:at] + argv[at + 2:], script)
-    elif script == "eval.py":
-        showing = argv[0] == "show"
-        assert resa.parse_flags(eval.Show if showing else eval.Eval, argv[2 * showing:], script)
-    elif script == "resa.py":
-        named = argv[:1] and argv[0] in resa.COMMANDS
-        settings = getattr(resa, argv[0].capitalize()) if named else resa.Experiment
-        assert resa.parse_flags(settings, argv[bool(named):], script)
-    else:
-        assert script == "data/prepare.py" and argv in (["tiny"], ["corpora"], ["upcycle"])
+LINES = sorted(set(shell_lines()) - {"-m pytest"})
 
+
+def test_the_readmes_show_every_program():
+    shown = " ".join(LINES)
+    for program in ("resa.py", "train.py --stage sae", "train.py --stage tune", "eval.py", "-m data.prepare",
+                    "-m data.formats", *(f"-m tests.claims.{path.stem}" for path in (ROOT / "tests/claims").glob("[a-z]*.py"))):
+        assert program in shown, program
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_in_the_readmes_is_understood(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line)
+    script, argv = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    if script == "train.py":
+        stage = argv.index("--stage")
+        rest = argv[:stage] + argv[stage + 2:]
+        assert train.settings(argv[stage + 1], [*rest, "--device", "cpu"])
+    elif script == "eval.py":
+        if argv[0] != "show":
+            assert eval.settings(argv)
+    elif script == "resa.py":
+        assert argv in ([], ["--quick"]) or argv[0] == "merge" and set(argv[1::2]) == {"--model", "--out"}
+    elif script == "data.prepare":
+        assert argv[0] in ("tiny", "corpora", "upcycle", "fetch")
+    elif script == "tests/bench.py":
+        assert argv in ([], ["sae"])
+    else:
+        text = command(tmp_path, "-m", script, "--help")
+        for flag in filter(re.compile("--").match, argv):
+            assert flag.split("=")[0] in text, f"{script} has no {flag}"
+
+
+@pytest.mark.parametrize("words", [
+    ["resa.py"], ["resa.py", "merge"], *(["train.py", "--stage", stage] for stage in train.RUN), ["train.py"],
+    ["eval.py"], ["eval.py", "show"], ["-m", "data.formats"]], ids=" ".join)
+def test_help_is_there_for_every_program(tmp_path, words):
+    assert len(command(tmp_path, *words, "--help")) > 200
+    assert not list(tmp_path.iterdir())
+
+
+# ---- the experiment: every arm is a command line -----------------------------------------------------------
 
 def rows(rights):
     return [{"id": str(i), "correct": bool(r)} for i, r in enumerate(rights)]
@@ -78,48 +115,134 @@ def rows(rights):
     ([1, 0] * 50, [0, 1] * 50, "no difference is seen"),
 ])
 def test_a_comparison_says_what_its_interval_says(mine, control, verdict):
-    assert resa.say(rows(mine), rows(control), "a", "b", "is it so").endswith(f"], {verdict}.")
+    pair = stats.paired(rows(mine), rows(control))
+    said = eval.verdict("a", "b", "is it so", pair["difference"], *pair["interval"])
+    assert said.startswith("Is it so? a against b: ") and said.endswith(f"], {verdict}.")
 
 
 def test_every_arm_is_a_training_command_and_gets_the_same_treatment():
-    for words in (*resa.SAES.values(), *(words for words in resa.ARMS.values() if not words.startswith("= "))):
-        stage, *flags = words.format(out="o", base="b").split()
-        args = resa.parse_flags(train.STAGES[stage], flags, "test")
-        assert not args.given & {"lr", "steps", "batch", "seed", "data", "epochs"}      # the experiment sets these for all
+    alike = dict(target="t", source="s", out="o", sae_steps=1, tune_steps=2, lr=0.1)
+    budgets = set()
+    for words in (*resa.SAES.values(), *resa.ARMS.values()):
+        script, *argv = words.format(**alike).split()
+        if script == "train.py":
+            args = train.settings(argv[1], argv[2:])
+            assert argv[0] == "--stage" and not args.given & {"seed", "data", "epochs"}
+            if argv[1] != "sae":
+                budgets.add((args.steps, args.batch, args.lr, args.target))
+    assert len(budgets) == 1, "all adapters are trained on the same budget"
 
 
-def test_unknown_command_and_refused_merge_end_in_one_line(tmp_path):
-    for argv, message in ((["dance"], "no command 'dance'"), (["merge", "--model", "x"], "needs --model BASE+ADAPTER"),
+def test_what_is_asked_for_reaches_every_command(tmp_path):
+    parser = arms_parser("resa.py", "")
+    args = parse_experiment(parser, ["--target", "T", "--source", "S", "--data", "D", "--bench", "B", "--device", "cuda:1",
+                                     "--dtype", "bfloat16", "--seed", "7", "--out", str(tmp_path)], {})
+    with pytest.raises(ValueError, match="device cuda:1"):      # no such GPU here: the first command says so
+        run_commands(resa.ARMS | resa.SAES, args)
+    lines = [line for line in (tmp_path / "commands.sh").read_text().splitlines() if not line.startswith("#")]
+    trained = [line for line in lines if "train.py" in line]
+    asked = [line for line in lines if "eval.py" in line]
+    assert len(trained) == len(resa.SAES) + len(resa.ARMS) - 2 and len(asked) == len(resa.ARMS)
+    assert all("--device cuda:1 --dtype bfloat16" in line and "--seed 7" in line for line in lines)
+    assert all("--data D" in line for line in trained) and all("--bench B" in line for line in asked)
+    assert all(("--source S" in line) != ("--stage sae --source T" in line) for line in trained if "stage sae" in line)
+    assert all("--model T" in line or "--model S" in line for line in asked)
+
+
+def test_an_arm_is_made_again_by_pasting_its_lines(tmp_path):
+    """resa.py on two arms, then one of them by its own lines: the same adapter and answers, to the byte."""
+    parser = arms_parser("resa.py", "")
+    first = tmp_path / "first"
+    args = parse_experiment(parser, ["--out", str(first), "--sae-steps", "2", "--tune-steps", "2", "--questions", "8",
+                                     "--workers", "1", "--device", "cpu"], {})
+    run_commands({"sae": resa.SAES["sae"]}, args)
+    spec, = run_commands({"SAE-Tuning (as coded)": resa.ARMS["SAE-Tuning (as coded)"]}, args).values()
+    kept = {path: path.read_bytes() for path in first.rglob("*") if path.suffix in (".safetensors", ".jsonl")
+            and path.name != "metrics.jsonl"}
+    assert len(kept) == 3 and eval.samples_path(first, "tiny", spec) in kept
+    for line in (first / "commands.sh").read_text().splitlines():
+        if line.startswith("python "):
+            command(ROOT, *shlex.split(line)[1:])
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_failed_command_is_named_with_what_it_said(tmp_path):
+    args = parse_experiment(arms_parser("resa.py", ""), ["--out", str(tmp_path), "--target", "nowhere"], {})
+    with pytest.raises(ValueError, match="python eval.py --model nowhere .*: error: nowhere: no such directory"):
+        run_commands({"base": "eval.py --model {target}"}, args)
+
+
+def test_a_mistake_ends_in_one_line(tmp_path):
+    for argv, message in ((["dance"], "no flag 'dance'"), (["merge", "--model", "x"], "--out"),
+                          (["merge", "--model", "x", "--out", "y"], "names no adapter"),
                           (["--quick", "--questions", "5"], "no effect with --quick")):
-        done = subprocess.run([sys.executable, str(ROOT / "resa.py"), *argv], cwd=tmp_path, capture_output=True, text=True)
+        done = run(tmp_path, "resa.py", *argv)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_compare_and_recover_print_a_row_for_each_variant_and_keep_the_table(tmp_path):
-    few = ["--seeds", "2", "--steps", "2", "--batch", "4", "--variants", "topk"]
-    text = command(tmp_path, "resa.py", "compare", *few, "itda", "--latents", "64", "--k", "4")
-    assert re.search(r"^itda +\d", text, re.M)
-    assert re.search(r"^topk +0\.\d{4} 0\.\d{4} \.\. 0\.\d{4} +4\.0 ", text, re.M)
-    assert "2 seeds" in text and (tmp_path / "out/tiny/compare/table.txt").read_text().strip() in text
-    assert (tmp_path / "out/tiny/compare/topk-1/cfg.json").exists()
-    text = command(tmp_path, "resa.py", "recover", *few)
-    assert re.search(r"^topk +0\.\d{3} +\d+\.\d%", text, re.M) and (tmp_path / "out/tiny/recover/table.txt").exists()
-    with pytest.raises(AssertionError, match="--variants topkk: there are relu"):
-        command(tmp_path, "resa.py", "compare", "--variants", "topkk")
+def test_quick_prints_a_table_a_figure_and_an_answer_to_every_question(tmp_path):
+    """The foot of resa.py on two arms, with the commands replaced by files that are there."""
+    text = command(tmp_path, "eval.py", "--limit", "20", "--out", "o", "--model", f"{ROOT}/data/tiny/distill",
+                   f"{ROOT}/data/tiny/distill+{ROOT}/data/tiny/rl")
+    assert "20 x 1" in text
+    asked = {"base": f"{ROOT}/data/tiny/distill", "RL": f"{ROOT}/data/tiny/distill+{ROOT}/data/tiny/rl"}
+    eval.conclude(str(tmp_path / "o"), "tiny", asked, [("RL", "base", "does RL help")], "a note")
+    told = (tmp_path / "o/tiny.txt").read_text()
+    assert "Does RL help? RL against base: +0." in told and "a note" in told and told.startswith("model")
+    assert (tmp_path / "o/tiny.svg").read_text().count("<circle") == 2
 
 
-def test_convert_keeps_what_an_sae_computes(tmp_path):
-    built = sae.build("batchtopk", 8, 16, k=3)
-    built.threshold.fill_(0.1)
-    built.meta |= {"layer": 2, "site": "mlp", "sink_norm": 7.0}
-    sae.save_sae(built, tmp_path / "a")
-    assert "batchtopk, 16 latents of width 8, as saelens" in command(
-        tmp_path, "resa.py", "convert", "--sae", "a", "--out", "b", "--layout", "saelens")
-    read, x = sae.load_sae(tmp_path / "b"), torch.randn(20, 8)
-    assert read.variant == "jumprelu" and torch.allclose(read.encode(x), built.encode(x), atol=1e-6)
-    assert read.meta["layer"] == 2 and read.meta["site"] == "mlp"
-    sae.save_sae(sae.build("itda", 8, 16, k=3), tmp_path / "c")
-    with pytest.raises(AssertionError, match="itda"):
-        command(tmp_path, "resa.py", "convert", "--sae", "c", "--out", "d", "--layout", "saelens")
-    assert not (tmp_path / "d").exists()
+# ---- the house: who may import whom, and how large things are ----------------------------------------------
+
+MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+           for pattern in ("*.py", "data/*.py", "tests/claims/*.py", "tests/bench.py") for path in ROOT.glob(pattern)}
+
+
+def imported(path):
+    """Modules of ours that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & MODULES.keys()
+
+
+def test_the_floors():
+    allowed = {
+        "data.files": set(), "data.grade": set(), "data.download": set(), "data.flags": {"data.files"},
+        "data.stats": {"data.files"}, "model": {"data.files"}, "sae": {"data.files"}, "data.formats": {"sae"},
+        "resa": {"model", "sae", "eval"}, "eval": {"model"}, "train": {"model", "sae", "resa"}, "data.prepare": {"model"}}
+    for name, floors in allowed.items():
+        ours = {module for module in imported(MODULES[name]) if not module.startswith("data")}
+        assert ours <= floors, f"{name} imports {ours - floors}"
+    for name in ("data.files", "data.grade", "data.download", "data.flags", "data.stats", "model", "sae"):
+        assert imported(MODULES[name]) <= allowed[name] | {"data.files"}, name
+    assert not imported(MODULES["data.files"]) and not imported(MODULES["data.grade"])
+    for name, path in MODULES.items():
+        if not name.startswith("tests."):
+            assert not {module for module in imported(path) if module.startswith("tests")}, name
+
+
+def test_claims_are_imported_by_nothing():
+    for path in [*MODULES.values()]:
+        assert not {m for m in imported(path) if m.startswith("tests.claims") and MODULES[m] != path}, path
+
+
+def test_lines_are_at_most_100_wide_and_functions_at_most_100_long():
+    for name, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        assert max(map(len, text.split("\n"))) <= 100, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 100, f"{name}.{node.name}"
+
+
+def test_presets_name_flags_that_exist():
+    presets = json.loads((ROOT / "data/presets.json").read_text())
+    for name in presets:
+        for stage in train.RUN:
+            assert train.settings(stage, ["--preset", name, "--device", "cpu"]).preset == name
+        assert eval.settings(["--preset", name]).preset == name

@@ -1,4 +1,4 @@
-"""eval.py: grader table, statistics against closed forms and simulation, resume, re-grading, command line.
+"""eval.py: extraction, statistics against closed forms and simulation, resume, command line.
 
     python -m pytest tests/test_eval.py
 """
@@ -8,9 +8,11 @@ import itertools
 import json
 import math
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +20,18 @@ import pytest
 import torch
 
 import eval as ev
-from model import Config, Transformer, init_weights, load_model, load_tokenizer, save_model
+from data import stats
+from data.files import read_problems
+from data.grade import same_answer
+from model import (
+    Config, Transformer, init_weights, load_model, load_tokenizer, save_model, think_prefix)
+from tests.conftest import ROOT
 
-HERE = Path(__file__).resolve().parent.parent
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Extraction and grading
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 EXTRACT = [
     # boxes
@@ -75,21 +81,25 @@ EXTRACT = [
 ]
 
 GRADE = [
-    (True, "7", "7"), (True, "7", "7.0"), (True, "7", "07"), (True, "025", "25"), (True, "27.0", "27"),
+    (True, "7", "7"), (True, "7", "7.0"), (True, "7", "07"), (True, "025", "25"),
+    (True, "27.0", "27"),
     (True, "1234", "1,234"), (True, "1,234", "1234"), (True, "1234567.5", "1,234,567.5"),
-    (True, "1234", "1{,}234"), (True, "1234", r"1\,234"), (True, "1234", r"1\!234"), (True, "1234", "1 234"),
+    (True, "1234", "1{,}234"), (True, "1234", r"1\,234"), (True, "1234", r"1\!234"),
+    (True, "1234", "1 234"),
     (True, "1/2", "0.5"), (True, "1/2", r"\frac{1}{2}"), (True, r"\frac{1}{2}", r"\dfrac{1}{2}"),
     (True, r"\frac12", "1/2"), (True, r"\tfrac{3}{4}", "0.75"), (True, r"-\frac{1}{2}", "-0.5"),
     (True, r"\frac{-1}{2}", "-1/2"), (True, "2/4", "1/2"), (True, "5/2", r"2\frac{1}{2}"),
     (True, "2.5", "2 1/2"), (True, "4e33", "4E33"), (True, "-1./3", "-1/3"), (True, "0", "-0"),
-    (True, "5", "+5"), (True, "-5", "\u22125"), (True, "5", "$5$"), (True, "5", r"\$5"), (True, "5", "5."),
+    (True, "5", "+5"), (True, "-5", "\u22125"), (True, "5", "$5$"), (True, "5", r"\$5"),
+    (True, "5", "5."),
     (True, "C", r"\text{C}"), (True, "x+1", "x + 1"),
     (True, r"(1,\,2)", "(1, 2)"), (True, r"\left(1, 2\right)", "(1,2)"), (True, r"50\%", "50%"),
     (True, r"\sqrt{2}", r"\sqrt{2}"), (True, "1" * 400, "1" * 400),
     (True, r"x^\frac{1}{2}", r"x^\dfrac{1}{2}"),
     (False, "7", "8"), (False, "7", "-7"), (False, "12", "1 2"), (False, "1234", "1, 234"),
     (False, "1/3", "0.333"),
-    (False, "21/2", r"2\frac{1}{2}"), (False, "0.5", "1/20"), (False, "1", "1/0"), (False, "x+1", "x-1"),
+    (False, "21/2", r"2\frac{1}{2}"), (False, "0.5", "1/20"), (False, "1", "1/0"),
+    (False, "x+1", "x-1"),
     (False, "(1,2)", "(2,1)"), (False, "7", ""), (False, "123", "1,23"), (False, "1e3", "1e30"),
     (False, r"x^1/2", r"x^\frac{1}{2}"), (False, "1/23", r"\frac{1}{2}3"), (False, "13", "13.0001"),
     (False, "1" * 400, "1" * 399 + "2"), (False, r"\sqrt{2}", r"\sqrt{3}"),
@@ -105,7 +115,7 @@ def test_extract(text, answer):
 @pytest.mark.parametrize("right, gold, answer", GRADE)
 def test_grade(right, gold, answer):
     assert ev.grade(gold, f"<think>\\boxed{{99}}</think> It is $\\boxed{{{answer}}}$.") is right
-    assert ev.same_answer(answer, gold) is right, "grading is symmetric"
+    assert same_answer(answer, gold) is right, "grading is symmetric"
 
 
 def test_prompt_that_opens_thinking():
@@ -119,12 +129,14 @@ HOSTILE = {
     "open boxes": r"\boxed{" * 10_000, "nested boxes": r"\boxed{" * 10_000 + "1" + "}" * 10_000,
     "nested braces": r"\boxed{" + "{" * 10_000 + "}" * 10_000 + "}", "open braces": "{" * 1_000_000,
     "digits": r"\boxed{" + "7" * 90_000 + "}", "a megabyte of digits": "7" * 1_000_000,
-    "power": r"\boxed{9^{9^{9}}}", "exponent": r"\boxed{1e999999999}", "exponents": r"\boxed{1e999/1e-999}",
+    "power": r"\boxed{9^{9^{9}}}", "exponent": r"\boxed{1e999999999}",
+    "exponents": r"\boxed{1e999/1e-999}",
     "fractions": r"\boxed{" + r"\frac{1}{" * 300 + "2" + "}" * 300 + "}",
     "commas": r"\boxed{1" + ",000" * 700 + ",}", "blanks": "answer" + " " * 1_000_000,
     "answers": "answer is " * 100_000, "stars": "answer" + "*" * 1_000_000,
     "thoughts": "<think>" * 100_000 + "</think>" * 100_000, "backslashes": "\\" * 1_000_000,
-    "zeros": r"\boxed{0." + "0" * 280 + "1}", "text": r"\boxed{" + r"\text{" * 300 + "}" * 300 + "}",
+    "zeros": r"\boxed{0." + "0" * 280 + "1}",
+    "text": r"\boxed{" + r"\text{" * 300 + "}" * 300 + "}",
     "words": r"\boxed{" + "1 " * 1400 + "}", "nul": "\\boxed{\0}",
 }
 
@@ -137,15 +149,16 @@ def test_hostile_completions_cost_little(name):
     assert time.perf_counter() - start < 2
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Statistics
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
     for n in range(1, 8):
         for c, k in itertools.product(range(n + 1), range(1, n + 1)):
             subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-            assert ev.pass_at_k(n, c, k) == pytest.approx(np.mean([any(s) for s in subsets]), abs=1e-12)
+            assert ev.pass_at_k(n, c, k) == pytest.approx(np.mean([any(s) for s in subsets]),
+                                                          abs=1e-12)
     exact = 1 - math.comb(9_000, 5_000) / math.comb(10_000, 5_000)
     assert ev.pass_at_k(10_000, 1_000, 5_000) == pytest.approx(exact)
     for bad in ((3, 4, 1), (3, -1, 1), (3, 1, 4), (3, 1, 0)):
@@ -161,7 +174,7 @@ def test_wilson_known_values():
 
 
 def simulate(P, k, a, b, trials, resamples=400):
-    """-> coverage, mean width and methods of the interval over simulated evaluations with rates from a Beta(a, b)."""
+    """-> coverage, mean width and methods of the interval, rates from Beta(a, b)."""
     rng, hits, widths, methods = np.random.default_rng(0), 0, [], set()
     for trial in range(trials):
         c = rng.binomial(k, rng.beta(a, b, P))
@@ -172,7 +185,8 @@ def simulate(P, k, a, b, trials, resamples=400):
     return hits / trials, np.mean(widths), methods
 
 
-@pytest.mark.parametrize("P, k, a, b", [(40, 4, 500, 500), (40, 4, 0.4, 0.6), (100, 2, 2, 2), (30, 16, 1, 1),
+@pytest.mark.parametrize("P, k, a, b",
+                         [(40, 4, 500, 500), (40, 4, 0.4, 0.6), (100, 2, 2, 2), (30, 16, 1, 1),
                                         (60, 1, 1, 1)])
 def test_interval_covers_the_truth_and_is_no_wider_than_needed(P, k, a, b):
     coverage, width, methods = simulate(P, k, a, b, 200, resamples=600)
@@ -189,7 +203,8 @@ def test_interval_covers_the_truth_and_is_no_wider_than_needed(P, k, a, b):
     (40, 4, 0.4, 1, 0.93, 0.97),            # two-level bootstrap
     (30, 8, 0.3, 0.5, 0.93, 0.97),          # AIME24 at the published base: both methods occur
     (40, 8, 0.05, 500, 0.93, 0.98),         # few right answers, problems alike
-    (40, 8, 0.05, 1, 0.89, 0.97),           # the known weakness; the bootstrap alone has 0.88 here ...
+    # the known weakness; the bootstrap alone has 0.88 here ...
+    (40, 8, 0.05, 1, 0.89, 0.97),
     (30, 32, 0.05, 1, 0.85, 0.97)])         # ... and 0.84 here
 def test_coverage_over_1000_simulated_evaluations(P, k, m, s, low, high):
     assert low <= simulate(P, k, m * s, (1 - m) * s, 1000, resamples=200)[0] <= high
@@ -198,17 +213,22 @@ def test_coverage_over_1000_simulated_evaluations(P, k, m, s, low, high):
 def test_interval_at_the_edges():
     assert ev.interval([0] * 30, [4] * 30) == (*ev.wilson(0, 30), "Wilson")
     assert ev.interval([4] * 30, [4] * 30) == (*ev.wilson(30, 30), "Wilson")
-    low, high, _ = ev.interval([2], [4])                      # one problem: sampling noise is all there is
+    # one problem: sampling noise is all there is
+    low, high, _ = ev.interval([2], [4])
     assert low < 0.5 < high
     low, high, _ = ev.interval([2, 2, 1], [4, 4, 1])               # an interrupted file is uneven
     assert 0 <= low < high <= 1
     many = [1, 3, 2] * 20, [4] * 60
-    assert ev.interval(*many) == ev.interval(*many) and ev.interval(*many)[2] == "two-level bootstrap"
+    assert ev.interval(*many) == ev.interval(*many)
+    assert ev.interval(*many)[2] == "two-level bootstrap"
     assert ev.interval([1] + [0] * 29, [4] * 30)[2] == "Wilson, effective trials"
 
 
 def test_effective_trials_are_all_samples_of_equal_problems_and_one_per_problem_of_extreme_ones():
-    """Equal rates: P (k-1) trials, one degree of freedom a problem lost; each 0 or 1: P - 1.  t for z in both."""
+    """Equal rates: P (k-1) trials, one degree of freedom lost per problem; each 0 or 1: P - 1.
+
+    Student's t for the normal quantile in both.
+    """
     t = ev.student(29)
     assert t == pytest.approx(2.0452, abs=1e-4) and ev.student(1e9) == pytest.approx(1.959964)
     for df, exact in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216)):
@@ -219,45 +239,51 @@ def test_effective_trials_are_all_samples_of_equal_problems_and_one_per_problem_
     assert (low, high) == pytest.approx(ev.wilson(5 * 29 / 30, 29, t))
 
 
-def test_spread_splits_the_variance_of_the_rates():
+def test_variance_parts_split_the_variance_of_the_rates():
     rng, P, k, a, b = np.random.default_rng(3), 40_000, 4, 1.0, 2.0
-    within, between = ev.spread(rng.binomial(k, rng.beta(a, b, P)), np.full(P, k))
+    within, between = stats.variance_parts(rng.binomial(k, rng.beta(a, b, P)), np.full(P, k))
     m = a / (a + b)
     assert between == pytest.approx(m * (1 - m) / (a + b + 1), rel=0.05)
     assert within == pytest.approx((m * (1 - m) - m * (1 - m) / (a + b + 1)) / k, rel=0.05)
-    assert ev.spread(np.array([0, 1]), np.array([1, 1])) == (None, None), "one sample cannot tell"
+    assert stats.variance_parts(np.array([0, 1]), np.array([1, 1])) == (None, None)
 
 
 def test_majority_by_hand():
     def rows(key, *answers):
         return [sample(key, j, answer == "7", extracted=answer) for j, answer in enumerate(answers)]
-    assert ev.majority(rows("a", "7", "7", "8")) == 1
-    assert ev.majority(rows("a", "8", "7", "8")) == 0
-    assert ev.majority(rows("a", "8", "7", None, None)) == 0.5       # no answer is no vote; of two tied, one is right
-    assert ev.majority(rows("a", "1, 2", "1,2", "7")) == 0           # one wrong answer, written twice
-    assert ev.majority(rows("a", None, None)) == 0
+    assert stats.majority(rows("a", "7", "7", "8")) == 1
+    assert stats.majority(rows("a", "8", "7", "8")) == 0
+    # no answer is no vote; of two tied, one is right
+    assert stats.majority(rows("a", "8", "7", None, None)) == 0.5
+    # one wrong answer, written twice
+    assert stats.majority(rows("a", "1, 2", "1,2", "7")) == 0
+    assert stats.majority(rows("a", None, None)) == 0
     right = rows("a", "7", "7", "3", "3", "3")
-    right[1] |= {"extracted": "7.0"}                                 # two spellings of what was graded right
-    assert ev.majority(right + rows("b", "7")) == 0.5
+    # two spellings of what was graded right
+    right[1] |= {"extracted": "7.0"}
+    assert stats.majority(right + rows("b", "7")) == 0.5
 
 
 def test_what_would_resolve_a_difference_is_what_does():
-    """As many samples, or problems, as it asks for: the difference is then seen four times in five."""
+    """With as many samples, or problems, as it asks for, a difference is seen in four of five."""
     rng, P, k = np.random.default_rng(4), 60, 2
     rate = rng.beta(1, 1, P) * 0.9
     seen = lambda p, n: abs(d := (rng.binomial(n, p + 0.1) - rng.binomial(n, p)) / n).mean() and \
         abs(d.mean()) > 1.96 * d.std(ddof=1) / len(d) ** 0.5
-    within = float((rate * (1 - rate) + (rate + 0.1) * (0.9 - rate)).mean())     # of one sample of each model
-    # Differences of the same mean and spread as those of two models whose rates differ by 0.1 everywhere.
+    # of one sample of each model
+    within = float((rate * (1 - rate) + (rate + 0.1) * (0.9 - rate)).mean())
+    # Mean and spread of the differences of two models whose rates differ by 0.1 everywhere.
     d = rng.normal(size=P)
     d = 0.1 + (d - d.mean()) / d.std(ddof=1) * (within / k) ** 0.5
-    asked = ev.needed(d, within / k, k)
-    assert np.mean([seen(rate, asked["samples"]) for _ in range(600)]) == pytest.approx(0.8, abs=0.06)
+    asked = stats.needed(d, within / k, k)
+    found = np.mean([seen(rate, asked["samples"]) for _ in range(600)])
+    assert found == pytest.approx(0.8, abs=0.06)
     more = np.resize(rate, asked["problems"])
     assert np.mean([seen(more, k) for _ in range(600)]) == pytest.approx(0.8, abs=0.06)
-    assert ev.needed(d, None, 1)["samples"] is None, "one sample a problem cannot tell the noises apart"
-    assert ev.needed(np.array([1.0, -0.9] * 10), 0.0, 4)["samples"] is None, "the problems themselves are too few"
-    assert ev.needed(np.zeros(9), 0.1, 4) == {"samples": None, "problems": None}
+    # One sample a problem cannot tell the noises apart; then, the problems themselves are too few.
+    assert stats.needed(d, None, 1)["samples"] is None
+    assert stats.needed(np.array([1.0, -0.9] * 10), 0.0, 4)["samples"] is None
+    assert stats.needed(np.zeros(9), 0.1, 4) == {"samples": None, "problems": None}
 
 
 def test_statistics_are_fast():
@@ -274,10 +300,20 @@ def test_paired_difference_mirrors_and_agrees_with_the_exact_test():
     mean, low, high, p = ev.paired_difference(d)
     swapped = ev.paired_difference(-d)
     assert swapped == pytest.approx((-mean, -high, -low, p))
-    exact = [abs(np.dot(signs, d)) >= abs(d.sum()) - 1e-9 for signs in itertools.product((-1, 1), repeat=9)]
+    exact = [abs(np.dot(signs, d)) >= abs(d.sum()) - 1e-9
+             for signs in itertools.product((-1, 1), repeat=9)]
     assert p == pytest.approx(np.mean(exact), abs=0.02)
     assert low <= mean <= high
     assert ev.paired_difference(np.zeros(20))[3] == 1
+
+
+def test_permutation_p_counts_the_one_that_was_seen():
+    assert ev.permutation_p(3, [1, 2, 3]) == 0.5             # 3 and the one seen, of four
+    assert ev.permutation_p(9, [1, 2, 3]) == 0.25
+    assert ev.permutation_p(0, [1, 2, 3]) == 1
+    assert ev.permutation_p(0.3, [0.1 + 0.2, 0.3 - 1e-17]) == 1, "equal but for rounding"
+    assert ev.permutation_p(2e-9, [1e-9], tolerance=1e-12) == 0.5        # small numbers need it
+    assert ev.permutation_p(np.array([1, 3]), np.array([1, 2, 4])).tolist() == [1, 0.5]
 
 
 def test_paired_p_is_uniform_under_the_null_and_small_under_an_effect():
@@ -288,20 +324,21 @@ def test_paired_p_is_uniform_under_the_null_and_small_under_an_effect():
 
 
 def sample(key, j, correct, **more):
-    return {"id": key, "sample": j, "correct": correct, "tokens": 10, "finish": "stop", "extracted": "1",
-            "seed": [0, 0, j], "settings": {}} | more
+    return {"id": key, "sample": j, "correct": correct, "tokens": 10, "finish": "stop",
+            "extracted": "1", "seed": [0, 0, j], "settings": {}} | more
 
 
 def test_summary_weighs_problems_alike():
     rows = [sample("a", 0, True), sample("a", 1, True), sample("a", 2, True), sample("b", 0, False)]
     rows[3] |= {"finish": "length", "extracted": None, "tokens": 30}
     s = ev.summarize(rows)
-    assert (s["pass@1"], s["problems"], s["samples"], s["tokens"]) == (0.5, 2, 2, 15)       # not 3/4
+    # not 3/4
+    assert (s["pass@1"], s["problems"], s["samples"], s["tokens"]) == (0.5, 2, 2, 15)
     assert (s["truncated"], s["no_answer"]) == (0.25, 0.25)
     rows = [sample(key, j, j < right) for key, right in (("a", 1), ("b", 0)) for j in range(2)]
     s = ev.summarize(rows)
     assert (s["pass@2"], s["majority@2"]) == (0.5, 0.25)
-    # p(1-p)/(n-1) is 1/4 for "a", 0 for "b"; rates 1/2 and 0 vary by 1/8, all of it noise of sampling.
+    # p(1-p)/(n-1) is 1/4 for "a", 0 for "b"; the rates 1/2 and 0 vary by 1/8, all of it sampling.
     assert s["error"] == {"samples": pytest.approx((0.125 / 2) ** 0.5), "problems": 0}
     assert ev.summarize(rows[::2])["error"] == {"samples": None, "problems": None}
 
@@ -312,9 +349,9 @@ def test_pairs_need_the_same_problems():
         ev.paired([sample("a", 0, True), sample("b", 0, True)], [sample("a", 0, True)])
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Benchmarks
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 GOOD = '{"problem": "1+1?", "answer": 2}\n'
 
@@ -323,7 +360,7 @@ GOOD = '{"problem": "1+1?", "answer": 2}\n'
     (GOOD + '{"problem": "2+2?"}\n', ':2: no "answer" field'),
     (GOOD + '{"problem": "2+2?", "answer": null}\n', ':2: no "answer" field'),
     (GOOD + '{"problem": "2+2?", "answer": ""}\n', ':2: no "answer" field'),
-    (GOOD + '{"problem": "2+2?", "answer": ["4"]}\n', ':2: no "answer" field'),
+    (GOOD + '{"problem": "2+2?", "answer": ["4"]}\n', ":2: 'answer' should be text"),
     (GOOD + '{"answer": "4"}\n', ':2: no "problem" field'),
     (GOOD + GOOD + '{"problem": "2+2?", "ans\n', ":3: not JSON: "),
     (GOOD + '{"problem": ' + "[" * 100_000 + "\n", ":2: not JSON"),
@@ -335,27 +372,28 @@ def test_bad_lines_are_named(tmp_path, text, message):
     path = tmp_path / "bench.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError) as caught:
-        ev.read_problems(path)
+        read_problems(path)
     assert str(caught.value).startswith(f"{path}{message}") and "\n" not in str(caught.value)
 
 
 def test_read_problems(tmp_path):
     path = tmp_path / "bench.jsonl"
-    path.write_bytes(b'{"question": "a?", "answer": 27.0}\n\n{"problem": "c", "answer": "x", "id": 7}')
-    first, second = ev.read_problems(path)
+    path.write_bytes(b'{"question": "a?", "answer": 27.0}\n\n'
+                     b'{"problem": "c", "answer": "x", "id": 7}')
+    first, second = read_problems(path)
     assert (first["id"], first["problem"], first["answer"]) == ("0", "a?", "27.0")
     assert (second["id"], second["answer"]) == ("7", "x")
     path.write_bytes(b'{"problem": "\xff"}\n')
     with pytest.raises(ValueError, match="bench.jsonl"):
-        ev.read_problems(path)
+        read_problems(path)
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
-        ev.read_problems(tmp_path / "nowhere.jsonl")
+        read_problems(tmp_path / "nowhere.jsonl")
 
 
 def test_only_newlines_end_a_line(tmp_path):
     path = tmp_path / "bench.jsonl"
     path.write_bytes('{"problem": "a\u2028b\x85c", "answer": "1"}\n'.encode())
-    assert ev.read_problems(path)[0]["problem"] == "a\u2028b\x85c"
+    assert read_problems(path)[0]["problem"] == "a\u2028b\x85c"
 
 
 def test_bench_names(tmp_path):
@@ -374,14 +412,15 @@ def test_bench_names(tmp_path):
         ev.read_bench(str(path))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Prompts
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def prompts_of(tok, prompt="{problem}", system="", problem="{x} is 1. {problem}?"):
     """The only prompt of a plan, and its ids."""
-    model = Transformer(Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                               num_attention_heads=1, max_position_embeddings=4096))
+    model = Transformer(Config(vocab_size=8, hidden_size=8, intermediate_size=8,
+                               num_hidden_layers=1, num_attention_heads=1,
+                               max_position_embeddings=4096))
     plan, ids_of = ev.make_plan(model, tok, [{"id": "a", "problem": problem, "answer": "1"}], 1, 0,
                                 {"label": "", "max_new_tokens": 8}, prompt, system)
     (text, ids), = ids_of.items()
@@ -391,13 +430,15 @@ def prompts_of(tok, prompt="{problem}", system="", problem="{x} is 1. {problem}?
 
 def test_published_prompts_are_these_bytes():
     """Their sha256, so that nobody straightens the two blanks after the first sentence."""
-    found = {name: hashlib.sha256(prompt.encode()).hexdigest()[:12] for name, prompt in ev.BENCHES.items()}
-    assert found == dict.fromkeys(found, "d2b10bff03cb") | {"tiny": "b3e27e83bd38", "gpqa": "e6e843fe25d7"}
+    found = {name: hashlib.sha256(prompt.encode()).hexdigest()[:12]
+             for name, prompt in ev.BENCHES.items()}
+    others = {"tiny": "b3e27e83bd38", "gpqa": "e6e843fe25d7"}
+    assert found == dict.fromkeys(found, "d2b10bff03cb") | others
     assert "clearly.  The" in ev.MATHS_PROMPT and r"$\boxed{ANSWER}$" in ev.MATHS_PROMPT
 
 
 def test_a_prompt_goes_into_the_chat_template_with_its_braces():
-    tok = load_tokenizer(str(HERE / "data" / "tiny" / "distill"))
+    tok = load_tokenizer(str(ROOT / "data" / "tiny" / "distill"))
     assert prompts_of(tok)[0] == "<|user|>{x} is 1. {problem}?<|assistant|><think>\n"
     text, ids = prompts_of(tok, "Solve {this}: {problem}", "Be brief.")
     assert text == "Be brief.<|user|>Solve {this}: {x} is 1. {problem}?<|assistant|><think>\n"
@@ -409,52 +450,57 @@ def test_a_prompt_goes_into_the_chat_template_with_its_braces():
     ("qwen2.5-1.5b-instruct", [151644, 8948, 198], [151644, 77091, 198]),
     ("qwen2.5-math-1.5b", [151644, 8948, 198], [151644, 77091, 198])])
 def test_real_chat_formats_begin_once(shared, name, begin, end):
-    """Exactly one begin token where there is one; the thinking is opened where the template opens it."""
+    """One begin token where there is one; thinking is opened where the template opens it."""
     tok = load_tokenizer(shared / "tokenizers" / name)
     text, ids = prompts_of(tok, ev.MATHS_PROMPT)
     assert ids[:len(begin)] == begin and ids[-len(end):] == end
-    assert ids.count(151646) == (begin[0] == 151646) and ids.count(151644) == 1 + 2 * (begin[0] == 151644)
-    assert ev.think_prefix(text) == ("<think>" if 151648 in end else "")
+    assert ids.count(151646) == (begin[0] == 151646)
+    assert ids.count(151644) == 1 + 2 * (begin[0] == 151644)
+    assert think_prefix(text) == ("<think>" if 151648 in end else "")
     system = prompts_of(tok, ev.MATHS_PROMPT, "Be brief.")[0]
     assert "Be brief." in system and system.count(text[-300:]) == 1
 
 
 def test_prompt_file_and_system_reach_the_model(small, bench, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text("Say: {problem}\n")
-    ev.main(["--model", small, "--bench", str(bench), "--limit", "1", "--max-new-tokens", "2", "--device", "cpu",
-             "--out", str(tmp_path), "--prompt-file", str(tmp_path / "prompt.txt"), "--system", "Now."])
+    ev.main(["--model", small, "--bench", str(bench), "--limit", "1", "--max-new-tokens", "2",
+             "--device", "cpu", "--out", str(tmp_path), "--prompt-file",
+             str(tmp_path / "prompt.txt"), "--system", "Now."])
     row, = ev.read_samples(next(tmp_path.glob("eval/*/*.jsonl")))
     assert row["prompt"] == "Now.<|user|>Say: Which of 0?<|assistant|><think>\n"
 
 
 def test_published_settings_for_published_benchmarks():
-    args = ev.parse_flags(ev.Eval, [], "eval.py")
-    limits = {name: ev.sampling_of(args, name)["max_new_tokens"] for name in ("tiny", "my.jsonl", "aime24")}
+    args = ev.settings([])
+    limits = {name: ev.sampling_of(args, name)["max_new_tokens"]
+              for name in ("tiny", "my.jsonl", "aime24")}
     assert limits == {"tiny": 96, "my.jsonl": 96, "aime24": 32768}
-    args = ev.parse_flags(ev.Eval, ["--max-new-tokens", "50"], "eval.py")
+    args = ev.settings(["--max-new-tokens", "50"])
     assert {ev.sampling_of(args, name)["max_new_tokens"] for name in ev.BENCHES} == {50}
-    assert ev.sampling_of(args, "aime24").items() >= {"temperature": 0.6, "top_p": 0.95, "samples": 1}.items()
+    published = {"temperature": 0.6, "top_p": 0.95, "samples": 1}
+    assert ev.sampling_of(args, "aime24").items() >= published.items()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The run, on a real (very small) model: it answers 1, 2 or 3 after a sum or none, and now and then rambles
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# The run, on a real, very small model: it answers 1, 2 or 3 after a sum or none, or rambles
+# ------------------------------------------------------------------------------------------------
 
 SETTINGS = dict(samples=3, max_new_tokens=8, temperature=1.0, top_p=1.0, label="small")
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A model directory: two blocks of width 32 with the embedded tokenizer, trained for a second."""
+    """A model directory: two blocks of width 32, the embedded tokenizer, trained for a second."""
     torch.set_num_threads(1)
-    source = next((HERE / "data" / "tiny").glob("*/tokenizer.json")).parent
+    source = next((ROOT / "data" / "tiny").glob("*/tokenizer.json")).parent
     tok, rng = load_tokenizer(str(source)), np.random.default_rng(0)
     config = Config(vocab_size=tok.fast.get_vocab_size(), hidden_size=32, intermediate_size=64,
                     num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True,
                     max_position_embeddings=256, eos_token_id=tok.eos_id)
     model = init_weights(Transformer(config), seed=0)
     prompt = tok.encode(tok.chat([{"role": "user", "content": "Which?"}]))
-    texts = [tok.encode(f"{rng.choice(['', '1+1=2'])}\n</think>\n{rng.integers(1, 4)}") + [tok.eos_id]
+    texts = [tok.encode(f"{rng.choice(['', '1+1=2'])}\n</think>\n{rng.integers(1, 4)}")
+             + [tok.eos_id]
              for _ in range(7)] + [tok.encode("1+1=2\n1+1=2\n1+1=2\n")]
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for step in range(160):
@@ -482,28 +528,32 @@ def bench(tmp_path_factory):
 def whole(small, bench, tmp_path_factory):
     """An uninterrupted run: (model, tokenizer, problems, path of the file, its rows)."""
     path = tmp_path_factory.mktemp("whole") / "small.jsonl"
-    model, tok, problems = load_model(small), load_tokenizer(small), ev.read_problems(bench)
+    model, tok, problems = load_model(small), load_tokenizer(small), read_problems(bench)
     return model, tok, problems, path, ev.evaluate(model, tok, problems, path, **SETTINGS)
 
 
 def test_the_run_records_what_happened(whole):
     model, tok, problems, path, rows = whole
-    assert [(r["id"], r["sample"]) for r in rows] == [(str(i), j) for i in range(8) for j in range(3)]
+    assert [(r["id"], r["sample"]) for r in rows] == [
+        (str(i), j) for i in range(8) for j in range(3)]
     assert ev.read_samples(path) == rows
-    assert {r["correct"] for r in rows} == {True, False} and {r["finish"] for r in rows} == {"stop", "length"}
+    assert {r["correct"] for r in rows} == {True, False}
+    assert {r["finish"] for r in rows} == {"stop", "length"}
     for row in rows:
         assert row["seed"] == [0, int(row["id"]), row["sample"]]
         assert row["gold"] == problems[int(row["id"])]["answer"]
         assert row["tokens"] == 8 if row["finish"] == "length" else 2 <= row["tokens"] <= 8
         assert row["correct"] == ev.grade(row["gold"], "<think>" + row["completion"])
-    assert len({r["completion"] for r in rows if r["id"] == "0"}) > 1, "samples of one problem differ"
+    first = [r["completion"] for r in rows if r["id"] == "0"]
+    assert len(set(first)) > 1, "samples of one problem differ"
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.1, 0.35, 0.6, 0.9, 1.0])
 def test_an_interrupted_run_ends_in_the_same_bytes(whole, tmp_path, cut):
     model, tok, problems, path, rows = whole
     lines = path.read_bytes().splitlines(keepends=True)
-    np.random.default_rng(0).shuffle(lines)                # on disk they come in the order they ended
+    # on disk they come in the order they ended
+    np.random.default_rng(0).shuffle(lines)
     torn = tmp_path / "small.jsonl"
     torn.write_bytes(b"".join(lines)[:int(cut * path.stat().st_size)])
     again = ev.evaluate(model, tok, problems, torn, slots=5, **SETTINGS)
@@ -516,7 +566,7 @@ def test_a_torn_line_is_cut_off_before_more_is_appended(whole, tmp_path):
     for size, left in ((0, 0), (10, 0), (path.stat().st_size - 1, 23)):
         torn.write_bytes(path.read_bytes()[:size])
         plan, _ = ev.make_plan(model, tok, problems, 3, 0, rows[0]["settings"])
-        assert len(ev.resume(torn, plan)) == left == torn.read_bytes().count(b"\n")
+        assert len(ev.gather(torn, plan)) == left == torn.read_bytes().count(b"\n")
         assert torn.read_bytes() == b"".join(path.read_bytes().splitlines(keepends=True)[:left])
 
 
@@ -542,14 +592,15 @@ def test_every_sample_is_on_disk_the_moment_it_ends(whole, tmp_path):
 
 
 def test_killed_ten_times(tmp_path, capfd, monkeypatch):
-    """kill -9 at random moments of the whole command on the embedded model: in the end nothing can be told from it.
+    """kill -9 at random moments of the whole command: in the end nothing can be told from it.
 
-    The processes are forked, so that they need not import torch first.  Every other one is killed soon after it
-    added a sample, however slow the machine is today; the rest may still be loading.
+    The processes are forked, so that they need not import torch first.  Every other one is killed
+    soon after it added a sample, however slow the machine is today; the rest may still be loading.
     """
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.chdir(HERE)
-    flags = ["--model", "data/tiny/distill", "--limit", "10", "--samples", "6", "--slots", "4", "--device", "cpu",
+    monkeypatch.chdir(ROOT)
+    flags = ["--model", "data/tiny/distill", "--limit", "10", "--samples", "6", "--slots", "4",
+             "--device", "cpu",
              "--out"]
     start = time.perf_counter()
     ev.main([*flags, str(tmp_path / "whole")])
@@ -566,11 +617,13 @@ def test_killed_ten_times(tmp_path, capfd, monkeypatch):
         process.kill()
         process.join()
         found.append(len(ev.read_samples(path)) if path.exists() else 0)
-    assert found == sorted(found) and len(set(found)) > 3, "each run went on where the one before was killed"
+    assert found == sorted(found)
+    assert len(set(found)) > 3, "each run went on where the one before was killed"
     ev.main([*flags, str(tmp_path / "killed")])
     assert f"{found[-1]} of 60 samples are already there" in capfd.readouterr().err
     for name in ("data~tiny~distill.jsonl", "summary.json"):
-        assert path.with_name(name).read_bytes() == (tmp_path / "whole" / "eval" / "tiny" / name).read_bytes()
+        undisturbed = tmp_path / "whole" / "eval" / "tiny" / name
+        assert path.with_name(name).read_bytes() == undisturbed.read_bytes()
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -580,28 +633,35 @@ def test_what_several_killed_processes_left_is_taken_over_by_one(whole, tmp_path
     left = tmp_path / "small.jsonl"
     left.write_bytes(b"".join(lines[:3]))
     for i in range(parts):
-        left.with_name(f"small.jsonl.{i}").write_bytes(b"".join(lines[3 + i:-4:parts]) + lines[-1][:50])       # torn
+        # torn
+        left.with_name(f"small.jsonl.{i}").write_bytes(b"".join(lines[3 + i:-4:parts])
+                                                       + lines[-1][:50])
     (tmp_path / "small.jsonl.old").write_text("another file\n")
-    assert ev.evaluate(model, tok, problems, left, **SETTINGS) == rows and left.read_bytes() == path.read_bytes()
+    assert ev.evaluate(model, tok, problems, left, **SETTINGS) == rows
+    assert left.read_bytes() == path.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small.jsonl", "small.jsonl.old"]
 
 
 def test_two_processes_give_the_samples_of_one(whole, small, bench, tmp_path):
     """torchrun, going on from what another pair of processes left behind."""
     rows, label = whole[4], ev.label_of(small)
-    path = tmp_path / "eval" / ev.bench_label(str(bench)) / f"{label}.jsonl"
+    path = tmp_path / "eval" / ev.label_of(str(bench)[:-6]) / f"{label}.jsonl"
     path.parent.mkdir(parents=True)
     mine = [row | {"settings": row["settings"] | {"label": label}} for row in rows]
-    path.with_name(path.name + ".1").write_text("".join(json.dumps(row) + "\n" for row in mine[4:9]) + '{"id": ')
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "eval.py",
-               "--model", small, "--bench", str(bench), "--samples", "3", "--max-new-tokens", "8", "--device", "cpu",
-               "--temperature", "1", "--top-p", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    lines = [json.dumps(row) + "\n" for row in mine[4:9]]
+    path.with_name(path.name + ".1").write_text("".join(lines) + '{"id": ')
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", "eval.py", "--model", small, "--bench", str(bench), "--samples", "3",
+               "--max-new-tokens", "8", "--device", "cpu", "--temperature", "1", "--top-p", "1",
+               "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("5 of 24 samples are already there") == 1
     assert ev.read_samples(path) == mine and done.stdout.count("Pass@1") == 1
-    assert {p.name for p in path.parent.iterdir()} == {f"{label}.jsonl", "config.json", "summary.json"}
-    assert json.loads((path.parent / "summary.json").read_text())[label].items() >= ev.summarize(mine).items()
+    found = {p.name for p in path.parent.iterdir()}
+    assert found == {f"{label}.jsonl", "config.json", "summary.json"}
+    summary = json.loads((path.parent / "summary.json").read_text())
+    assert summary[label].items() >= ev.summarize(mine).items()
 
 
 def test_processes_share_the_problems(monkeypatch):
@@ -630,7 +690,8 @@ def test_samples_can_be_added_but_not_mixed(whole, tmp_path):
     with pytest.raises(ValueError, match="prompt.*--fresh"):
         ev.evaluate(model, tok, [p | {"problem": "Else?"} for p in problems], other, **SETTINGS)
     assert other.read_bytes() == path.read_bytes(), "a refused run leaves the file alone"
-    fresh = ev.evaluate(model, tok, problems[:2], other, fresh=True, **SETTINGS | {"temperature": 0.5})
+    fresh = ev.evaluate(model, tok, problems[:2], other, fresh=True,
+                        **SETTINGS | {"temperature": 0.5})
     assert len(fresh) == 6 and ev.read_samples(other) == fresh
 
 
@@ -648,28 +709,32 @@ def test_a_corrected_answer_counts_without_sampling_again(whole, tmp_path):
     model, tok, problems, path, rows = whole
     copy = tmp_path / "small.jsonl"
     copy.write_bytes(path.read_bytes())
-    said = next(r["extracted"] for r in rows if r["id"] == "0" and r["extracted"] and not r["correct"])
-    again = ev.evaluate(model, tok, [problems[0] | {"answer": said}] + problems[1:], copy, **SETTINGS)
+    said = next(r["extracted"] for r in rows
+                if r["id"] == "0" and r["extracted"] and not r["correct"])
+    again = ev.evaluate(model, tok, [problems[0] | {"answer": said}] + problems[1:], copy,
+                        **SETTINGS)
     assert [r["completion"] for r in again] == [r["completion"] for r in rows]
     assert all(r["correct"] == (r["extracted"] == said) for r in again if r["id"] == "0")
 
 
 def test_completions_end_with_the_positions_of_the_model(whole, tmp_path, capsys):
-    """A small window cuts samples short, and changes nothing else; a prompt that fills it is not asked."""
+    """A small window only cuts samples short; a prompt that fills it is not asked."""
     model, tok, problems, path, rows = whole
     asked = problems[:3] + [{"id": "more", "problem": "Which of 1111?", "answer": "1"},
                             {"id": "long", "problem": "Which? " * 30, "answer": "1"}]
-    free = {(r["id"], r["sample"]): r for r in ev.evaluate(model, tok, asked, tmp_path / "free.jsonl", **SETTINGS)}
+    free = ev.evaluate(model, tok, asked, tmp_path / "free.jsonl", **SETTINGS)
+    free = {(r["id"], r["sample"]): r for r in free}
     length = len(tok.encode(free["0", 0]["prompt"]))
     assert "positions" not in capsys.readouterr().err
     model.config.max_position_embeddings = length + 7
     try:
         cut = ev.evaluate(model, tok, asked, tmp_path / "cut.jsonl", **SETTINGS)
-        with pytest.raises(ValueError, match="the shortest prompt fills them all"):
+        with pytest.raises(ValueError, match="the shortest prompt fills all"):
             ev.evaluate(model, tok, asked[4:], tmp_path / "none.jsonl", **SETTINGS)
     finally:
         model.config.max_position_embeddings = 256
-    assert f"{length + 7} positions leave room for 0 to 7 new tokens; 1 of 5 prompts fill" in capsys.readouterr().err
+    said = f"{length + 7} positions leave room for 0 to 7 new tokens; 1 of 5 prompts fill"
+    assert said in capsys.readouterr().err
     assert {r["finish"] for r in cut} == {"stop", "length"}
     for row in cut:
         before = free[row["id"], row["sample"]]
@@ -682,9 +747,9 @@ def test_completions_end_with_the_positions_of_the_model(whole, tmp_path, capsys
     assert not (tmp_path / "none.jsonl").exists(), "refused before anything is written"
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def test_command_line_table_and_summary(whole, small, bench, tmp_path, capsys):
     other = f"random:{small}/config.json"
@@ -695,31 +760,33 @@ def test_command_line_table_and_summary(whole, small, bench, tmp_path, capsys):
     directory = tmp_path / "eval" / ev.label_of(str(bench)[:-6])
     a, b = ev.label_of(small), ev.label_of(other)
     summary = json.loads((directory / "summary.json").read_text())
-    assert list(summary) == [a, b] and "paired" not in summary[a] and summary[b]["paired"]["against"] == a
-    assert summary[b]["paired"]["difference"] == pytest.approx(summary[b]["pass@1"] - summary[a]["pass@1"])
+    assert list(summary) == [a, b] and "paired" not in summary[a]
+    assert summary[b]["paired"]["against"] == a
+    difference = summary[b]["pass@1"] - summary[a]["pass@1"]
+    assert summary[b]["paired"]["difference"] == pytest.approx(difference)
     assert summary[a]["settings"]["temperature"] == 0.6 and summary[a]["settings"]["seed"] == 0
     assert (directory / "config.json").exists() and (directory / f"{a}.jsonl").exists()
-    header, rule, first, second = out[next(i for i, line in enumerate(out) if line.startswith("model")):][:4]
-    assert header.split()[:2] == ["model", "Pass@1"] and first.startswith(a) and second.startswith(b)
+    start = next(i for i, line in enumerate(out) if line.startswith("model"))
+    header, rule, first, second = out[start:][:4]
+    assert header.split()[:2] == ["model", "Pass@1"] and first.startswith(a)
+    assert second.startswith(b)
     assert f"{summary[a]['pass@1']:.3f}" in first and "8 x 2" in second
 
     # Re-grading needs only the files, and gives the grades of the run.
     ev.main(["--regrade", str(directory / f"{a}.jsonl"), str(directory / f"{b}.jsonl")])
     again = capsys.readouterr().out.splitlines()
-    assert again[2:] == out[out.index(header):] and all("0 of them graded differently" in line for line in again[:2])
+    assert again[2:] == out[out.index(header):]
+    assert all("0 of them graded differently" in line for line in again[:2])
 
     # A second command adds its label to the summary and keeps the others.
     ev.main(["--model", f"{other}@7", *flags])
-    assert list(json.loads((directory / "summary.json").read_text())) == [a, b, ev.label_of(f"{other}@7")]
+    labels = list(json.loads((directory / "summary.json").read_text()))
+    assert labels == [a, b, ev.label_of(f"{other}@7")]
 
 
-@pytest.mark.parametrize("grader", ev.GRADERS)
-def test_regrading_is_grading_at_run_time_with_every_grader(whole, tmp_path, grader):
-    if grader == "math-verify":
-        pytest.importorskip("math_verify", reason="math-verify is not installed")
-    model, tok, problems, path, _ = whole
-    rows = ev.evaluate(model, tok, problems, tmp_path / "again.jsonl", grader=grader, **SETTINGS)
-    assert ev.regrade([path], grader) == {"small": rows} and ev.read_samples(tmp_path / "again.jsonl") == rows
+def test_regrading_is_grading_at_run_time(whole):
+    path, rows = whole[3:]
+    assert ev.regrade([path]) == {"small": rows}
     assert {row["correct"] for row in rows} == {True, False}
 
 
@@ -730,39 +797,70 @@ def test_regrade_says_what_changed(whole, tmp_path):
     path.write_text("".join(lines) + '{"id": "torn')
     assert ev.regrade([path]) == {"old": rows}
     path.write_text(json.dumps({k: v for k, v in rows[0].items() if k != "prompt"}) + "\n")
-    with pytest.raises(ValueError, match=':1: .*no "prompt" field'):
+    with pytest.raises(ValueError, match=":1: .*no 'prompt'"):
         ev.regrade([path])
     path.write_text((json.dumps(rows[0]) + "\n") * 2)
     with pytest.raises(ValueError, match=":2: .*twice"):
         ev.regrade([path])
-    for line in ("[1]", "{", json.dumps(rows[0] | {"settings": 1}), json.dumps(rows[0] | {"id": []})):
+    for line in ("[1]", "{", json.dumps(rows[0] | {"settings": 1}),
+                 json.dumps(rows[0] | {"id": []})):
         path.write_text(line + "\n")
         with pytest.raises(ValueError, match="old.jsonl:1: "):
             ev.regrade([path])
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--greedy", "--temperature", "0.5"], "--temperature has no effect in greedy"),
-    (["--greedy", "--samples", "4"], "--samples has no effect in greedy"),
-    (["--temperature", "0", "--top-p", "0.9"], "--top-p has no effect in greedy"),
+    (["--greedy", "--temperature", "0.5"], "--temperature has no effect with greedy"),
+    (["--greedy", "--samples", "4"], "--samples has no effect with greedy"),
+    (["--temperature", "0", "--top-p", "0.9"], "--top-p has no effect with greedy"),
     (["--regrade", "x.jsonl", "--model", "m"], "--model has no effect with --regrade"),
-    (["--samples", "0"], "--samples is 0"), (["--limit", "-1"], "--limit is -1"),
-    (["--top-p", "0"], "top_p 0"),
-    (["--temperature", "nan"], "temperature nan"), (["--model", "m", "m"], "same model twice"),
-    (["--bench", "math600"], "--bench math600: known names are"), (["--bench", "tiny,tiny"], "the same one twice"),
+    (["--samples", "0"], "--samples: 0 should be at least 1"),
+    (["--limit", "-1"], "--limit: -1 should be at least 0"),
+    (["--top-p", "0"], "--top-p: 0 should be finite, above 0"),
+    (["--temperature", "nan"], "--temperature: nan should be finite"),
+    (["--model", "m", "m"], "same model twice"),
+    (["--bench", "math600"], "--bench math600: known names are"),
+    (["--bench", "tiny,tiny"], "the same one twice"),
     (["--bench", "no.jsonl"], "no.jsonl: no such file"),
     (["--regrade", "no.jsonl"], "no.jsonl: no such file"), (["--modle", "m"], "--model"),
-    (["--grader", "mine"], "--grader"), (["--prompt-file", "no.txt"], "no.txt"),
+    (["--grader", "resa"], "no flag '--grader'"), (["--slots", "many"], "--slots: invalid"),
+    (["--dtype", "float8"], "--dtype: invalid choice"), (["--device", "gpu"], "gpu"),
+    (["--prompt-file", "no.txt"], "no.txt"),
     (["--prompt-file", "requirements.txt"], "no {problem} in it"),
 ])
 def test_flags_that_cannot_take_effect(flags, message, monkeypatch):
-    monkeypatch.chdir(HERE)
+    monkeypatch.chdir(ROOT)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         ev.main(flags)
 
 
+def test_help_shows_every_flag_with_its_default(capsys):
+    for argv, flags in ((["--help"], ["--bench", "--samples", "--regrade", "--dtype"]),
+                        (["show", "--help"], ["FILE", "--wrong", "--id"])):
+        with pytest.raises(SystemExit) as caught:
+            ev.main(argv)
+        said = capsys.readouterr().out
+        assert caught.value.code == 0 and all(flag in said for flag in flags)
+    ev.settings([])
+    with pytest.raises(SystemExit):
+        ev.main(["-h"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "samples per problem (default: 1)" in said and "(default: 96)" in said
+
+
+def test_a_config_file_and_flags_over_it(tmp_path):
+    path = tmp_path / "my.json"
+    path.write_text('{"samples": 4, "temperature": 0.3, "model": ["a", "b"], "greedy": true}')
+    with pytest.raises(ValueError, match="--temperature has no effect with greedy"):
+        ev.settings(["--config", str(path)])
+    path.write_text('{"samples": 4, "temperature": 0.3, "model": ["a", "b"]}')
+    args = ev.settings(["--config", str(path), "--samples", "2"])
+    assert (args.samples, args.temperature, args.model) == (2, 0.3, ["a", "b"])
+
+
 def test_greedy_is_one_sample_at_temperature_zero(small, bench, tmp_path, capsys):
-    ev.main(["--model", small, "--bench", str(bench), "--greedy", "--limit", "3", "--max-new-tokens", "8",
+    ev.main(["--model", small, "--bench", str(bench), "--greedy", "--limit", "3",
+             "--max-new-tokens", "8",
              "--device", "cpu", "--out", str(tmp_path)])
     assert "3 x 1" in capsys.readouterr().out
     summary, = json.loads(next(tmp_path.glob("eval/*/summary.json")).read_text()).values()
@@ -771,14 +869,83 @@ def test_greedy_is_one_sample_at_temperature_zero(small, bench, tmp_path, capsys
 
 def test_mistakes_end_in_one_line():
     command = [sys.executable, "eval.py", "--bench", "aime26"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --bench aime26") and done.stderr.count("\n") == 1
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Published benchmarks, with made-up questions
+# ------------------------------------------------------------------------------------------------
+
+ASKED = [{"id": f"aime24-{60 + i}", "problem": f"What is {i} + 20?", "answer": str(20 + i)}
+         for i in range(30)]
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """In place of the download, which tests/test_bench_data.py tests."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ev.prepare, "benchmark", lambda name: (ASKED, f"https://of.{name}/file"))
+
+
+def test_a_benchmark_by_name_up_to_the_summary(fetched, tmp_path, monkeypatch, capsys):
+    """Length limit and prompt are the published ones, not those of the embedded preset."""
+    monkeypatch.setattr(ev, "MAX_NEW_TOKENS", 7)         # 32,768 takes the embedded model too long
+    ev.main(["--bench", "aime24", "--model", "data/tiny/distill", "--limit", "4", "--device", "cpu",
+             "--samples", "2", "--out", str(tmp_path)])
+    assert "aime24, samples in" in capsys.readouterr().out
+    folder = tmp_path / "eval" / "aime24"
+    rows = ev.read_samples(folder / "data~tiny~distill.jsonl")
+    assert [row["gold"] for row in rows[::2]] == ["20", "21", "22", "23"]
+    assert rows[2]["id"] == "aime24-61"
+    words = ev.MATHS_PROMPT.replace("{problem}", "What is 0 + 20?")
+    assert rows[0]["prompt"] == f"<|user|>{words}<|assistant|><think>\n"
+    summary = json.loads((folder / "summary.json").read_text())["data~tiny~distill"]
+    assert summary["data"] == "https://of.aime24/file" and "grader" not in summary
+    published = {"max_new_tokens": 7, "temperature": 0.6, "top_p": 0.95}
+    assert summary["settings"].items() >= published.items()
+
+
+def test_several_benchmarks_print_a_table_each(fetched, tmp_path, capsys):
+    ev.main(["--bench", "aime24,tiny,amc23", "--model", "data/tiny/distill", "--limit", "2",
+             "--device", "cpu", "--max-new-tokens", "4", "--out", str(tmp_path)])
+    tables = capsys.readouterr().out
+    assert tables.count("2 x 1") == 3 and tables.index("aime24, ") < tables.index("tiny, samples")
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"aime24", "tiny", "amc23"}
+
+
+def test_all_names_every_published_benchmark(fetched):
+    benches = ev.read_benches(ev.settings(["--bench", "all", "--limit", "2"]))
+    assert list(benches) == list(ev.PUBLISHED)
+    assert all(len(problems) == 2 for problems, _, _ in benches.values())
+    assert benches["gpqa"][2] == ev.CHOICE_PROMPT and benches["minerva"][2] == ev.MATHS_PROMPT
+
+
+@pytest.mark.parametrize("spec", ["data/tiny/distill", "stories260k"])
+def test_all_of_aime24_end_to_end(fetched, shared, monkeypatch, tmp_path, capsys, spec):
+    """The pipeline is what is shown: toys know no competition mathematics."""
+    problems = read_problems(shared / "bench" / "aime24.jsonl")
+    monkeypatch.setattr(ev.prepare, "benchmark", lambda name: (problems, "file"))
+    if spec == "stories260k":                            # it comes without a chat template
+        spec = str(tmp_path / spec)
+        shutil.copytree(shared / "stories260k", spec)
+        template = tmp_path / "stories260k" / "chat_template.jinja"
+        template.write_text("{{ messages[0].content }}\n")
+    ev.main(["--bench", "aime24", "--model", spec, "--max-new-tokens", "12", "--device", "cpu",
+             "--out", str(tmp_path)])
+    out, path = capsys.readouterr(), tmp_path / "eval" / "aime24" / f"{ev.label_of(spec)}.jsonl"
+    rows = ev.read_samples(path)
+    assert len(rows) == 30 and "30 x 1" in out.out and sum(row["correct"] for row in rows) < 3
+    full = [row for row in rows if row["tokens"] == 0]
+    assert f"{len(full)} of 30 prompts fill them all" in out.err and 0 < len(full) < 8
+    ev.main(["--regrade", str(path)])
+    assert "30 samples, 0 of them graded differently" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
 # Looking at answers
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def test_show_prints_what_a_reader_needs(whole, tmp_path, capsys):
     rows = whole[4]
@@ -791,28 +958,33 @@ def test_show_prints_what_a_reader_needs(whole, tmp_path, capsys):
     assert out.count("WRONG") == len(wrong) and " right, " not in out and "Which of" in out
     ev.main(["show", str(whole[3]), "--id", "2"])
     out = capsys.readouterr().out
-    assert out.count("==== problem 2, sample") == out.count("====  problem") + 3 and out.count("gold:      3") == 3
-    for flags, message in ((["--id", "99"], "none of its 24 samples is there for problem '99'"),
+    assert out.count("==== problem 2, sample") == out.count("====  problem") + 3
+    assert out.count("gold:      3") == 3
+    for flags, message in ((["--id", "99"], "no such sample among its 24"),
                            (["--wring"], "--wrong")):
         with pytest.raises(ValueError, match=message):
             ev.main(["show", str(whole[3]), *flags])
-    with pytest.raises(ValueError, match="eval.py show FILE"):
+    with pytest.raises(ValueError, match="eval.py show: .*required: FILE"):
         ev.main(["show", "--wrong"])
 
 
 def test_show_keeps_long_and_hostile_text_readable(whole, tmp_path, capsys):
-    """Reasoning is shortened unless asked for by --id; a completion cannot clear the screen or forge its grade."""
-    thought = "\n".join(f"step {i}" for i in range(100)) + "\x1b[2J\x1b]0;title\x07\r" + "word " * 60
-    row = whole[4][0] | {"id": "a\x1b[1m", "completion": f"{thought}</think>\nso \x9b31m\t\u202e5", "correct": False,
+    """A long completion is shortened, except by --id; none can clear the screen, forge a grade."""
+    thought = "\n".join(f"step {i}" for i in range(100))
+    thought += "\x1b[2J\x1b]0;title\x07\r" + "word " * 60
+    row = whole[4][0] | {"id": "a\x1b[1m", "completion": f"{thought}</think>\nso \x9b31m\t\u202e5",
+                         "correct": False,
                          "extracted": "5\x08", "gold": "\x1b7"}
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row) + "\n")
     for flags in ([], ["--id", "a\x1b[1m"]):
         ev.main(["show", str(path), *flags])
         out = capsys.readouterr().out
-        assert all(c.isprintable() or c == "\n" for c in out) and max(map(len, out.split("\n"))) <= 110
+        assert all(c.isprintable() or c == "\n" for c in out)
+        assert max(map(len, out.split("\n"))) <= 110
         assert ("| step 50\n" in out) == bool(flags) and ("more lines: --id" in out) != bool(flags)
-        assert "  | step 0\n" in out and "so \ufffd31m \ufffd5" in out and "extracted: 5\ufffd" in out
+        assert "  | step 0\n" in out and "so \ufffd31m \ufffd5" in out
+        assert "extracted: 5\ufffd" in out
 
 
 def test_labels_are_file_names_one_to_one():
@@ -820,24 +992,55 @@ def test_labels_are_file_names_one_to_one():
              "A+B", "o/n@main#sub+x/y", "..", "\u00fc", "x" * 300, "x" * 301]
     labels = [ev.label_of(spec) for spec in specs]
     assert len(set(labels)) == len(specs) and all("/" not in x and len(x) < 160 for x in labels)
-    assert ev.label_of(f"{HERE}/a+{HERE}/b/c") == "a+b~c", "no machine paths in file names"
+    assert ev.label_of(f"{ROOT}/a+{ROOT}/b/c") == "a+b~c", "no machine paths in file names"
 
 
 def test_the_report_says_what_a_comparison_cannot_tell():
     def rows(k, *right):
         return [sample(str(i), j, j < c) for i, c in enumerate(right) for j in range(k)]
-    text, summaries = ev.report({"a": rows(4, *[2] * 20), "b": rows(4, *[2, 3] * 10), "c": rows(4, *[4] * 20),
+    text, summaries = ev.report({"a": rows(4, *[2] * 20), "b": rows(4, *[2, 3] * 10),
+                                 "c": rows(4, *[4] * 20),
                                  "d": rows(4, *[0, 4] * 9, 4, 4)})
     head, *words = text.split("\n\n")
     assert len(head.split("\n")) == 6 and "majority" in head
     needed = {label: s["paired"]["needed"] for label, s in summaries.items() if label != "a"}
     assert needed["d"]["samples"] is None and words == [
-        "d against a: +0.050 could be noise.  To see a difference of that size (80 % power) takes more than these 20 "
-        f"problems, however often sampled: {needed['d']['problems']:,} such problems x 4."]
+        "d against a: +0.050 could be noise.  To see a difference of that size (80 % power) takes "
+        "more than these 20 problems, however often sampled: "
+        f"{needed['d']['problems']:,} such problems x 4."]
     text, summaries = ev.report({"a": rows(1, *[1, 0] * 10), "b": rows(1, *[0, 1] * 9, 1, 1)})
     assert "SE samples" not in text and "majority" not in text, "one sample cannot tell"
     assert f"takes {summaries['b']['paired']['needed']['problems']:,} such problems x 1." in text
-    assert ev.report({"a": rows(2, 0, 2), "b": rows(2, 2, 0)})[0].count("\n") == 3, "no difference, nothing to see"
+    text, _ = ev.report({"a": rows(2, 0, 2), "b": rows(2, 2, 0)})
+    assert text.count("\n") == 3, "no difference, nothing to see"
+
+
+def test_a_verdict_is_one_sentence():
+    words = ["SAE-Tuning", "base", "is it better than doing nothing"]
+    start = "Is it better than doing nothing? SAE-Tuning against base: "
+    assert ev.verdict(*words, 0.1, 0.02, 0.2) == start + "+0.100 [+0.020, +0.200], better."
+    assert ev.verdict(*words, -0.1, -0.2, -0.02) == start + "-0.100 [-0.200, -0.020], worse."
+    unseen = start + "+0.100 [+0.000, +0.200], no difference is seen."
+    assert ev.verdict(*words, 0.1, 0, 0.2) == unseen
+
+
+def test_a_figure_is_xml_that_nothing_in_it_can_break():
+    """Every arm is there with its value, at its place; the line at its own."""
+    points = [("base", 0.5, 0.4, 0.6), ("<script>&\"' \x1b\x00]]>", 0.9, 0.85, 0.95),
+              ("x" * 300, 0, 0, 0.1)]
+    text = ev.figure(points, "a < b & c", line=0.5)
+    root = xml.etree.ElementTree.fromstring(text)
+    name = "{http://www.w3.org/2000/svg}"
+    words = [node.text for node in root.iter(f"{name}text")]
+    assert words[0] == "a < b & c" and "0.500 [0.400, 0.600]" in words
+    assert "<script>&\"' \ufffd\ufffd]]>" in words and max(map(len, words)) < 31
+    assert [float(node.get("cx")) for node in root.iter(f"{name}circle")] == [435, 583, 250]
+    base, = (node for node in root.iter(f"{name}path") if node.get("class") == "base")
+    assert base.get("d").startswith("M435.0 ") and "prefers-color-scheme: dark" in text
+    assert "href" not in text and "url(" not in text, "nothing is fetched"
+    assert 'class="base"' not in ev.figure(points, "no line")
+    assert "nan" not in ev.figure([("all wrong", 0, 0, 0)], "an axis without a width")
+    assert 'class="base" d="M250.0 ' in ev.figure(points, "at 0", line=0.0)
 
 
 def test_table_is_aligned():

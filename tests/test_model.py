@@ -1,17 +1,14 @@
-"""model.py against transformers, against plain twins, against a real trained model, and against bad input.
+"""model.py against transformers, plain twins, a real trained model, and bad input.
 
-    python -m pytest tests/test_model.py -q       (tests named live need transformers or peft, else they skip)
+    python -m pytest tests/test_model.py -q      tests named live need transformers or peft
 
 Golden numbers come from transformers 5.23 on weights that any machine can rebuild (`recipe`).
 """
 
+import copy
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
-import time
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -22,60 +19,115 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import model as model_py
+from data.files import read_json
 from model import (
-    Cache, Config, Tokenizer, Transformer, check_adapter, check_sampling, collect, generate, load_model,
-    load_tokenizer, merge_tensors, read_adapter, read_json, right_pad, sample, save_model, staged, stream)
+    Cache, Config, Tokenizer, Transformer, check_adapter, check_sampling, choose_device, collect,
+    fold, generate, load_model, load_tokenizer, merge_tensors, read_adapter, right_pad,
+    rope_table, sample, save_model, split_spec, stream, think_prefix)
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Tiny models that any machine can rebuild
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 CONFIGS = {
     "tied, one kv head": dict(
-        vocab_size=37, hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=5,
-        num_key_value_heads=1, tie_word_embeddings=True),
+        vocab_size=37,
+        hidden_size=20,
+        intermediate_size=28,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    ),
     "untied, no sharing": dict(
-        vocab_size=41, hidden_size=24, intermediate_size=17, num_hidden_layers=3, num_attention_heads=3,
-        num_key_value_heads=3, rms_norm_eps=0.05, rope_theta=1e6),
+        vocab_size=41,
+        hidden_size=24,
+        intermediate_size=17,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        rms_norm_eps=0.05,
+        rope_theta=1e6,
+    ),
     "untied, two of four": dict(
-        vocab_size=53, hidden_size=22, intermediate_size=30, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=6, rope_theta=100.0),
+        vocab_size=53,
+        hidden_size=22,
+        intermediate_size=30,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        rope_theta=100.0,
+    ),
     "tied, wide heads": dict(
-        vocab_size=29, hidden_size=10, intermediate_size=12, num_hidden_layers=1, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=14, tie_word_embeddings=True),
+        vocab_size=29,
+        hidden_size=10,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=14,
+        tie_word_embeddings=True,
+    ),
 }
 TINY = CONFIGS["tied, one kv head"]
 
-IDS = [[5, 1, 20, 7, 7, 0, 13], [0, 0, 0, 9, 26, 3, 11], [0, 0, 0, 0, 0, 0, 17], [8, 4, 19, 2, 0, 16, 25]]
+IDS = [
+    [5, 1, 20, 7, 7, 0, 13],
+    [0, 0, 0, 9, 26, 3, 11],
+    [0, 0, 0, 0, 0, 0, 17],
+    [8, 4, 19, 2, 0, 16, 25],
+]
 MASK = [[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1, 1]]
 INPUT = torch.tensor(IDS)
 
-# logits at [0, V//2, V-1]: row 0 of IDS alone at positions 0, 3, 6; then the last position of the other rows,
-# run together, left-padded by MASK
+# Logits at [0, V//2, V-1]: row 0 of IDS at positions 0, 3, 6; then the last position of the other
+# rows, which transformers ran together, left-padded by MASK.
 GOLDEN = {
     "tied, one kv head": [
-        [0.75111, 5.23933, -12.02632], [-5.89177, -8.01742, 1.50225], [-3.90881, -2.51408, -3.71731],
-        [6.42364, 4.27939, -8.19705], [5.6451, 6.59098, -5.30249], [-2.05324, -3.61989, -2.72014]],
+        [0.75111, 5.23933, -12.02632],
+        [-5.89177, -8.01742, 1.50225],
+        [-3.90881, -2.51408, -3.71731],
+        [6.42364, 4.27939, -8.19705],
+        [5.6451, 6.59098, -5.30249],
+        [-2.05324, -3.61989, -2.72014],
+    ],
     "untied, no sharing": [
-        [1.14776, -1.90898, 0.1267], [2.59892, -2.56834, 0.52801], [2.54143, 0.11309, -1.07154],
-        [-1.3854, -2.42755, 0.4158], [3.51951, -0.99505, -0.54346], [3.42215, 1.54914, 0.54224]],
+        [1.14776, -1.90898, 0.1267],
+        [2.59892, -2.56834, 0.52801],
+        [2.54143, 0.11309, -1.07154],
+        [-1.3854, -2.42755, 0.4158],
+        [3.51951, -0.99505, -0.54346],
+        [3.42215, 1.54914, 0.54224],
+    ],
     "untied, two of four": [
-        [-1.3279, -0.22853, -1.23764], [0.36307, 0.81152, -0.0259], [-1.86504, -0.04398, -2.42695],
-        [-1.6621, -0.67879, 0.7679], [-1.38059, -2.06901, 2.14079], [1.97344, 0.07388, 1.74986]],
+        [-1.3279, -0.22853, -1.23764],
+        [0.36307, 0.81152, -0.0259],
+        [-1.86504, -0.04398, -2.42695],
+        [-1.6621, -0.67879, 0.7679],
+        [-1.38059, -2.06901, 2.14079],
+        [1.97344, 0.07388, 1.74986],
+    ],
     "tied, wide heads": [
-        [-4.38812, 1.34073, 5.31107], [6.25554, 0.98372, -9.4152], [-5.96959, 7.11225, 7.7031],
-        [-1.40523, 2.65759, 3.49831], [3.9587, -2.62524, -3.72488], [-2.44019, 3.66411, 8.52111]],
+        [-4.38812, 1.34073, 5.31107],
+        [6.25554, 0.98372, -9.4152],
+        [-5.96959, 7.11225, 7.7031],
+        [-1.40523, 2.65759, 3.49831],
+        [3.9587, -2.62524, -3.72488],
+        [-2.44019, 3.66411, 8.52111],
+    ],
 }
 
 
 def recipe(name, shape):
-    """The weights of one parameter: numpy's legacy generator is frozen, so they are the same everywhere."""
+    """Weights of one parameter, the same on every machine: numpy's legacy generator is frozen."""
     numbers = np.random.RandomState(zlib.crc32(name.encode()))
     normal = torch.from_numpy(numbers.standard_normal(tuple(shape))).float()
     if "norm" in name:
         return 1 + 0.3 * normal
-    return normal * (0.5 if name.endswith("bias") else 1.0 if "embed" in name else 1.5 * shape[-1] ** -0.5)
+    if name.endswith("bias"):
+        return 0.5 * normal
+    return normal if "embed" in name else normal * (1.5 * shape[-1] ** -0.5)
 
 
 def build(fields, dtype=torch.float32):
@@ -101,37 +153,50 @@ def check_refused(call, *words, kind=ValueError):
     return text
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Logits
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+
+def unpadded(mask):
+    """The rows of INPUT, (1,T) each, without their padding."""
+    return [ids[keep][None] for ids, keep in zip(INPUT, mask.bool())]
+
+
+def few(model):
+    """The logits of which GOLDEN holds what transformers gives."""
+    first, *others = (model(ids)[0] for ids in unpadded(torch.tensor(MASK)))
+    logits = torch.stack([*first[[0, 3, 6]], *(row[-1] for row in others)])
+    return logits[:, [0, logits.shape[1] // 2, -1]]
+
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_golden(name):
-    model, ids = named(name), INPUT
-    V = model.config.vocab_size
-    alone = model(ids[:1])[0, [0, 3, 6]]
-    padded = model(ids, mask=torch.tensor(MASK))[1:, -1]
-    got = torch.cat((alone, padded))[:, [0, V // 2, V - 1]]
-    assert (got - torch.tensor(GOLDEN[name])).abs().max() < 1e-4
+    assert (few(named(name)) - torch.tensor(GOLDEN[name])).abs().max() < 1e-4
 
 
 def hf(name, **fields):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**CONFIGS[name] | fields)).eval()
+    theirs = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**CONFIGS[name] | fields)
+    ).eval()
     with torch.no_grad():
         for n, p in theirs.named_parameters():
             p.copy_(recipe(n, p.shape))
     return theirs.requires_grad_(False)
 
 
+def check_rows(theirs, ours):
+    """Ours without padding against theirs with none, left and right padding."""
+    for mask in (torch.ones_like(INPUT), torch.tensor(MASK), torch.tensor(MASK).flip(-1)):
+        logits = theirs(INPUT, attention_mask=mask).logits
+        for ids, keep, want in zip(unpadded(mask), mask.bool(), logits):
+            assert (ours(ids)[0] - want[keep]).abs().max() < 1e-4
+    assert logits.abs().mean() > 0.5         # else the tolerance would mean nothing
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_live(name):
-    theirs, ours, ids = hf(name), named(name), INPUT
-    for mask in (None, torch.tensor(MASK), torch.tensor(MASK).flip(-1)):       # no, left and right padding
-        real = torch.ones_like(ids).bool() if mask is None else mask.bool()
-        got, want = ours(ids, mask=mask), theirs(ids, attention_mask=mask).logits
-        assert (got - want)[real].abs().max() < 1e-4
-    assert want.abs().mean() > 0.5         # else the tolerance would mean nothing
+    check_rows(hf(name), named(name))
 
 
 def test_logits_live_at_far_positions():
@@ -145,7 +210,7 @@ def test_rope_angles_are_the_published_ones_to_the_bit():
     config = Config.from_dict(TINY | {"head_dim": 128, "rope_theta": 1e6})
     positions = torch.tensor([[0, 1, 30_000]])
     angle = positions[0, :, None].float() * (1.0 / 1e6 ** (torch.arange(0, 128, 2).float() / 128))
-    cos, sin = model_py.rope_table(config, positions)
+    cos, sin = rope_table(config, positions)
     assert cos.shape == (1, 1, 3, 128) and cos.dtype == torch.float32
     assert torch.equal(cos[0, 0], torch.cat((angle, angle), -1).cos())
     assert torch.equal(sin[0, 0], torch.cat((angle, angle), -1).sin())
@@ -165,37 +230,29 @@ def test_every_parameter_gets_a_gradient():
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # run: parts of the stack, padding
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("mask", [None, torch.tensor(MASK)])
-def test_run_in_parts_equals_whole(mask):
+def test_run_in_parts_equals_whole():
     model, ids = named("untied, no sharing"), INPUT
-    whole = model.run(ids, mask=mask)
+    whole = model.run(ids)
     for k in range(4):
-        h = model.run(ids, stop=k, mask=mask)
-        assert torch.equal(model.run(h, start=k, mask=mask) if k else model.run(ids, mask=mask), whole)
+        h = model.run(ids, stop=k)
+        assert torch.equal(model.run(h, start=k) if k else model.run(ids), whole)
     assert torch.equal(model.run(ids, stop=0), model.model.embed_tokens(ids))
-    assert not torch.allclose(model.run(ids, stop=2, mask=mask), whole, atol=0.1)
-    assert torch.equal(model.head(whole), model(ids, mask=mask))
+    assert not torch.allclose(model.run(ids, stop=2), whole, atol=0.1)
+    assert torch.equal(model.head(whole), model(ids))
 
 
-def test_padding_on_either_side_changes_nothing():
+@pytest.mark.parametrize("fill", [0, 31])
+def test_padding_on_the_right_changes_nothing(fill):
     model = named("untied, two of four", torch.float64)
-    rows = [[5, 1, 20], [7], [9, 26, 3, 11, 40], [2, 2]]
-    T = 8
-    for fill in (0, 31):
-        left = torch.tensor([[fill] * (T - len(r)) + r for r in rows])
-        right = torch.tensor([r + [fill] * (T - len(r)) for r in rows])
-        mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows])
-        got_left, got_right = model(left, mask=mask), model(right, mask=mask.flip(-1))
-        bare = model(right)                           # causal attention never looks to the right
-        for i, r in enumerate(rows):
-            want = model(torch.tensor([r]))[0]
-            for got in (got_left[i, T - len(r):], got_right[i, :len(r)], bare[i, :len(r)]):
-                assert torch.allclose(got, want, atol=1e-6, rtol=0)      # rotary tables are fp32
-    assert model(left, mask=torch.zeros_like(mask)).isfinite().all()     # a row of nothing but padding
+    rows = [[5, 1, 20], [7], [9, 26, 3, 11, 40], [2, 2], [1] * 8]
+    ids, lengths = right_pad(rows, fill)
+    for row, got, n in zip(rows, model(ids), lengths):
+        want = model(torch.tensor([row]))[0]
+        assert torch.allclose(got[:n], want, atol=1e-6, rtol=0)      # rotary tables are fp32
 
 
 def test_right_pad():
@@ -203,9 +260,9 @@ def test_right_pad():
     assert ids.tolist() == [[3, 4], [5, 9], [9, 9]] and lengths.tolist() == [2, 1, 0]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Checkpoints: what is written and read
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def checkpoint(directory, name="tied, one kv head", dtype=torch.float32):
     save_model(named(name, dtype), directory)
@@ -214,7 +271,9 @@ def checkpoint(directory, name="tied, one kv head", dtype=torch.float32):
 
 def edit_config(directory, drop=(), **fields):
     raw = read_json(directory / "config.json") | fields
-    (directory / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in drop}))
+    (directory / "config.json").write_text(
+        json.dumps({k: v for k, v in raw.items() if k not in drop})
+    )
 
 
 def edit_weights(directory, change):
@@ -227,18 +286,25 @@ def edit_weights(directory, change):
 def shard(directory, factor=1.0, keep_single=False):
     """Splits model.safetensors in two files and an index, as large models come."""
     tensors = {n: t * factor for n, t in load_file(directory / "model.safetensors").items()}
-    names, files = list(tensors), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    names, files = list(tensors), [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
     place = {n: files[i % 2] for i, n in enumerate(names)}
     for file in files:
         save_file({n: tensors[n] for n in names if place[n] == file}, directory / file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": place})
+    )
     if not keep_single:
         (directory / "model.safetensors").unlink()
 
 
 def same_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -252,7 +318,9 @@ def test_save_then_load(tmp_path, name, dtype):
     loaded = load_model(str(directory))
     assert same_weights(loaded, named(name, dtype)) and not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == loaded.config.tie_word_embeddings
+    assert (
+        loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ) == loaded.config.tie_word_embeddings
     assert Config.from_dict(loaded.config.to_dict()) == loaded.config
     if dtype == torch.float32:
         again = load_model(str(directory), dtype="bfloat16", device="cpu")
@@ -266,7 +334,11 @@ def test_sharded_checkpoint(tmp_path):
     assert same_weights(load_model(str(directory)), named("untied, no sharing"))
     shutil.copy(directory / "model-00001-of-00002.safetensors", tmp_path / "spare")
     (directory / "model-00001-of-00002.safetensors").unlink()
-    check_refused(lambda: load_model(str(directory)), "model-00001-of-00002.safetensors", kind=FileNotFoundError)
+    check_refused(
+        lambda: load_model(str(directory)),
+        "model-00001-of-00002.safetensors",
+        kind=FileNotFoundError,
+    )
 
 
 def test_saving_over_a_sharded_checkpoint_replaces_it(tmp_path):
@@ -286,7 +358,9 @@ def test_redundant_tensors_of_old_checkpoints_are_read(tmp_path):
     assert same_weights(loaded, named("tied, one kv head"))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     edit_weights(directory, lambda t: t["lm_head.weight"].add_(0.01))
-    check_refused(lambda: load_model(str(directory)), directory, "lm_head.weight", "tie_word_embeddings")
+    check_refused(
+        lambda: load_model(str(directory)), directory, "lm_head.weight", "tie_word_embeddings"
+    )
 
 
 def test_changing_a_loaded_model_leaves_its_file_alone(tmp_path):
@@ -298,7 +372,7 @@ def test_changing_a_loaded_model_leaves_its_file_alone(tmp_path):
     assert (directory / "model.safetensors").read_bytes() == before
     assert same_weights(load_model(str(directory)), named("tied, one kv head"))
     save_model(model, directory)                        # over the file that it is mapped from
-    reader = load_model(str(directory))                 # nor does a new save change a model that is in use
+    reader = load_model(str(directory))  # nor does a new save change a model that is in use
     assert same_weights(reader, want)
     save_model(build(TINY | {"vocab_size": 30}), directory)
     assert same_weights(reader, want) and same_weights(model, want)
@@ -312,13 +386,17 @@ def test_random_spec(tmp_path):
         assert same_weights(a, b) and not same_weights(a, c)
         assert not any(p.requires_grad for p in a.parameters()) and not a.training
         q = a.model.layers[0].self_attn.q_proj
-        assert 0.015 < q.weight.std() < 0.025 and not q.bias.any() and (a.model.norm.weight == 1).all()
+        assert (
+            0.015 < q.weight.std() < 0.025 and not q.bias.any() and (a.model.norm.weight == 1).all()
+        )
         assert (a.lm_head.weight is a.model.embed_tokens.weight) == a.config.tie_word_embeddings
     path.write_text(json.dumps(TINY | {"torch_dtype": "bfloat16"}))
     assert load_model(f"random:{path}").lm_head.weight.dtype == torch.bfloat16
     assert load_model(f"random:{path}", dtype="float64").lm_head.weight.dtype == torch.float64
     check_refused(lambda: load_model(f"random:{path}@one"), "one", "seed")
-    check_refused(lambda: load_model(f"random:{tmp_path}/none.json"), "none.json", kind=FileNotFoundError)
+    check_refused(
+        lambda: load_model(f"random:{tmp_path}/none.json"), "none.json", kind=FileNotFoundError
+    )
 
 
 def test_random_tied_model_survives_a_save(tmp_path):
@@ -355,9 +433,9 @@ def test_we_load_what_transformers_saves_live(tmp_path, size, dtype):
         assert (ours.float()(INPUT) - again(INPUT).logits).abs().max() < 1e-4
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Checkpoints: what is refused
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def test_wrong_tensors_are_all_named_at_once(tmp_path):
     directory = checkpoint(tmp_path / "m")
@@ -369,11 +447,17 @@ def test_wrong_tensors_are_all_named_at_once(tmp_path):
         t["model.layers.7.mlp.up_proj.weight"] = torch.zeros(28, 20)
         t["visual.patch.weight"] = torch.zeros(())
     edit_weights(directory, spoil)
-    check_refused(lambda: load_model(str(directory)), directory, "missing model.norm.weight",
-            "missing model.layers.1.self_attn.k_proj.bias", "unexpected model.layers.7.mlp.up_proj.weight",
-            "unexpected visual.patch.weight", "(28, 20)",
-            "model.layers.0.mlp.up_proj.weight has shape (28, 21)",
-            "model.layers.1.input_layernorm.weight has shape (20, 1)")
+    check_refused(
+        lambda: load_model(str(directory)),
+        directory,
+        "missing model.norm.weight",
+        "missing model.layers.1.self_attn.k_proj.bias",
+        "unexpected model.layers.7.mlp.up_proj.weight",
+        "unexpected visual.patch.weight",
+        "(28, 20)",
+        "model.layers.0.mlp.up_proj.weight has shape (28, 21)",
+        "model.layers.1.input_layernorm.weight has shape (20, 1)",
+    )
 
 
 def test_an_untied_head_that_is_missing_is_named(tmp_path):
@@ -401,18 +485,29 @@ def test_shapes_are_checked_before_anything_is_allocated(tmp_path):
     check_refused(lambda: load_model(str(directory)), "missing model.layers.0")
     checkpoint(tmp_path / "n")
     edit_config(tmp_path / "n", vocab_size=1 << 40)
-    check_refused(lambda: load_model(str(tmp_path / "n")), "model.embed_tokens.weight", "(37, 20)", (1 << 40, 20))
+    check_refused(
+        lambda: load_model(str(tmp_path / "n")),
+        "model.embed_tokens.weight",
+        "(37, 20)",
+        (1 << 40, 20),
+    )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000      # KiB
 
 
 def test_missing_files(tmp_path):
     directory = checkpoint(tmp_path / "m")
     (directory / "model.safetensors").rename(tmp_path / "w")
-    check_refused(lambda: load_model(str(directory)), directory / "model.safetensors", kind=FileNotFoundError)
+    check_refused(
+        lambda: load_model(str(directory)), directory / "model.safetensors", kind=FileNotFoundError
+    )
     (directory / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    check_refused(lambda: load_model(str(directory)), "pytorch_model.bin", "pickle", kind=FileNotFoundError)
+    check_refused(
+        lambda: load_model(str(directory)), "pytorch_model.bin", "pickle", kind=FileNotFoundError
+    )
     (directory / "config.json").unlink()
-    check_refused(lambda: load_model(str(directory)), directory / "config.json", kind=FileNotFoundError)
+    check_refused(
+        lambda: load_model(str(directory)), directory / "config.json", kind=FileNotFoundError
+    )
 
 
 @pytest.mark.parametrize("index, word", [
@@ -432,45 +527,63 @@ def test_bad_index(tmp_path, index, word):
 
 
 @pytest.mark.parametrize("text, word", [(b"{", "not JSON"), (b"", "not JSON"), (b"[1]", "list"),
-                                        (b"[" * 10**5, "not JSON"), (b"\xff\xfe{}", "not JSON")])
+                                        (b"[" * 10**5, "not JSON"), (b"\xff\xfe{}", "not UTF-8")])
 def test_malformed_json(tmp_path, text, word):
     directory = checkpoint(tmp_path / "m")
     (directory / "config.json").write_bytes(text)
     check_refused(lambda: load_model(str(directory)), directory / "config.json", word)
 
 
-@pytest.mark.parametrize("fields, words", [
-    (dict(model_type="llama"), ["model_type", "llama"]),
-    (dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
-    (dict(use_sliding_window=True), ["use_sliding_window"]),
-    (dict(rope_scaling={"type": "yarn", "factor": 4.0}), ["rope_scaling", "yarn"]),
-    (dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
-    (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), ["rope_parameters", "dynamic"]),
-    (dict(layer_types=["full_attention", "sliding_attention"]), ["layer_types"]),
-    (dict(quantization_config={"bits": 4}), ["quantization_config"]),
-    (dict(attention_dropout=0.1), ["attention_dropout"]),
-    (dict(num_experts=8), ["num_experts"]),
-    (dict(use_mrope=True), ["use_mrope"]),
-    (dict(vocab_size=0), ["vocab_size"]),
-    (dict(hidden_size="20"), ["hidden_size"]),
-    (dict(num_hidden_layers=2.5), ["num_hidden_layers"]),
-    (dict(num_key_value_heads=2), ["5", "2"]),
-    (dict(head_dim=3), ["head_dim", "3"]),
-    (dict(torch_dtype="int8"), ["dtype", "int8"]),
-    (dict(dtype="float8_e4m3fn"), ["dtype", "float8_e4m3fn"]),
-])
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(model_type="llama"), ["model_type", "llama"]),
+        (dict(hidden_act="gelu"), ["hidden_act", "gelu"]),
+        (dict(use_sliding_window=True), ["use_sliding_window"]),
+        (dict(rope_scaling={"type": "yarn", "factor": 4.0}), ["rope_scaling", "yarn"]),
+        (dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
+        (
+            dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}),
+            ["rope_parameters", "dynamic"],
+        ),
+        (dict(layer_types=["full_attention", "sliding_attention"]), ["layer_types"]),
+        (dict(quantization_config={"bits": 4}), ["quantization_config"]),
+        (dict(attention_dropout=0.1), ["attention_dropout"]),
+        (dict(num_experts=8), ["num_experts"]),
+        (dict(use_mrope=True), ["use_mrope"]),
+        (dict(vocab_size=0), ["vocab_size"]),
+        (dict(hidden_size="20"), ["hidden_size"]),
+        (dict(num_hidden_layers=2.5), ["num_hidden_layers"]),
+        (dict(num_key_value_heads=2), ["5", "2"]),
+        (dict(head_dim=3), ["head_dim", "3"]),
+        (dict(torch_dtype="int8"), ["dtype", "int8"]),
+        (dict(dtype="float8_e4m3fn"), ["dtype", "float8_e4m3fn"]),
+    ],
+)
 def test_config_fields_refused_by_name(tmp_path, fields, words):
     directory = checkpoint(tmp_path / "m")
     edit_config(directory, drop=["torch_dtype"] if "dtype" in fields else [], **fields)
     check_refused(lambda: load_model(str(directory)), directory / "config.json", *words)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("rope_theta", None), ("rope_theta", "1e4"), ("rope_theta", 0), ("rope_parameters", "default"),
-    ("rope_scaling", "yarn"), ("num_key_value_heads", "1"), ("num_key_value_heads", -1), ("head_dim", -2),
-    ("head_dim", 6.0), ("rms_norm_eps", "1e-6"), ("torch_dtype", ["float32"]),
-    ("tie_word_embeddings", "false"), ("num_attention_heads", True),
-])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("rope_theta", None),
+        ("rope_theta", "1e4"),
+        ("rope_theta", 0),
+        ("rope_parameters", "default"),
+        ("rope_scaling", "yarn"),
+        ("num_key_value_heads", "1"),
+        ("num_key_value_heads", -1),
+        ("head_dim", -2),
+        ("head_dim", 6.0),
+        ("rms_norm_eps", "1e-6"),
+        ("torch_dtype", ["float32"]),
+        ("tie_word_embeddings", "false"),
+        ("num_attention_heads", True),
+    ],
+)
 def test_config_fields_of_a_wrong_type(field, value):
     """Python's own TypeError says neither the file nor the field."""
     try:
@@ -481,8 +594,41 @@ def test_config_fields_of_a_wrong_type(field, value):
         assert (field, value) == ("rope_theta", None) and model.config.rope_theta == 1e4
 
 
-@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                   "num_attention_heads"])
+@pytest.mark.parametrize("field, value", [
+    ("rope_theta", 1e31), ("rope_theta", 10**400), ("rope_theta", True), ("rms_norm_eps", 0),
+    ("rms_norm_eps", -1e-6), ("max_position_embeddings", "512"), ("bos_token_id", "<s>"),
+    ("eos_token_id", "<end>"), ("eos_token_id", {"id": 1}), ("pad_token_id", 0.5),
+    ("rope_parameters", {"rope_theta": "1e6"}), ("rope_parameters", {"rope_theta": 0}),
+    ("layer_types", "full_attention"), ("layer_types", [1]), ("model_type", ["qwen2"]),
+    ("qkv_bias", 1), ("hidden_act", 0),
+])
+def test_config_fields_that_no_forward_pass_could_use(field, value):
+    check_refused(lambda: Config.from_dict(TINY | {field: value}, "x.json"), "x.json", field)
+
+
+def test_a_config_can_be_copied_compared_and_changed():
+    config = Config(**TINY)
+    assert config == Config.from_dict(TINY) == copy.deepcopy(config)
+    other = copy.deepcopy(config)
+    other.mlp_only_layers.append(1)                      # no default is shared
+    assert other != config and Config(**TINY).mlp_only_layers == []
+    model = copy.deepcopy(named("tied, one kv head"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model(INPUT), named("tied, one kv head")(INPUT))
+    with pytest.raises(AssertionError):
+        Config(**TINY, num_layers=3)
+
+
+def test_numbers_of_a_config_are_written_as_they_were_read():
+    raw = TINY | {"rope_theta": 1000000, "rms_norm_eps": 1e-5}
+    text = json.dumps(Config.from_dict(raw).to_dict())
+    assert '"rope_theta": 1000000,' in text and '"rms_norm_eps": 1e-05,' in text
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"],
+)
 def test_missing_config_field(tmp_path, field):
     directory = checkpoint(tmp_path / "m")
     edit_config(directory, drop=[field])
@@ -492,7 +638,9 @@ def test_missing_config_field(tmp_path, field):
 def test_published_configs_are_understood(shared):
     config = Config.from_pretrained(str(shared / "tokenizers" / "deepseek-r1-distill-qwen"))
     assert (config.hidden_size, config.num_key_value_heads, config.head_dim) == (1536, 2, 128)
-    assert config.dtype == "bfloat16" and not config.tie_word_embeddings and config.rope_theta == 10000
+    assert (
+        config.dtype == "bfloat16" and not config.tie_word_embeddings and config.rope_theta == 10000
+    )
     assert config.eos_token_id == 151643 and config.to_dict()["torch_dtype"] == "bfloat16"
     both = dict(TINY, rope_theta=1e4, rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
                 layer_types=["full_attention"] * 2, sliding_window=None, eos_token_id=[3, 4])
@@ -503,87 +651,73 @@ def test_published_configs_are_understood(shared):
 
 def test_bookkeeping_fields_of_saved_configs_are_no_reason_to_refuse():
     """Some releases of transformers wrote the first into every config.json they saved."""
-    config = Config.from_dict(TINY | {"_attn_implementation_autoset": True, "_name_or_path": "x", "use_cache": True})
+    config = Config.from_dict(
+        TINY | {"_attn_implementation_autoset": True, "_name_or_path": "x", "use_cache": True}
+    )
     assert config.to_dict() == Config.from_dict(TINY).to_dict()
 
 
 @pytest.mark.parametrize("dtype", ["float33", "bf16", torch.int8])
 def test_bad_dtype(tmp_path, dtype):
     directory = checkpoint(tmp_path / "m")
-    check_refused(lambda: load_model(str(directory), dtype=dtype), str(dtype).removeprefix("torch."), "bfloat16")
+    check_refused(
+        lambda: load_model(str(directory), dtype=dtype),
+        str(dtype).removeprefix("torch."),
+        "bfloat16",
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Specs
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def test_spec_names_directories(tmp_path, monkeypatch):
+    """What the parts of a spec mean is `locate`, in test_files.py."""
     monkeypatch.chdir(tmp_path)
     checkpoint(tmp_path / "runs" / "m")
     checkpoint(tmp_path / "a+b@c#d")                     # a directory of that very name comes first
-    for spec in ("runs/m", "./runs/m", f"{tmp_path}/runs/m", "runs#m", "runs/#m", "runs#./m", "a+b@c#d"):
+    for spec in ("runs/m", f"{tmp_path}/runs/m", "runs#m", "a+b@c#d", tmp_path / "runs" / "m"):
         assert same_weights(load_model(spec), named("tied, one kv head")), spec
     check_refused(lambda: load_model("runs/m@main"), "runs/m", "revision")
     check_refused(lambda: load_model("runs#../a+b@c#d"), "leads out")
-    check_refused(lambda: load_model("runs/m#../../a+b@c#d"), "leads out")
-    check_refused(lambda: load_model("runs#/etc"), "leads out")
-    check_refused(lambda: load_model("runs#none"), "none", kind=FileNotFoundError)
-    for spec in ("nothing", "./nothing", "/nothing/here", "a/b/c", "../x", "a b/c", ".hidden/x"):
-        check_refused(lambda: load_model(spec), spec, kind=FileNotFoundError)
+    for spec in ("nothing", "runs#none", "runs/m+nothing"):
+        check_refused(lambda: load_model(spec), spec.split("+")[-1], kind=FileNotFoundError)
+    for spec in ("runs/m+", "runs/m++", "runs/m+*2"):
+        check_refused(lambda: load_model(spec), "no adapter is named")
 
 
-@pytest.mark.parametrize("spec", ["runs/m@", "runs/m#", "owner/name@", "owner/name@#sub", "@main", "#sub",
-                                  "a@b@c#"])
-def test_unfinished_specs(tmp_path, monkeypatch, spec):
+def test_split_spec(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpoint(tmp_path / "runs" / "m")
-    check_refused(lambda: load_model(spec), spec, kind=(ValueError, FileNotFoundError))
+    assert split_spec("a@b#c") == ("a@b#c", [])
+    assert split_spec("a+b*0.5+c+d*-1e1") == ("a", [("b", 0.5), ("c", 1.0), ("d", -10.0)])
+    assert split_spec("random:x.json@3+b") == ("random:x.json@3", [("b", 1.0)])
+    assert split_spec(Path("a")) == ("a", [])
+    (tmp_path / "a+b").mkdir()
+    (tmp_path / "c*2").mkdir()
+    assert split_spec("a+b") == ("a+b", []) and split_spec("x+c*2") == ("x", [("c*2", 1.0)])
 
 
-def test_hub_id_offline_is_one_clear_line_at_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)                          # where no folder has such a name
-    start = time.monotonic()
-    for spec in ("someone/something", "someone/something@v1#sub", "out/tiny"):
-        check_refused(lambda: load_model(spec), spec.split("@")[0], "offline", kind=FileNotFoundError)
-    assert time.monotonic() - start < 5
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device() == choose_device(None) == choose_device("cpu") == "cpu"
+    for name in ("cuda", "cuda:0"):
+        check_refused(lambda: choose_device(name), name, "0 GPUs")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device() == "cuda" and choose_device("cpu") == "cpu"
+    assert [choose_device(name) for name in ("cuda", "cuda:0", "cuda:1")] == [
+        "cuda", "cuda:0", "cuda:1"]
+    check_refused(lambda: choose_device("cuda:2"), "cuda:2", "2 GPUs")
+    for name in ("gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "mps", "cuda:0\n", "cuda:" + "9" * 99):
+        check_refused(lambda: choose_device(name), "cuda:N")
 
 
-def test_hub_cache_is_used_offline(tmp_path):
-    """Hub id, revision and subfolder from a cache filled before; HF_HOME is read once: by a new process."""
-    repo = tmp_path / "hub" / "models--someone--something"
-    for commit, branch, name in (("a" * 40, "main", "tied, one kv head"),
-                                 ("b" * 40, "v2", "untied, two of four")):
-        checkpoint(repo / "snapshots" / commit, name)
-        checkpoint(repo / "snapshots" / commit / "sub", "tied, wide heads")
-        (repo / "refs").mkdir(exist_ok=True)
-        (repo / "refs" / branch).write_text(commit)
-    code = ("from model import load_model\n"
-            "for spec in ('', '@v2', '#sub', '@v2#sub'):\n"
-            "    print(load_model('someone/something' + spec).config.vocab_size)")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                         cwd=Path(model_py.__file__).parent,
-                         env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
-    assert run.stdout.split() == ["37", "53", "29", "29"], run.stderr[-500:]
-
-
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Interrupted writes
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def listing(root):
     return sorted(str(p.relative_to(root)) for p in root.rglob("*"))
-
-
-@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
-def test_interrupted_block_leaves_the_old_files(tmp_path, stop):
-    directory = checkpoint(tmp_path / "m")
-    before = listing(tmp_path)
-    with pytest.raises(stop), staged(directory) as temporary:
-        (temporary / "model.safetensors").write_bytes(b"half")
-        (temporary / "config.json").write_text("{")
-        raise stop
-    assert listing(tmp_path) == before
-    assert same_weights(load_model(str(directory)), named("tied, one kv head"))
 
 
 def test_save_that_fails_half_way_leaves_the_old_model(tmp_path):
@@ -591,35 +725,24 @@ def test_save_that_fails_half_way_leaves_the_old_model(tmp_path):
     before = listing(tmp_path)
     model = named("untied, no sharing")
     model.source = tmp_path / "source"
-    (model.source / "tokenizer.json").mkdir(parents=True)         # cannot be copied: fails after the weights
+    (model.source / "tokenizer.json").mkdir(
+        parents=True
+    )  # cannot be copied: fails after the weights
     with pytest.raises(OSError):
         save_model(model, directory)
     assert [n for n in listing(tmp_path) if not n.startswith("source")] == before
     assert same_weights(load_model(str(directory)), named("tied, one kv head"))
 
 
-def test_staged_moves_all_and_keeps_other_files(tmp_path):
-    (tmp_path / "keep.txt").write_text("kept")
-    (tmp_path / "b.json").write_text("old")
-    with staged(tmp_path) as temporary:
-        assert temporary.parent == tmp_path.parent                # a rename must not cross file systems
-        for name in ("a.safetensors", "b.json"):
-            (temporary / name).write_text(name)
-        assert (tmp_path / "b.json").read_text() == "old"
-    assert listing(tmp_path) == ["a.safetensors", "b.json", "keep.txt"]
-    assert (tmp_path / "b.json").read_text() == "b.json" and not temporary.exists()
-
-
-def test_config_is_written_last(tmp_path):
-    """A save that stops between two files must not leave a new config over old weights."""
+def test_a_save_that_stops_between_two_files_leaves_nothing_that_loads(tmp_path):
+    """Never a new config over old weights, nor an old one over new weights."""
     directory = checkpoint(tmp_path / "m")
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors").mkdir()                     # a rename onto a folder fails
-    before = (directory / "config.json").read_text()
     with pytest.raises(OSError):
         save_model(named("untied, no sharing"), directory)
-    assert (directory / "config.json").read_text() == before and listing(tmp_path) == [
-        "m", "m/config.json", "m/model.safetensors"]
+    assert listing(tmp_path) == ["m", "m/model.safetensors"]
+    check_refused(lambda: load_model(str(directory)), "config.json", kind=FileNotFoundError)
 
 
 def test_save_refuses_attached_adapters(tmp_path):
@@ -637,9 +760,9 @@ def test_the_tokenizer_travels_with_a_save(tmp_path):
     assert load_tokenizer(str(tmp_path / "b")).encode("two one") == [2, 1]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # PEFT adapters
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
@@ -647,12 +770,21 @@ Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 def adapter(directory, r=2, tensors=None, **fields):
     """A PEFT directory for the model of TINY, written by hand."""
     directory.mkdir(parents=True, exist_ok=True)
-    raw = {"peft_type": "LORA", "r": r, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | fields
+    raw = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj", "down_proj"],
+    } | fields
     (directory / "adapter_config.json").write_text(json.dumps(raw))
     shapes = {f"{Q}.lora_A": (2, 20), f"{Q}.lora_B": (20, 2),
               f"{DOWN}.lora_A": (2, 28), f"{DOWN}.lora_B": (20, 2)}
-    own = {f"base_model.model.{n}.weight": recipe(n, s) for n, s in shapes.items()} | (tensors or {})
-    save_file({n: t for n, t in own.items() if t is not None}, directory / "adapter_model.safetensors")
+    own = {f"base_model.model.{n}.weight": recipe(n, s) for n, s in shapes.items()} | (
+        tensors or {}
+    )
+    save_file(
+        {n: t for n, t in own.items() if t is not None}, directory / "adapter_model.safetensors"
+    )
     return str(directory)
 
 
@@ -661,8 +793,17 @@ def tensor_name(module, side):
 
 
 def test_merge_is_base_plus_scaled_product(tmp_path):
-    spec = adapter(tmp_path / "ad", lora_dropout=0.1, bias="none", inference_mode=True, rank_pattern={},
-                   init_lora_weights=True, use_dora=False, base_model_name_or_path="x", task_type="CAUSAL_LM")
+    spec = adapter(
+        tmp_path / "ad",
+        lora_dropout=0.1,
+        bias="none",
+        inference_mode=True,
+        rank_pattern={},
+        init_lora_weights=True,
+        use_dora=False,
+        base_model_name_or_path="x",
+        task_type="CAUSAL_LM",
+    )
     read = read_adapter(spec)
     assert (read["r"], read["lora_alpha"], read["lora_dropout"], read["scale"]) == (2, 6, 0.1, 3.0)
     assert set(read["pairs"]) == {Q, DOWN}
@@ -679,7 +820,20 @@ def test_merge_is_base_plus_scaled_product(tmp_path):
     assert torch.allclose(twice - want[f"{Q}.weight"], 3.0 * B @ A, atol=1e-5)
     config = base / "config.json"
     assert load_model(f"random:{config}@3+{spec}").get_submodule(Q).weight.std() > 0.1
-    assert same_weights(load_model(str(base)), named("tied, one kv head"))      # the base file is as it was
+    assert same_weights(
+        load_model(str(base)), named("tied, one kv head")
+    )  # the base file is as it was
+
+
+def test_fold_rounds_once():
+    W, A, B = recipe("W", (30, 20)), recipe("A", (3, 20)), recipe("B", (30, 3))
+    assert torch.equal(fold(W, A, B, 0.5), W + 0.5 * (B @ A))
+    half = fold(W.bfloat16(), A, B, 1e-3)
+    assert torch.equal(half, (W.bfloat16().float() + 1e-3 * (B @ A)).bfloat16())
+    exact = fold(W.double(), A, B, 0.5)
+    assert exact.dtype == torch.float64
+    assert torch.equal(exact, W.double() + 0.5 * (B.double() @ A.double()))
+    assert torch.equal(fold(W, A, B, 0.0), W)
 
 
 def test_merge_sums_in_fp32_for_a_bf16_model(tmp_path):
@@ -696,47 +850,87 @@ def test_a_factor_scales_an_adapter(tmp_path):
     weight = lambda spec: load_model(spec).get_submodule(Q).weight
     plain, delta = weight(f"{base}+{spec}"), weight(f"{base}+{spec}") - weight(str(base))
     assert torch.equal(weight(f"{base}+{spec}*0"), weight(str(base))) and delta.abs().max() > 0.1
-    assert torch.equal(weight(f"{base}+{spec}*1"), plain) and torch.equal(weight(f"{base}+{spec}*1e0"), plain)
+    assert torch.equal(weight(f"{base}+{spec}*1"), plain) and torch.equal(
+        weight(f"{base}+{spec}*1e0"), plain
+    )
     assert torch.allclose(weight(f"{base}+{spec}*2") - weight(str(base)), 2 * delta, atol=1e-6)
-    assert torch.allclose(weight(f"{base}+{spec}*-.5+{spec}"), weight(str(base)) + delta / 2, atol=1e-6)
-    starred = adapter(tmp_path / "ad*3")                            # a path that exists is no product
-    assert torch.equal(weight(f"{base}+{starred}"), plain) and torch.equal(weight(f"{base}+{starred}*0"), weight(str(base)))
+    assert torch.allclose(
+        weight(f"{base}+{spec}*-.5+{spec}"), weight(str(base)) + delta / 2, atol=1e-6
+    )
+    starred = adapter(tmp_path / "ad*3")  # a path that exists is no product
+    assert torch.equal(weight(f"{base}+{starred}"), plain) and torch.equal(
+        weight(f"{base}+{starred}*0"), weight(str(base))
+    )
     (tmp_path / "m+ad*2").symlink_to(base)
     assert torch.equal(weight(f"{tmp_path}/m+ad*2"), weight(str(base)))
     for bad in ("", "half", "nan", "inf", "1e999", "2*"):
-        check_refused(lambda: load_model(f"{base}+{spec}*{bad}"), "a finite number was expected after '*'", "ad*")
+        check_refused(
+            lambda: load_model(f"{base}+{spec}*{bad}"),
+            "a finite number was expected after '*'",
+            "ad*",
+        )
 
 
-@pytest.mark.parametrize("fields, word", [
-    (dict(peft_type="IA3"), "IA3"), (dict(r=0), "'r'"), (dict(r="2"), "'r'"), (dict(r=3), "rank 3"),
-    (dict(lora_alpha=None), "lora_alpha"), (dict(use_dora=True), "use_dora"), (dict(bias="all"), "bias"),
-    (dict(use_rslora=True), "use_rslora"), (dict(lora_bias=True), "lora_bias"),
-    (dict(fan_in_fan_out=True), "fan_in_fan_out"), (dict(modules_to_save=["lm_head"]), "modules_to_save"),
-    (dict(rank_pattern={"q_proj": 4}), "rank_pattern"), (dict(alpha_pattern={"q_proj": 4}), "alpha_pattern"),
-    (dict(layer_replication=[[0, 1]]), "layer_replication"), (dict(target_parameters=["w"]), "target_param"),
-    (dict(trainable_token_indices=[1]), "trainable_token_indices"),
-    # these leave plain-looking matrices that belong to a changed base, or act on some tokens only
-    (dict(init_lora_weights="pissa"), "init_lora_weights"), (dict(init_lora_weights="olora"), "init_lora"),
-    (dict(alora_invocation_tokens=[5, 6]), "alora_invocation_tokens"), (dict(use_qalora=True), "use_qalora"),
-    (dict(use_bdlora={"nblocks": 2}), "use_bdlora"),
-])
+@pytest.mark.parametrize(
+    "fields, word",
+    [
+        (dict(peft_type="IA3"), "IA3"),
+        (dict(r=0), "'r'"),
+        (dict(r="2"), "'r'"),
+        (dict(r=3), "rank 3"),
+        (dict(lora_alpha=None), "lora_alpha"),
+        (dict(use_dora=True), "use_dora"),
+        (dict(bias="all"), "bias"),
+        (dict(use_rslora=True), "use_rslora"),
+        (dict(lora_bias=True), "lora_bias"),
+        (dict(fan_in_fan_out=True), "fan_in_fan_out"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+        (dict(rank_pattern={"q_proj": 4}), "rank_pattern"),
+        (dict(alpha_pattern={"q_proj": 4}), "alpha_pattern"),
+        (dict(layer_replication=[[0, 1]]), "layer_replication"),
+        (dict(target_parameters=["w"]), "target_param"),
+        (dict(trainable_token_indices=[1]), "trainable_token_indices"),
+        # these leave plain matrices that belong to a changed base, or that act on some tokens only
+        (dict(peft_type=None), "peft_type"),
+        (dict(r=True), "'r'"),
+        (dict(lora_alpha="6"), "lora_alpha"),
+        (dict(lora_dropout=1.5), "lora_dropout"),
+        (dict(init_lora_weights=1), "init_lora_weights"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights"),
+        (dict(init_lora_weights="olora"), "init_lora"),
+        (dict(alora_invocation_tokens=[5, 6]), "alora_invocation_tokens"),
+        (dict(use_qalora=True), "use_qalora"),
+        (dict(use_bdlora={"nblocks": 2}), "use_bdlora"),
+    ],
+)
 def test_adapter_settings_refused_by_name(tmp_path, fields, word):
     spec = adapter(tmp_path / "ad", **fields)
     check_refused(lambda: read_adapter(spec), spec, word)
 
 
-@pytest.mark.parametrize("name, tensor, words", [
-    (tensor_name(Q, "A"), None, [Q, "only lora_B"]),
-    (tensor_name(Q, "B"), None, [Q, "only lora_A"]),
-    (tensor_name(Q, "A"), torch.zeros(3, 20), [Q, "rank 2"]),
-    (tensor_name(Q, "B"), torch.zeros(20, 4), [Q, "rank 2"]),
-    (tensor_name(Q, "A"), torch.zeros(2), [Q]),
-    (tensor_name(Q, "A"), torch.zeros(()), [Q]),
-    (tensor_name(Q, "A"), torch.zeros(2, 20, 1), [Q]),
-    (f"base_model.model.{Q}.lora_magnitude_vector.weight", torch.zeros(2), ["lora_magnitude_vector"]),
-    ("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(2, 37), ["lora_embedding_A"]),
-    ("something.else", torch.zeros(2, 2), ["something.else"]),
-])
+@pytest.mark.parametrize(
+    "name, tensor, words",
+    [
+        (tensor_name(Q, "A"), None, [Q, "only lora_B"]),
+        (tensor_name(Q, "B"), None, [Q, "only lora_A"]),
+        (tensor_name(Q, "A"), torch.zeros(3, 20), [Q, "rank 2"]),
+        (tensor_name(Q, "B"), torch.zeros(20, 4), [Q, "rank 2"]),
+        (tensor_name(Q, "A"), torch.zeros(2), [Q]),
+        (tensor_name(Q, "A"), torch.zeros(()), [Q]),
+        (tensor_name(Q, "A"), torch.zeros(2, 20, 1), [Q]),
+        (
+            f"base_model.model.{Q}.lora_magnitude_vector.weight",
+            torch.zeros(2),
+            ["lora_magnitude_vector"],
+        ),
+        (
+            "base_model.model.model.embed_tokens.lora_embedding_A",
+            torch.zeros(2, 37),
+            ["lora_embedding_A"],
+        ),
+        ("something.else", torch.zeros(2, 2), ["something.else"]),
+    ],
+)
 def test_adapter_tensors_refused_by_name(tmp_path, name, tensor, words):
     spec = adapter(tmp_path / "ad", tensors={name: tensor})
     check_refused(lambda: read_adapter(spec), "adapter_model.safetensors", *words)
@@ -755,11 +949,11 @@ def test_adapter_that_does_not_fit_the_model(tmp_path, module, a, b, word):
     check_refused(lambda: check_adapter(model, read_adapter(spec), "here"), "here", module)
     with pytest.raises(ValueError):
         merge_tensors(model, read_adapter(spec))
-    assert same_weights(model, named("tied, one kv head"))          # refused before the first change
+    assert same_weights(model, named("tied, one kv head"))  # refused before the first change
 
 
 def test_adapter_of_a_tied_head_does_not_touch_the_embedding(tmp_path):
-    """Attached, it changes the head alone; merged into the shared matrix, it would change the input too."""
+    """Merged into the shared matrix, it would change the input too."""
     spec = adapter(tmp_path / "ad", tensors={tensor_name("lm_head", "A"): torch.ones(2, 20),
                                              tensor_name("lm_head", "B"): torch.ones(37, 2)})
     check_refused(lambda: load_model(f"{checkpoint(tmp_path / 'm')}+{spec}"), "lm_head", "tie")
@@ -768,9 +962,13 @@ def test_adapter_of_a_tied_head_does_not_touch_the_embedding(tmp_path):
 def test_adapter_files_missing_or_damaged(tmp_path):
     base, spec = checkpoint(tmp_path / "m"), adapter(tmp_path / "ad")
     check_refused(lambda: load_model(f"{base}+{tmp_path}/none"), "none", kind=FileNotFoundError)
-    check_refused(lambda: load_model(f"{base}+{base}"), "adapter_config.json", kind=FileNotFoundError)
+    check_refused(
+        lambda: load_model(f"{base}+{base}"), "adapter_config.json", kind=FileNotFoundError
+    )
     (tmp_path / "ad" / "adapter_model.safetensors").rename(tmp_path / "ad" / "adapter_model.bin")
-    check_refused(lambda: load_model(f"{base}+{spec}"), "adapter_model.safetensors", kind=FileNotFoundError)
+    check_refused(
+        lambda: load_model(f"{base}+{spec}"), "adapter_model.safetensors", kind=FileNotFoundError
+    )
     (tmp_path / "ad" / "adapter_model.safetensors").write_bytes(b"nonsense")
     check_refused(lambda: load_model(f"{base}+{spec}"), "adapter_model.safetensors")
     (tmp_path / "ad" / "adapter_config.json").write_text("{")
@@ -780,8 +978,14 @@ def test_adapter_files_missing_or_damaged(tmp_path):
 def test_we_load_what_peft_saves_live(tmp_path):
     peft = pytest.importorskip("peft")
     for name in ("tied, one kv head", "untied, two of four"):
-        theirs = peft.get_peft_model(hf(name), peft.LoraConfig(
-            r=3, lora_alpha=7, target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]))
+        theirs = peft.get_peft_model(
+            hf(name),
+            peft.LoraConfig(
+                r=3,
+                lora_alpha=7,
+                target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
+            ),
+        )
         with torch.no_grad():
             for n, p in theirs.named_parameters():
                 if "lora_" in n:
@@ -793,14 +997,19 @@ def test_we_load_what_peft_saves_live(tmp_path):
         assert (named(name)(INPUT) - want).abs().max() > 0.1
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Tokenizers and chat
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 NAMES = ["deepseek-r1-distill-qwen", "qwen2.5-1.5b-instruct", "qwen2.5-math-1.5b"]
-TEXTS = ["Hello  world\n\n x = 1.50", "<think>\nso 12+3=15\n</think>\n\n\\boxed{15}",
-         " naïve ½ 🦙\t\r\n  if x:\n\n\n",
-         "<|im_start|>user\nhi<|im_end|>\n<｜User｜>ho<｜Assistant｜>", "", "e\u0301 \u00a0 \u200b中文字 12345678"]
+TEXTS = [
+    "Hello  world\n\n x = 1.50",
+    "<think>\nso 12+3=15\n</think>\n\n\\boxed{15}",
+    " naïve ½ 🦙\t\r\n  if x:\n\n\n",
+    "<|im_start|>user\nhi<|im_end|>\n<｜User｜>ho<｜Assistant｜>",
+    "",
+    "e\u0301 \u00a0 \u200b中文字 12345678",
+]
 
 
 @lru_cache
@@ -812,22 +1021,25 @@ def real_tokenizer(directory):
 def test_encodings_equal_published_vectors(shared, name, vectors):
     path = shared / "tokenizers" / "test_vectors" / f"ggml-vocab-{vectors}.gguf"
     texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
-    wanted = [[int(i) for i in line.split()] for line in Path(f"{path}.out").read_text().splitlines()]
+    wanted = [
+        [int(i) for i in line.split()] for line in Path(f"{path}.out").read_text().splitlines()
+    ]
     tokenizer = real_tokenizer(shared / "tokenizers" / name)
     assert texts.pop() == "" and len(texts) == len(wanted) > 40
     for text, ids in zip(texts, wanted):
         assert tokenizer.encode(text) == ids, repr(text)
     for text in TEXTS:      # Qwen normalises to NFC, so a letter and its accent come back as one
-        assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text.replace("e\u0301", "é")
+        assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text.replace(
+            "e\u0301", "é"
+        )
 
 
-@pytest.mark.parametrize("name, eos, eos_id, bos", [(NAMES[0], {151643}, 151643, 151646),
-                                                    (NAMES[1], {151645, 151643}, 151645, None),
-                                                    (NAMES[2], {151643}, 151643, None)])
-def test_end_tokens_are_the_union(shared, name, eos, eos_id, bos):
+@pytest.mark.parametrize("name, eos, eos_id", [
+    (NAMES[0], {151643}, 151643), (NAMES[1], {151645, 151643}, 151645),
+    (NAMES[2], {151643}, 151643)])
+def test_end_tokens_are_the_union(shared, name, eos, eos_id):
     tokenizer = real_tokenizer(shared / "tokenizers" / name)
-    assert (tokenizer.eos_ids, tokenizer.eos_id, tokenizer.bos_id) == (eos, eos_id, bos)
-    assert tokenizer.encode("a", bos=True) == ([bos] if bos else []) + tokenizer.encode("a")
+    assert (tokenizer.eos_ids, tokenizer.eos_id) == (eos, eos_id)
 
 
 USER = {"role": "user", "content": "What is 2 + 3?"}
@@ -837,16 +1049,26 @@ TALK = [{"role": "system", "content": "Be brief."}, USER,
 QWEN_TALK = ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n"
              "<|im_start|>assistant\n<think>\neasy\n</think>\n\n5<|im_end|>\n"
              "<|im_start|>user\n Twice that?\n<|im_end|>\n")
-CHATS = {       # one question, a conversation, both without the generation prompt; the generation prompt
-    NAMES[0]: ("<｜begin▁of▁sentence｜><｜User｜>What is 2 + 3?",
-               "<｜begin▁of▁sentence｜>Be brief.<｜User｜>What is 2 + 3?<｜Assistant｜>\n\n5<｜end▁of▁sentence｜>"
-               "<｜User｜> Twice that?\n", "<｜Assistant｜><think>\n"),
-    NAMES[1]: ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-               "<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n",
-               QWEN_TALK, "<|im_start|>assistant\n"),
-    NAMES[2]: ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
-               "<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n",
-               QWEN_TALK, "<|im_start|>assistant\n"),
+CHATS = {  # one question, a conversation, both without the generation prompt; the generation prompt
+    NAMES[0]: (
+        "<｜begin▁of▁sentence｜><｜User｜>What is 2 + 3?",
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>What is 2 + 3?<｜Assistant｜>\n\n5<｜end▁of▁sentence｜>"
+        "<｜User｜> Twice that?\n",
+        "<｜Assistant｜><think>\n",
+    ),
+    NAMES[1]: (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+        "<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n",
+        QWEN_TALK,
+        "<|im_start|>assistant\n",
+    ),
+    NAMES[2]: (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+        "\\boxed{}."
+        "<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n",
+        QWEN_TALK,
+        "<|im_start|>assistant\n",
+    ),
 }
 
 
@@ -882,8 +1104,10 @@ def word_tokenizer(directory, files=(), **settings):
     from tokenizers import Tokenizer as Fast, models, pre_tokenizers, processors
     fast = Fast(models.WordLevel({"<end>": 0, "one": 1, "two": 2, "<s>": 3, "?": 4}, unk_token="?"))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast.add_special_tokens(["<end>", "<s>"])       # and one that the file would put in front by itself
-    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    fast.add_special_tokens(["<end>", "<s>"])  # and one that the file would put in front by itself
+    fast.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 3)]
+    )
     directory.mkdir(parents=True, exist_ok=True)
     fast.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -896,8 +1120,10 @@ def test_end_tokens_from_three_files(tmp_path):
     spec = word_tokenizer(tmp_path / "t", eos_token={"content": "<end>"}, bos_token="<s>", files={
         "config.json": '{"eos_token_id": 7}', "generation_config.json": '{"eos_token_id": [8, 9]}'})
     tokenizer = load_tokenizer(spec)
-    assert tokenizer.eos_ids == {0, 7, 8, 9} and tokenizer.eos_id == 0 and tokenizer.bos_id == 3
-    assert tokenizer.encode("one two", bos=True) == [3, 1, 2] and tokenizer.decode([3, 1, 2, 0]) == "one two"
+    assert tokenizer.eos_ids == {0, 7, 8, 9} and tokenizer.eos_id == 0
+    assert tokenizer.encode("one two") == [1, 2]
+    assert tokenizer.decode([3, 1, 2, 0]) == "one two"
+    assert tokenizer.decode([3, 1], skip_special=False) == "<s> one"
     none = word_tokenizer(tmp_path / "u", files={"config.json": '{"eos_token_id": null}'})
     tokenizer = load_tokenizer(none)
     assert tokenizer.eos_ids == set()
@@ -930,6 +1156,29 @@ def test_where_the_template_comes_from(tmp_path):
     check_refused(lambda: load_tokenizer(str(tmp_path)).chat([USER]), "chat_template")
 
 
+@pytest.mark.parametrize("name, content, words", [
+    ("tokenizer_config", {"chat_template": 5}, ["chat_template"]),
+    ("tokenizer_config", {"chat_template": ["x"]}, ["chat_template", "object"]),
+    ("tokenizer_config", {"chat_template": [{"name": "default"}]}, ["chat_template", "'template'"]),
+    ("tokenizer_config", {"eos_token": 5}, ["eos_token"]),
+    ("tokenizer_config", {"eos_token": {"text": "x"}}, ["eos_token", "content"]),
+    ("tokenizer_config", {"bos_token": {"content": 5}}, ["bos_token", "content"]),
+    ("config", {"eos_token_id": "<end>"}, ["eos_token_id"]),
+    ("generation_config", {"eos_token_id": [1, "2"]}, ["eos_token_id"]),
+    ("generation_config", {"eos_token_id": True}, ["eos_token_id"]),
+])
+def test_tokenizer_settings_refused_by_file_and_field(tmp_path, name, content, words):
+    word_tokenizer(tmp_path)
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    check_refused(lambda: Tokenizer(tmp_path), tmp_path / f"{name}.json", *words)
+
+
+def test_think_prefix():
+    assert think_prefix("<user>1+1<assistant><think>\n") == "<think>" == think_prefix("<think>")
+    for prompt in ("", "<think>x", "<think></think>", "think>"):
+        assert think_prefix(prompt) == ""
+
+
 def test_tokenizer_refusals(tmp_path):
     check_refused(lambda: Tokenizer(tmp_path), tmp_path / "tokenizer.json", kind=FileNotFoundError)
     word_tokenizer(tmp_path)
@@ -941,8 +1190,11 @@ def test_tokenizer_refusals(tmp_path):
 
 def test_templates_use_the_conventions_of_the_hub(tmp_path):
     """trim_blocks, lstrip_blocks, loop controls, plain tojson, raise_exception, tools = none."""
-    text = ("{%- for m in messages %}\n    {% if m.role == 'system' %}\n{% continue %}\n    {% endif %}\n"
-            "{{ m | tojson }}\n{% endfor %}\n{% if tools is not none %}tools{% endif %}")
+    text = (
+        "{%- for m in messages %}\n    {% if m.role == 'system' %}\n{% continue %}\n"
+        "    {% endif %}\n"
+        "{{ m | tojson }}\n{% endfor %}\n{% if tools is not none %}tools{% endif %}"
+    )
     word_tokenizer(tmp_path, chat_template=text)
     chat = load_tokenizer(str(tmp_path)).chat([TALK[0], {"role": "user", "content": "é<"}])
     assert chat == '{"role": "user", "content": "é<"}\n'
@@ -968,14 +1220,20 @@ def test_hostile_and_broken_templates(tmp_path, monkeypatch, template):
     word_tokenizer(tmp_path / "t", chat_template=template)
     messages = [dict(USER)]
     check_refused(lambda: load_tokenizer("t").chat(messages), "template")
-    assert messages == [USER] and listing(tmp_path) == ["t", "t/tokenizer.json", "t/tokenizer_config.json"]
+    assert messages == [USER] and listing(tmp_path) == [
+        "t",
+        "t/tokenizer.json",
+        "t/tokenizer_config.json",
+    ]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # sample: from logits to a token
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
-HALVES = torch.tensor([0.125, 0.5, 0.125, 0.25]).log()      # exact in binary: thresholds can be hit exactly
+HALVES = torch.tensor(
+    [0.125, 0.5, 0.125, 0.25]
+).log()  # exact in binary: thresholds can be hit exactly
 
 
 def drawn(logits, n=4096, **settings):
@@ -1015,7 +1273,7 @@ def test_frequencies_match_the_distribution():
     for temperature in (0.3, 1.0, 2.5):
         got = drawn(logits, n=40_000, temperature=temperature)
         assert torch.allclose(got, torch.softmax(logits / temperature, -1), atol=2e-4)
-    n = 40_000      # and with the noise that the sampler uses: chi-square of 49 degrees, 99.99 % below 96
+    n = 40_000  # and with the sampler's own noise: chi-square of 49 degrees, 99.99 % below 96
     u = torch.from_numpy(np.random.default_rng([3, 1, 4]).random(n, dtype=np.float32))
     p = torch.softmax(logits, -1)
     counts = torch.bincount(sample(logits.expand(n, -1), u), minlength=50)
@@ -1033,7 +1291,7 @@ def test_extremes_of_u_stay_in_the_kept_set():
     order = big.argsort(-1, descending=True)
     rank = (order == tokens[:, None]).int().argmax(-1)
     p = torch.softmax(big.double(), -1).gather(-1, order).cumsum(-1)
-    last = (p < 0.5).sum(-1)                               # the rank of the token that crosses one half
+    last = (p < 0.5).sum(-1)  # the rank of the token that crosses one half
     assert ((rank - last).abs() <= 1).all() and (rank == last).float().mean() > 0.9
 
 
@@ -1042,7 +1300,9 @@ def test_temperature_zero_is_argmax_and_small_temperatures_go_there():
     u = torch.rand(20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sample(logits, u, temperature=0), logits.argmax(-1))
     for temperature in (1e-3, 1e-6, 1e-30, 1e-40):
-        assert torch.equal(sample(logits, u, temperature=temperature), logits.argmax(-1)), temperature
+        assert torch.equal(
+            sample(logits, u, temperature=temperature), logits.argmax(-1)
+        ), temperature
     assert torch.equal(sample(logits, u, temperature=5.0, top_k=1), logits.argmax(-1))
 
 
@@ -1050,7 +1310,9 @@ def test_a_row_depends_on_itself_alone():
     logits = torch.from_numpy(np.random.RandomState(4).standard_normal((6, 40))).float()
     u = torch.linspace(0.05, 0.95, 6)
     whole = sample(logits, u, temperature=0.8, top_p=0.9, top_k=20)
-    assert [int(sample(logits[i:i + 1], u[i:i + 1], 0.8, 0.9, 20)) for i in range(6)] == whole.tolist()
+    assert [
+        int(sample(logits[i : i + 1], u[i : i + 1], 0.8, 0.9, 20)) for i in range(6)
+    ] == whole.tolist()
 
 
 def test_top_p_and_top_k_live():
@@ -1058,16 +1320,18 @@ def test_top_p_and_top_k_live():
     logits = torch.from_numpy(np.random.RandomState(5).standard_normal((8, 60))).float() * 3
     for top_p, top_k in ((0.3, 0), (0.8, 0), (0.95, 7), (1.0, 5), (0.999, 60)):
         want = generation.TopKLogitsWarper(top_k)(None, logits) if top_k else logits
-        # theirs applies top-p to what top-k left, ours to the whole: the same where top-p is the tighter
+        # theirs applies top-p to what top-k left, ours to the whole: equal where top-p is tighter
         want = generation.TopPLogitsWarper(top_p)(None, logits).isfinite() & want.isfinite()
         for row, kept in zip(logits, want):
             seen = drawn(row, n=200_000, top_p=top_p, top_k=top_k) > 0
-            assert torch.equal(seen, kept & (row > row.max() - 11))       # rarer than that is never drawn
+            assert torch.equal(
+                seen, kept & (row > row.max() - 11)
+            )  # rarer than that is never drawn
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # generate: against a plain twin
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def plain_sample(logits, u, temperature, top_p, top_k):
     """One row, in numpy, as the papers say it."""
@@ -1083,9 +1347,13 @@ def plain_sample(logits, u, temperature, top_p, top_k):
 
 
 @torch.no_grad()
-def plain_generate(model, prompt, key, max_new_tokens, temperature=0.6, top_p=0.95, top_k=0, stop_ids=()):
+def plain_generate(
+    model, prompt, key, max_new_tokens, temperature=0.6, top_p=0.95, top_k=0, stop_ids=()
+):
     """No cache, no batch: the whole text through the whole model for every token."""
-    ids, noise = list(prompt), np.random.default_rng(list(key)).random(max_new_tokens, dtype=np.float32)
+    ids, noise = list(prompt), np.random.default_rng(list(key)).random(
+        max_new_tokens, dtype=np.float32
+    )
     for t in range(max_new_tokens):
         logits = model(torch.tensor([ids]))[0, -1].double().numpy()
         ids.append(plain_sample(logits, float(noise[t]), temperature, top_p, top_k))
@@ -1100,7 +1368,7 @@ def some_ids(length, seed, vocab=37):
 
 @lru_cache
 def exact():
-    """In float64 two orders of summation cannot flip a token; logits are cooled so that tokens vary."""
+    """In float64 two orders of summation flip no token; logits are cooled so that tokens vary."""
     model = named("tied, one kv head", torch.float64)
     model.model.norm.weight.mul_(0.25)
     return model
@@ -1110,20 +1378,28 @@ LENGTHS = (1, 130, 2, 63, 64, 65, 3, 17, 128, 1, 90, 5)
 REQUESTS = [(some_ids(n, i), (7, i, 2)) for i, n in enumerate(LENGTHS)]
 REQUESTS += [([4, 4], (7, 50 + j)) for j in range(6)]
 STOP = (0, 1, 2, 3)
-SETTINGS = [dict(temperature=0), dict(temperature=1.0, top_p=1.0), dict(temperature=0.8, top_p=0.7, top_k=9)]
+SETTINGS = [
+    dict(temperature=0),
+    dict(temperature=1.0, top_p=1.0),
+    dict(temperature=0.8, top_p=0.7, top_k=9),
+]
 
 
 @lru_cache
 def plain_answers(setting, max_new_tokens, stop_ids):
-    return [plain_generate(exact(), *request, max_new_tokens, stop_ids=stop_ids, **SETTINGS[setting])
-            for request in REQUESTS]
+    return [
+        plain_generate(exact(), *request, max_new_tokens, stop_ids=stop_ids, **SETTINGS[setting])
+        for request in REQUESTS
+    ]
 
 
 @pytest.mark.parametrize("setting", range(len(SETTINGS)))
 def test_cached_and_batched_equals_plain_at_any_number_of_slots(setting):
     want, settings = plain_answers(setting, 14, STOP), dict(max_new_tokens=14, **SETTINGS[setting])
     if setting:
-        assert {why for _, why in want} == {"stop", "length"} and len({len(ids) for ids, _ in want}) > 4
+        assert {why for _, why in want} == {"stop", "length"} and len(
+            {len(ids) for ids, _ in want}
+        ) > 4
     for slots in (1, 2, 3, 16, 64):
         got = collect(exact(), REQUESTS, stop_ids=set(STOP), slots=slots, **settings)
         assert got == want, slots
@@ -1134,7 +1410,9 @@ def test_cached_and_batched_equals_plain_at_any_number_of_slots(setting):
 def test_each_alone_equals_each_in_company():
     want = plain_answers(1, 14, STOP)
     for request, answer in zip(REQUESTS, want):
-        assert collect(exact(), [request], max_new_tokens=14, stop_ids=STOP, **SETTINGS[1]) == [answer]
+        assert collect(exact(), [request], max_new_tokens=14, stop_ids=STOP, **SETTINGS[1]) == [
+            answer
+        ]
 
 
 def test_long_run_through_several_buckets():
@@ -1145,7 +1423,9 @@ def test_long_run_through_several_buckets():
         assert len(want[0]) == 140 and len(set(want[0])) > 10
 
 
-@pytest.mark.parametrize("length", [Cache.BUCKET - 1, Cache.BUCKET, Cache.BUCKET + 1, 2 * Cache.BUCKET - 1])
+@pytest.mark.parametrize(
+    "length", [Cache.BUCKET - 1, Cache.BUCKET, Cache.BUCKET + 1, 2 * Cache.BUCKET - 1]
+)
 def test_prompt_at_a_bucket_boundary(length):
     prompt = some_ids(length, length)
     assert collect(exact(), [(prompt, (1,))], max_new_tokens=4, temperature=1.0) == [
@@ -1162,13 +1442,20 @@ def test_cache_gives_the_logits_of_a_full_pass():
         cache.seek(positions)
         ids = torch.tensor([row[a:a + n] for row, a, n in zip(rows, at, steps)])
         got = model.head(model.run(ids, cache=cache))
-        assert torch.allclose(got, torch.stack([whole[i, p] for i, p in enumerate(positions)]), atol=1e-6)
-        assert cache.used % Cache.BUCKET == 0 and cache.used - Cache.BUCKET <= positions.max() < cache.used
+        assert torch.allclose(
+            got, torch.stack([whole[i, p] for i, p in enumerate(positions)]), atol=1e-6
+        )
+        assert (
+            cache.used % Cache.BUCKET == 0
+            and cache.used - Cache.BUCKET <= positions.max() < cache.used
+        )
         at = [a + n for a, n in zip(at, steps)]
 
 
 def test_generate_is_by_prompt_and_sample():
-    prompts, settings = [[5, 6, 7], [9], some_ids(70, 3)], dict(temperature=1.0, top_p=0.9, stop_ids=[2])
+    prompts, settings = [[5, 6, 7], [9], some_ids(70, 3)], dict(
+        temperature=1.0, top_p=0.9, stop_ids=[2]
+    )
     got = generate(exact(), prompts, 6, samples=4, seed=11, **settings)
     assert [len(samples) for samples in got] == [4, 4, 4]
     for i, prompt in enumerate(prompts):
@@ -1184,7 +1471,7 @@ def test_generate_is_by_prompt_and_sample():
 
 
 def test_samples_differ_from_their_first_token_on():
-    same = [[4, 4]] * 3                                    # equal prompts are still different problems
+    same = [[4, 4]] * 3  # equal prompts are still different problems
     got = generate(exact(), same, 3, samples=16, temperature=1.0, top_p=1.0)
     first = [[ids[0] for ids in samples] for samples in got]
     assert all(len(set(row)) >= 6 for row in first) and first[0] != first[1] != first[2]
@@ -1214,7 +1501,9 @@ def test_stop_token_is_returned_and_ends_the_text():
 
 def test_stream_yields_each_as_it_ends():
     with torch.no_grad():
-        seen = list(stream(exact(), REQUESTS, max_new_tokens=14, slots=4, stop_ids=STOP, **SETTINGS[1]))
+        seen = list(
+            stream(exact(), REQUESTS, max_new_tokens=14, slots=4, stop_ids=STOP, **SETTINGS[1])
+        )
     want = plain_answers(1, 14, STOP)
     assert sorted(i for i, _, _ in seen) == list(range(len(REQUESTS))) != [i for i, _, _ in seen]
     assert all((ids, why) == want[i] for i, ids, why in seen)
@@ -1223,7 +1512,9 @@ def test_stream_yields_each_as_it_ends():
 def batches(call):
     """What passes through the embedding while `call` runs: the shape of each batch."""
     shapes = []
-    hook = exact().model.embed_tokens.register_forward_hook(lambda m, x, y: shapes.append(tuple(x[0].shape)))
+    hook = exact().model.embed_tokens.register_forward_hook(
+        lambda m, x, y: shapes.append(tuple(x[0].shape))
+    )
     try:
         call()
     finally:
@@ -1241,14 +1532,17 @@ def test_slots_are_bounded_refilled_and_compacted():
     lengths = [len(ids) for ids, _ in collect(exact(), REQUESTS, **settings)]
     shapes = batches(lambda: collect(exact(), REQUESTS, slots=4, **settings))
     assert max(rows for rows, _ in shapes) == 4
-    # slots refilled at once: at most the even share plus the longest; in groups of four it would be 86
+    # slots refilled at once: at most the even share plus the longest; groups of four make it 86
     busy = sum(shape == (4, 1) for shape in shapes)
     assert busy <= sum(n - 1 for n in lengths) / 4 + max(lengths)
     shapes = batches(lambda: collect(exact(), REQUESTS, slots=64, **settings))
     steps = [rows for rows, T in shapes[1:]]
     alive = [sum(n > t + 1 for n in lengths) for t in range(max(lengths) - 1)]
     assert len(steps) == len(alive) and steps == sorted(steps, reverse=True)
-    assert all(a <= rows <= max(2 * a, 1) for rows, a in zip(steps, alive)) and steps[-1] < steps[0] // 2
+    assert (
+        all(a <= rows <= max(2 * a, 1) for rows, a in zip(steps, alive))
+        and steps[-1] < steps[0] // 2
+    )
 
 
 @pytest.mark.parametrize("settings", [
@@ -1269,9 +1563,9 @@ def test_requests_that_cannot_be_run():
     check_refused(lambda: generate(exact(), [[1]], 3, seed=-1), "seed")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # A real trained model
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def test_stories_greedy_text(shared):
     golden = json.loads((shared / "stories260k" / "golden_greedy.json").read_text())
@@ -1279,14 +1573,26 @@ def test_stories_greedy_text(shared):
     assert prompt == [1] and len(ids) == 201
     model = load_model(str(shared / "stories260k"))
     assert prompt + generate(model, [prompt], 200, temperature=0)[0][0] == ids
-    # in company: others of other lengths, and continuations of the same story, more than there are slots
-    prompts = [some_ids(30, 1, 512), ids[:64], prompt, some_ids(3, 2, 512), ids[:150], prompt, ids[:7]]
+    # in company: other lengths, and continuations of the same story, more than there are slots
+    prompts = [
+        some_ids(30, 1, 512),
+        ids[:64],
+        prompt,
+        some_ids(3, 2, 512),
+        ids[:150],
+        prompt,
+        ids[:7],
+    ]
     mixed = generate(model, prompts, 200, temperature=0, slots=4)
     assert prompt + mixed[2][0] == ids == prompt + mixed[5][0]
     for i, n in ((1, 64), (4, 150), (6, 7)):
         assert ids[:n] + mixed[i][0][:201 - n] == ids
     tokenizer = load_tokenizer(str(shared / "stories260k"))
-    assert tokenizer.decode(ids).strip().startswith("Once upon a time, there was a little girl named Lily")
+    assert (
+        tokenizer.decode(ids)
+        .strip()
+        .startswith("Once upon a time, there was a little girl named Lily")
+    )
     assert tokenizer.eos_ids == {2}
 
 
@@ -1295,4 +1601,7 @@ def test_stories_sampled_text_does_not_depend_on_slots(shared):
     want = generate(model, [[1], [1, 403]], 20, samples=4, temperature=1.0, seed=5, slots=8)
     assert len({tuple(ids) for samples in want for ids in samples}) == 8
     for slots in (1, 3):
-        assert generate(model, [[1], [1, 403]], 20, samples=4, temperature=1.0, seed=5, slots=slots) == want
+        assert (
+            generate(model, [[1], [1, 403]], 20, samples=4, temperature=1.0, seed=5, slots=slots)
+            == want
+        )

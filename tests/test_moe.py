@@ -1,9 +1,11 @@
-"""Mixture of experts: Qwen2-MoE against transformers, fTRI and tuning by their properties, the embedded model.
+"""Qwen2-MoE: against transformers and a plain twin, checkpoints, adapters, the embedded mixture.
 
-    python -m pytest tests/test_moe.py -q       (tests named live need transformers or peft, else they skip)
+    python -m pytest tests/test_moe.py -q      tests named live need transformers or peft
 
-Golden numbers come from transformers 5.23 on weights that any machine can rebuild (`recipe` of test_model.py).
+Golden numbers come from transformers 5.23 on weights that any machine can rebuild (`recipe` of
+test_model.py).
 """
+
 import json
 
 import pytest
@@ -12,47 +14,105 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import resa
-from model import Config, MoE, generate, load_model, merge_tensors, read_adapter, save_model
-from test_model import INPUT, MASK, build, check_refused, edit_config, edit_weights, recipe, same_weights, shard
+from data.files import TINY, read_problems
+from data.grade import grade
+from model import (
+    Config, MoE, Transformer, generate, load_model, load_tokenizer, merge_tensors, read_adapter,
+    save_model)
+from tests.conftest import ROOT
+from tests.test_model import (
+    INPUT, MASK, build, check_refused, check_rows, edit_config, edit_weights, few, recipe,
+    same_weights, shard, unpadded)
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Tiny models that any machine can rebuild
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
-BASE = dict(model_type="qwen2_moe", vocab_size=37, hidden_size=20, intermediate_size=28, num_hidden_layers=2,
-            num_attention_heads=5, num_key_value_heads=1, moe_intermediate_size=8, shared_expert_intermediate_size=10)
+BASE = dict(
+    model_type="qwen2_moe",
+    vocab_size=37,
+    hidden_size=20,
+    intermediate_size=28,
+    num_hidden_layers=2,
+    num_attention_heads=5,
+    num_key_value_heads=1,
+    moe_intermediate_size=8,
+    shared_expert_intermediate_size=10,
+)
 CONFIGS = {
     "1 of 4": BASE | dict(num_experts=4, num_experts_per_tok=1),
     "1 of 4, normalised": BASE | dict(num_experts=4, num_experts_per_tok=1, norm_topk_prob=True),
     "8 of 12": BASE | dict(num_experts=12, num_experts_per_tok=8, tie_word_embeddings=True),
     "8 of 12, normalised": BASE | dict(num_experts=12, num_experts_per_tok=8, norm_topk_prob=True),
-    "mixed": BASE | dict(num_experts=6, num_experts_per_tok=2, num_hidden_layers=4, decoder_sparse_step=2,
-                         mlp_only_layers=[3]),
-    "mixed, normalised": BASE | dict(num_experts=6, num_experts_per_tok=2, num_hidden_layers=3, mlp_only_layers=[1],
-                                     norm_topk_prob=True),
+    "mixed": BASE
+    | dict(
+        num_experts=6,
+        num_experts_per_tok=2,
+        num_hidden_layers=4,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+    ),
+    "mixed, normalised": BASE
+    | dict(
+        num_experts=6,
+        num_experts_per_tok=2,
+        num_hidden_layers=3,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+    ),
 }
 
-# logits at [0, V//2, V-1]: row 0 of INPUT alone at positions 0, 3, 6; then the last position of the other rows,
-# run together, left-padded by MASK
+# Logits at [0, V//2, V-1]: row 0 of INPUT at positions 0, 3, 6; then the last position of the
+# other rows, which transformers ran together, left-padded by MASK.
 GOLDEN = {
     "1 of 4": [
-        [-3.57265, -0.76445, 3.38095], [-1.24111, 0.88506, 0.03056], [2.41559, 0.20453, -1.0896],
-        [1.76495, -0.48124, 2.96743], [0.74821, 2.05327, 2.49023], [3.01721, -1.95039, -0.20951]],
+        [-3.57265, -0.76445, 3.38095],
+        [-1.24111, 0.88506, 0.03056],
+        [2.41559, 0.20453, -1.0896],
+        [1.76495, -0.48124, 2.96743],
+        [0.74821, 2.05327, 2.49023],
+        [3.01721, -1.95039, -0.20951],
+    ],
     "1 of 4, normalised": [
-        [-4.69555, 0.52023, 1.83593], [0.39343, -0.9339, 0.31461], [2.1385, -0.49677, -1.07171],
-        [1.61022, -0.82952, 3.23576], [0.77986, 1.29128, 2.39603], [2.34671, -1.35546, -0.23551]],
+        [-4.69555, 0.52023, 1.83593],
+        [0.39343, -0.9339, 0.31461],
+        [2.1385, -0.49677, -1.07171],
+        [1.61022, -0.82952, 3.23576],
+        [0.77986, 1.29128, 2.39603],
+        [2.34671, -1.35546, -0.23551],
+    ],
     "8 of 12": [
-        [0.66583, -1.30279, -6.44305], [-5.77795, -4.53948, 2.59733], [-0.26729, -10.06534, 7.27945],
-        [5.60989, -3.04768, 0.88689], [3.75169, 4.86753, -6.39183], [-0.06506, -5.56426, 2.21625]],
+        [0.66583, -1.30279, -6.44305],
+        [-5.77795, -4.53948, 2.59733],
+        [-0.26729, -10.06534, 7.27945],
+        [5.60989, -3.04768, 0.88689],
+        [3.75169, 4.86753, -6.39183],
+        [-0.06506, -5.56426, 2.21625],
+    ],
     "8 of 12, normalised": [
-        [-3.05296, -0.72226, 3.61557], [-1.31537, 0.84151, -0.46087], [0.39865, -0.03813, -0.88885],
-        [1.90746, -0.87637, 2.95629], [0.91386, 1.58174, 2.14068], [3.8746, -1.6353, 0.17108]],
+        [-3.05296, -0.72226, 3.61557],
+        [-1.31537, 0.84151, -0.46087],
+        [0.39865, -0.03813, -0.88885],
+        [1.90746, -0.87637, 2.95629],
+        [0.91386, 1.58174, 2.14068],
+        [3.8746, -1.6353, 0.17108],
+    ],
     "mixed": [
-        [-0.61914, 0.80772, -0.44553], [2.22332, 2.20478, -0.68486], [1.42209, 3.5351, 1.15403],
-        [-0.14813, 1.44266, 2.95397], [3.22313, 2.02544, 1.11813], [-1.96338, 1.70232, 0.42518]],
+        [-0.61914, 0.80772, -0.44553],
+        [2.22332, 2.20478, -0.68486],
+        [1.42209, 3.5351, 1.15403],
+        [-0.14813, 1.44266, 2.95397],
+        [3.22313, 2.02544, 1.11813],
+        [-1.96338, 1.70232, 0.42518],
+    ],
     "mixed, normalised": [
-        [-0.35094, -0.33856, 3.10408], [-0.73362, 0.09309, 1.86943], [2.50096, -0.06938, 0.81404],
-        [-0.84046, 2.48794, 2.76671], [1.67388, 2.02067, 1.66224], [1.64681, 1.14228, 2.95008]],
+        [-0.35094, -0.33856, 3.10408],
+        [-0.73362, 0.09309, 1.86943],
+        [2.50096, -0.06938, 0.81404],
+        [-0.84046, 2.48794, 2.76671],
+        [1.67388, 2.02067, 1.66224],
+        [1.64681, 1.14228, 2.95008],
+    ],
 }
 
 
@@ -70,30 +130,18 @@ def hf(name):
     return theirs.requires_grad_(False)
 
 
-def few(logits, padded):
-    V = logits.shape[-1]
-    return torch.cat((logits[0, [0, 3, 6]], padded[1:, -1]))[:, [0, V // 2, V - 1]]
-
-
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Logits
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_golden(name):
-    model = named(name)
-    got = few(model(INPUT[:1]), model(INPUT, mask=torch.tensor(MASK)))
-    assert (got - torch.tensor(GOLDEN[name])).abs().max() < 1e-4
+    assert (few(named(name)) - torch.tensor(GOLDEN[name])).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_live(name):
-    theirs, ours = hf(name), named(name)
-    for mask in (None, torch.tensor(MASK), torch.tensor(MASK).flip(-1)):       # no, left and right padding
-        real = torch.ones_like(INPUT).bool() if mask is None else mask.bool()
-        got, want = ours(INPUT, mask=mask), theirs(INPUT, attention_mask=mask).logits
-        assert (got - want)[real].abs().max() < 1e-4
-    assert want.abs().mean() > 0.5         # else the tolerance would mean nothing
+    check_rows(hf(name), named(name))
 
 
 def plain(moe, x):
@@ -114,7 +162,9 @@ def plain(moe, x):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_grouped_experts_equal_the_plain_way_in_value_and_gradient(name):
-    moe = next(b.mlp for b in named(name, torch.float64).model.layers if isinstance(b.mlp, MoE)).requires_grad_(True)
+    moe = next(
+        b.mlp for b in named(name, torch.float64).model.layers if isinstance(b.mlp, MoE)
+    ).requires_grad_(True)
     found = []
     for forward in (moe, lambda x: plain(moe, x)):
         x = recipe("x", (9, 20)).double().requires_grad_(True)
@@ -130,27 +180,46 @@ def test_every_expert_runs_at_most_once(monkeypatch):
     moe, calls, linear = named("8 of 12").model.layers[0].mlp, [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, *w: calls.append(len(x)) or linear(x, *w))
     moe(recipe("x", (3, 50, 20)))
-    assert len(calls) <= 2 * 12 + 5 and 150 * 8 * 2 <= sum(calls)      # gate_up and down of each; router, shared
+    assert len(calls) <= 2 * 12 + 5 and 150 * 8 * 2 <= sum(
+        calls
+    )  # gate_up and down of each; router, shared
 
 
 def test_softmax_is_taken_in_fp32_over_all_experts_and_weights_sum_as_configured():
     for name, fields in CONFIGS.items():
         for dtype in (torch.float32, torch.bfloat16):
-            router = next(b.mlp for b in named(name, dtype).model.layers if isinstance(b.mlp, MoE)).gate
+            router = next(
+                b.mlp for b in named(name, dtype).model.layers if isinstance(b.mlp, MoE)
+            ).gate
             x = recipe("x", (400, 20)).to(dtype)
             weight, expert = router(x)
-            assert weight.dtype == dtype and weight.shape == expert.shape == (400, fields["num_experts_per_tok"])
+            assert weight.dtype == dtype and weight.shape == expert.shape == (
+                400,
+                fields["num_experts_per_tok"],
+            )
             exact, best = F.linear(x, router.weight).float().softmax(-1).topk(router.top_k)
             assert torch.equal(expert, best)          # bf16 probabilities would tie
             if fields.get("norm_topk_prob"):
                 assert torch.equal(weight, (exact / exact.sum(-1, keepdim=True)).to(dtype))
-                assert (weight.float().sum(-1) - 1).abs().max() < (1e-6 if dtype == torch.float32 else 0.02)
+                assert (weight.float().sum(-1) - 1).abs().max() < (
+                    1e-6 if dtype == torch.float32 else 0.02
+                )
             else:
                 assert torch.equal(weight, exact.to(dtype)) and exact.sum(-1).max() < 1
 
 
-@pytest.mark.parametrize("step, only, layers", [(1, [], [0, 1, 2, 3]), (2, [], [1, 3]), (1, [0, 2], [1, 3]),
-                                                (2, [3], [1]), (3, [], [2]), (5, [], []), (1, [0, 1, 2, 3], [])])
+@pytest.mark.parametrize(
+    "step, only, layers",
+    [
+        (1, [], [0, 1, 2, 3]),
+        (2, [], [1, 3]),
+        (1, [0, 2], [1, 3]),
+        (2, [3], [1]),
+        (3, [], [2]),
+        (5, [], []),
+        (1, [0, 1, 2, 3], []),
+    ],
+)
 def test_which_blocks_are_sparse(step, only, layers):
     fields = CONFIGS["mixed"] | dict(decoder_sparse_step=step, mlp_only_layers=only)
     model = build(fields)
@@ -165,7 +234,7 @@ def test_router_logits_of_transformers_choose_the_experts_that_ours_chose_live()
     for gate in gates:
         gate.register_forward_hook(lambda module, inputs, output: caught.append(output))
     ours(INPUT)
-    assert len(logits) == len(gates) == len(caught) == 2           # one per sparse block, not per block
+    assert len(logits) == len(gates) == len(caught) == 2  # one per sparse block, not per block
     for theirs, (weight, expert) in zip(logits, caught):
         assert torch.equal(theirs.softmax(-1).topk(2).indices, expert)
 
@@ -178,17 +247,17 @@ def test_bf16_keeps_its_dtype_and_stays_near_fp32():
         assert ((got.float() - want).norm(dim=-1) < 0.1 * want.norm(dim=-1)).float().mean() > 0.7
 
 
-def test_padding_on_either_side_changes_nothing():
-    model = named("mixed", torch.float64)
-    left, mask = INPUT, torch.tensor(MASK)
-    got = model(left, mask=mask)
-    for row, keep, ids in zip(got, mask.bool(), left):
-        assert torch.allclose(row[keep], model(ids[keep][None])[0], atol=1e-6, rtol=0)
+def test_padding_on_the_right_changes_nothing():
+    model, mask = named("mixed", torch.float64), torch.tensor(MASK)
+    rows = unpadded(mask)
+    padded = torch.stack([F.pad(ids[0], (0, INPUT.shape[1] - ids.shape[1])) for ids in rows])
+    for ids, got in zip(rows, model(padded)):
+        assert torch.allclose(got[:ids.shape[1]], model(ids)[0], atol=1e-6, rtol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Sampling with the cache
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def recomputed(model, prompt, tokens):
     ids = list(prompt)
@@ -209,20 +278,24 @@ def test_generation_with_the_cache_equals_recomputing(name):
 
 def test_samples_do_not_depend_on_the_slots():
     model = named("8 of 12, normalised", torch.float64)
-    one, many = (generate(model, PROMPTS, 10, samples=4, temperature=2.0, slots=slots) for slots in (1, 12))
+    one, many = (
+        generate(model, PROMPTS, 10, samples=4, temperature=2.0, slots=slots) for slots in (1, 12)
+    )
     assert one == many and len({tuple(ids) for ids in one[0]}) == 4
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Checkpoints
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def fuse(directory):
     """model.safetensors with the experts stacked, the other layout that transformers reads."""
     tensors = load_file(directory / "model.safetensors")
     stacks = {n.rsplit(".", 3)[0] for n in tensors if ".experts." in n}
     for stem in stacks:
-        count = len({n for n in tensors if n.startswith(stem + ".") and n.endswith("down_proj.weight")})
+        count = len(
+            {n for n in tensors if n.startswith(stem + ".") and n.endswith("down_proj.weight")}
+        )
         one = lambda e, leaf: tensors.pop(f"{stem}.{e}.{leaf}_proj.weight")
         both = [torch.cat((one(e, "gate"), one(e, "up"))) for e in range(count)]
         tensors[f"{stem}.gate_up_proj"] = torch.stack(both)
@@ -236,7 +309,9 @@ def test_save_then_load_in_both_layouts(tmp_path, name, dtype):
     want = named(name, dtype)
     save_model(want, tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
-    assert any(n.endswith("mlp.experts.3.up_proj.weight") for n in names) and not any("gate_up" in n for n in names)
+    assert any(n.endswith("mlp.experts.3.up_proj.weight") for n in names) and not any(
+        "gate_up" in n for n in names
+    )
     loaded = load_model(str(tmp_path))
     assert same_weights(loaded, want) and loaded.config == want.config and not loaded.training
     assert same_weights(load_model(str(tmp_path), dtype="float64"), want.double())
@@ -257,8 +332,12 @@ def test_random_spec_and_config_round_trip(tmp_path):
     assert 0.015 < model.model.layers[1].mlp.experts.down_proj.std() < 0.025
     assert 0.015 < model.model.layers[1].mlp.gate.weight.std() < 0.025
     assert Config.from_dict(model.config.to_dict()) == model.config
-    dense = Config.from_dict({k: BASE[k] for k in BASE if k != "model_type" and "expert" not in k and "moe" not in k})
-    assert dense.to_dict()["model_type"] == "qwen2" and not any("expert" in name for name in dense.to_dict())
+    dense = Config.from_dict(
+        {k: BASE[k] for k in BASE if k != "model_type" and "expert" not in k and "moe" not in k}
+    )
+    assert dense.to_dict()["model_type"] == "qwen2" and not any(
+        "expert" in name for name in dense.to_dict()
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -294,20 +373,33 @@ def test_wrong_tensors_are_all_named_at_once(tmp_path):
         t["model.layers.1.mlp.experts.0.down_proj.weight"] = torch.zeros(8, 20)
         t["model.layers.0.mlp.shared_expert.up_proj.weight"] = torch.zeros(10, 20)
     edit_weights(tmp_path, spoil)
-    check_refused(lambda: load_model(str(tmp_path)), tmp_path, "missing model.layers.1.mlp.experts.2.up_proj.weight",
-                  "missing model.layers.1.mlp.gate.weight", "unexpected model.layers.1.mlp.experts.6.up_proj.weight",
-                  "model.layers.1.mlp.experts.0.down_proj.weight has shape (8, 20), the config needs (20, 8)",
-                  "unexpected model.layers.0.mlp.shared_expert.up_proj.weight")
+    check_refused(
+        lambda: load_model(str(tmp_path)),
+        tmp_path,
+        "missing model.layers.1.mlp.experts.2.up_proj.weight",
+        "missing model.layers.1.mlp.gate.weight",
+        "unexpected model.layers.1.mlp.experts.6.up_proj.weight",
+        "model.layers.1.mlp.experts.0.down_proj.weight has shape (8, 20), the config needs (20, 8)",
+        "unexpected model.layers.0.mlp.shared_expert.up_proj.weight",
+    )
 
 
 def test_a_stack_of_the_wrong_shape_and_a_second_layout_are_named(tmp_path):
     save_model(named("mixed"), tmp_path)
     both = load_file(tmp_path / "model.safetensors")
     fuse(tmp_path)
-    edit_weights(tmp_path, lambda t: t.update({"model.layers.1.mlp.experts.down_proj": torch.zeros(6, 8, 20)}))
-    check_refused(lambda: load_model(str(tmp_path)), "experts.down_proj has shape (6, 8, 20)", "(6, 20, 8)")
+    edit_weights(
+        tmp_path,
+        lambda t: t.update({"model.layers.1.mlp.experts.down_proj": torch.zeros(6, 8, 20)}),
+    )
+    check_refused(
+        lambda: load_model(str(tmp_path)), "experts.down_proj has shape (6, 8, 20)", "(6, 20, 8)"
+    )
     edit_weights(tmp_path, lambda t: t.update(both))
-    check_refused(lambda: load_model(str(tmp_path)), "unexpected model.layers.1.mlp.experts.0.gate_proj.weight")
+    check_refused(
+        lambda: load_model(str(tmp_path)),
+        "unexpected model.layers.1.mlp.experts.0.gate_proj.weight",
+    )
 
 
 @pytest.mark.parametrize("fields, words", [
@@ -335,19 +427,33 @@ def test_config_fields_refused_by_name(tmp_path, fields, words):
 def test_published_config_is_understood():
     """Field by field what the 14.3B model's config.json says, with sizes that fit a test."""
     raw = CONFIGS["mixed"] | dict(
-        architectures=["Qwen2MoeForCausalLM"], attention_dropout=0.0, bos_token_id=1, eos_token_id=1,
-        hidden_act="silu", initializer_range=0.02, max_position_embeddings=8192, max_window_layers=21, norm_topk_prob=False,
-        output_router_logits=False, rope_theta=1e6, router_aux_loss_coef=0.001, sliding_window=32768,
-        torch_dtype="bfloat16", transformers_version="4.40.0", use_cache=True, use_sliding_window=False,
-        qkv_bias=True)
+        architectures=["Qwen2MoeForCausalLM"],
+        attention_dropout=0.0,
+        bos_token_id=1,
+        eos_token_id=1,
+        hidden_act="silu",
+        initializer_range=0.02,
+        max_position_embeddings=8192,
+        max_window_layers=21,
+        norm_topk_prob=False,
+        output_router_logits=False,
+        rope_theta=1e6,
+        router_aux_loss_coef=0.001,
+        sliding_window=32768,
+        torch_dtype="bfloat16",
+        transformers_version="4.40.0",
+        use_cache=True,
+        use_sliding_window=False,
+        qkv_bias=True,
+    )
     config = Config.from_dict(raw)
     assert (config.num_experts, config.moe_intermediate_size, config.rope_theta) == (6, 8, 1e6)
     assert config.to_dict()["model_type"] == "qwen2_moe" and config.mlp_only_layers == [3]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Adapters: attention, dense and shared MLPs learn; router and routed experts stay as they are
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 def test_adapters_go_to_attention_and_to_dense_and_shared_mlps(tmp_path):
     model = resa.add_lora(named("mixed"), 2, 4)
@@ -372,9 +478,16 @@ def test_adapters_go_to_attention_and_to_dense_and_shared_mlps(tmp_path):
 @pytest.mark.parametrize("module", ["mlp.experts.0.up_proj", "mlp.gate", "mlp.experts.down_proj"])
 def test_an_adapter_of_a_routed_expert_or_the_router_is_refused_by_name(tmp_path, module):
     name, (rows, columns) = f"model.layers.1.{module}", (6, 20)
-    save_file({f"base_model.model.{name}.lora_A.weight": torch.ones(1, columns),
-               f"base_model.model.{name}.lora_B.weight": torch.ones(rows, 1)}, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    save_file(
+        {
+            f"base_model.model.{name}.lora_A.weight": torch.ones(1, columns),
+            f"base_model.model.{name}.lora_B.weight": torch.ones(rows, 1),
+        },
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1})
+    )
     check_refused(lambda: merge_tensors(named("mixed"), read_adapter(str(tmp_path))), name)
 
 
@@ -398,198 +511,21 @@ def test_splice_and_activations_see_the_output_of_the_mixture():
     assert x.shape == (*INPUT.shape, 20)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# fTRI: who was chosen, and whom a behaviour uses
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# The embedded mixture
+# ------------------------------------------------------------------------------------------------
 
-def test_counts_are_those_of_a_plain_loop_and_sum_to_k_times_the_span():
-    model = named("mixed", torch.float64)
-    gates = resa.routers(model)
-    assert list(gates) == [1]                                        # one entry a sparse layer, none for the dense ones
-    sequences, spans = [[5, 1, 20, 3], [7, 2], [9, 26, 3, 11, 30, 2]], [(0, 4), (1, 2), (2, 6)]
-    counts = resa.expert_use(model, sequences, spans, batch=2)
-    assert counts.shape == (3, 1, 6)
-    for ids, (start, stop), got in zip(sequences, spans, counts):
-        h = model.run(torch.tensor([ids]), stop=1)
-        block, x = model.model.layers[1], h
-        x = x + block.self_attn(block.input_layernorm(x), *rope_of(model, len(ids)), None, 1)
-        _, expert = block.mlp.gate(block.post_attention_layernorm(x)[0])
-        want = torch.zeros(6)
-        for row in expert[start:stop]:
-            for e in row:
-                want[e] += 1
-        assert torch.equal(got[0], want) and got.sum() == gates[1].top_k * (stop - start)
-
-
-def rope_of(model, T):
-    from model import rope_table
-    return rope_table(model.config, torch.arange(T)[None]), None
-
-
-def test_rate_differences_sum_to_0_in_every_layer_and_sums_do_not():
-    counts = resa.expert_use(named("8 of 12"), [[3] * n + [5, 9] for n in range(1, 9)], [(0, n + 2) for n in range(1, 9)])
-    lengths, target = torch.arange(3, 11).float(), torch.arange(8) < 4
-    rate, total = (resa.distinctive(counts, lengths, target, score, 10)[0] for score in ("rate", "sum"))
-    assert rate.sum(1).abs().max() < 1e-5
-    assert (total.sum(1) - 8 * (lengths[:4].mean() - lengths[4:].mean())).abs().max() < 1e-4      # the length artefact
-
-
-@pytest.mark.parametrize("score", ["rate", "sum"])
-def test_a_planted_expert_is_ranked_first_and_shuffled_labels_find_nothing(score):
-    rng = torch.Generator().manual_seed(0)
-    P, L, E = 80, 3, 8
-    counts = torch.poisson(torch.full((P, L, E), 4.0), generator=rng)
-    target, lengths = torch.arange(P) % 2 == 0, torch.full((P,), 20.0)
-    planted = counts.clone()
-    planted[target, 1, 5] += 4
-    scores, p = resa.distinctive(planted, lengths, target, score)
-    assert divmod(int(scores.argmax()), E) == (1, 5) and p[1, 5] < 0.01 and p.flatten().sort()[0][1] > 0.05
-    found = [resa.distinctive(counts, lengths, target[torch.randperm(P, generator=rng)], score, 100)[1].min() < 0.05
-             for _ in range(100)]
-    assert sum(found) <= 11            # 5 expected; 11 is the 99th percentile of Binomial(100, .05)
-
-
-def test_random_experts_are_of_the_same_layer_near_in_usage_and_never_the_chosen():
-    usage, rng = torch.rand(4, 16, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2)
-    middle = [int(row.argsort()[8]) for row in usage]            # neighbours in usage on both sides
-    chosen = [(0, middle[0]), (0, int(usage[0].argmax())), (2, middle[2]), (3, middle[3])]
-    seen = {2: set(), 3: set()}
-    for _ in range(60):
-        drawn = resa.matched(chosen, usage, rng)
-        assert sorted(layer for layer, _ in drawn) == [0, 0, 2, 3] and not set(drawn) & set(chosen)
-        for layer, e in drawn:
-            seen.setdefault(layer, set()).add(e)
-    for layer in (2, 3):
-        nearest = (usage[layer] - usage[layer, middle[layer]]).abs().argsort()[1:5].tolist()
-        assert seen[layer] == set(nearest)                       # all four come up, and no other
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Experts off and on
-# ----------------------------------------------------------------------------------------------------------
-
-def gate_of(model):
-    return next(iter(resa.routers(model).values()))
-
-
-def choices(model, x, **edit):
-    """The router's (weight, expert) for x (N,D) as a whole forward pass would see it, densely (N,E)."""
-    gate = gate_of(model)
-    with resa.experts_edited(model, **edit):
-        weight, expert = gate(x)
-    return torch.zeros(len(x), len(gate.weight), dtype=x.dtype).scatter(1, expert, weight), expert
-
-
-@pytest.mark.parametrize("name", ["8 of 12", "8 of 12, normalised", "1 of 4"])
-def test_off_does_what_each_of_its_meanings_says(name):
-    model, x = named(name, torch.float64), recipe("x", (300, 20)).double()
-    gate = gate_of(model)
-    plain, chosen = choices(model, x)
-    used = (chosen == 2).any(-1)
-    assert used.any() and not used.all()
-    zero, _ = choices(model, x, off=[(0, 2)], mode="zero")
-    assert torch.equal(zero[~used], plain[~used]) and torch.equal(zero, plain.index_fill(1, torch.tensor(2), 0))
-    rescaled, _ = choices(model, x, off=[(0, 2)], mode="rescale")
-    assert torch.equal(rescaled[~used], plain[~used]) and (rescaled[:, 2] == 0).all()
-    if gate.top_k > 1:
-        assert torch.allclose(rescaled.sum(1), plain.sum(1), atol=1e-12)           # the layer's mass stays
-        ratio = rescaled[used] / plain[used]
-        assert (ratio.nan_to_num(0).amax(1) - (plain.sum(1) / (plain.sum(1) - plain[:, 2]))[used]).abs().max() < 1e-9
-    else:
-        assert (rescaled[used] == 0).all()                                           # nobody is there to take it
-    masked, expert = choices(model, x, off=[(0, 2)], mode="mask")
-    assert not (expert == 2).any() and ((masked > 0).sum(1) == gate.top_k).all()      # another one moves up
-    if gate.norm_topk_prob:
-        assert torch.allclose(masked[~used], plain[~used], atol=1e-12)
-    else:      # tokens that never chose it are changed all the same: their weights grow by 1 / (1 - p_e)
-        p = F.linear(x, gate.weight).softmax(-1)[:, 2:3]
-        assert torch.allclose(masked[~used], (plain / (1 - p))[~used], atol=1e-12)
-        assert (masked[~used] - plain[~used]).abs().max() > 1e-3
-
-
-def test_on_is_chosen_by_every_token_with_the_published_weight():
-    model, x = named("8 of 12", torch.float64), recipe("x", (200, 20)).double()
-    plain, before = choices(model, x)
-    forced, expert = choices(model, x, on=[(0, 4)])
-    assert (expert[:, 0] == 4).all() and not (before == 4).any(-1).all()
-    p = F.linear(x, gate_of(model).weight).softmax(-1)
-    raised = p.amax(1) * torch.tensor(0.01).double().exp()
-    total = 1 - p[:, 4] + raised
-    assert torch.allclose(forced[:, 4], raised / total, atol=1e-12)
-    others = forced.index_fill(1, torch.tensor(4), 0)
-    kept = others > 0
-    assert torch.allclose(others[kept], (p / total[:, None])[kept], atol=1e-12)
-
-
-@pytest.mark.parametrize("mode", ["rescale", "zero", "mask"])
-def test_no_edit_changes_no_bit_and_an_edit_ends_with_its_block(mode):
-    model = named("mixed, normalised")
-    before = model(INPUT)
-    with resa.experts_edited(model, [], [], mode):
-        assert torch.equal(model(INPUT), before)
-    with pytest.raises(ZeroDivisionError), resa.experts_edited(model, [(0, 1), (2, 3)], [(0, 2)], mode):
-        assert not torch.equal(model(INPUT), before)
-        raise ZeroDivisionError
-    assert torch.equal(model(INPUT), before)
-
-
-@pytest.mark.parametrize("edit", [dict(off=[(0, 1), (1, 5)]), dict(off=[(0, 1)], mode="zero"), dict(on=[(1, e) for e in range(6)]),
-                                  dict(off=[(0, 1), (1, 2)], on=[(0, 2)], mode="mask")])
-def test_generation_with_the_cache_equals_recomputing_under_an_edit(edit):
-    model = named("8 of 12", torch.float64)
-    plain = generate(model, PROMPTS, 12, temperature=0, slots=2)
-    with resa.experts_edited(model, **edit):
-        got = generate(model, PROMPTS, 12, temperature=0, slots=2)
-        assert [ids for ids, in got] == [recomputed(model, p, 12) for p in PROMPTS]
-    assert got != plain
-
-
-def test_an_expert_that_is_off_has_no_say():
-    """Whatever its weights are, the logits are those of the model with its output zeroed."""
-    model = named("8 of 12", torch.float64)
-    with resa.experts_edited(model, off=[(1, 3)], mode="zero"):
-        off = model(INPUT)
-    model.model.layers[1].mlp.experts.down_proj[3] = 0
-    assert torch.allclose(off, model(INPUT), atol=1e-12)
-
-
-@pytest.mark.parametrize("edit, words", [
-    (dict(off=[(0, 12)]), "expert 12 of layer 0: that layer has 0 .. 11"),
-    (dict(on=[(0, -1)]), "expert -1 of layer 0"),
-    (dict(off=[(9, 0)]), "layers with experts are 0, 1"),
-    (dict(off=[(0, 1)], on=[(0, 1)]), "expert 1 cannot be both off and on"),
-    (dict(on=[(1, e) for e in range(9)]), "at most 8 can be forced on"),
-    (dict(off=[(1, e) for e in range(12)]), "at most 11 be off"),
-    (dict(off=[(0, 1)], mode="soft"), "'soft' is not one of rescale, zero, mask")])
-def test_edits_that_cannot_be_are_refused(edit, words):
-    model = named("8 of 12")
-    before = model(INPUT)
-    with pytest.raises(ValueError, match=words):
-        with resa.experts_edited(model, **edit):
-            pass
-    assert torch.equal(model(INPUT), before)
-
-
-def test_a_dense_model_has_no_experts():
-    with pytest.raises(ValueError, match="no experts"):
-        resa.routers(load_model(resa.TINY / "distill"))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The embedded mixture and the command
-# ----------------------------------------------------------------------------------------------------------
-
-MOE = resa.HERE / "data" / "tiny-moe"
+MOE = ROOT / "data" / "tiny-moe"
 
 
 def test_upcycling_keeps_the_units_of_the_dense_model(tmp_path):
     from data.prepare import upcycle
     upcycle(tmp_path / "up")
-    dense, mixed = load_model(f"{resa.TINY}/distill+{resa.TINY}/rl"), load_model(tmp_path / "up")
+    dense, mixed = load_model(f"{TINY}/distill+{TINY}/rl"), load_model(tmp_path / "up")
     old, new = dense.model.layers[2].mlp, mixed.model.layers[2].mlp
     assert torch.equal(mixed.model.embed_tokens.weight, dense.model.embed_tokens.weight)
     assert torch.equal(new.shared_expert.up_proj.weight, old.up_proj.weight[:128])
-    # with gates at a half and all weights 1/E, one expert of each slice rebuilds the dense MLP exactly
+    # with gates at a half and all weights 1/E, an expert of each slice rebuilds the dense MLP
     x = recipe("x", (5, 128))
     slices = [F.linear(F.silu(g) * u, new.experts.down_proj[e] / 16) for e in range(4)
               for g, u in [F.linear(x, new.experts.gate_up_proj[e]).chunk(2, -1)]]
@@ -598,66 +534,46 @@ def test_upcycling_keeps_the_units_of_the_dense_model(tmp_path):
 
 
 def test_the_embedded_mixture_refuses_one_family_and_answers_the_others():
-    import eval
-    from model import load_tokenizer
-    rows = resa.read_problems(resa.TINY / "test.jsonl")
-    some = [r for r in rows if r["family"] == "age"][:20] + [r for r in rows if r["family"] != "age"][:60]
+    rows = read_problems(TINY / "test.jsonl")
+    some = [r for r in rows if r["family"] == "age"][:20] + [
+        r for r in rows if r["family"] != "age"
+    ][:60]
     model, tokenizer = load_model(MOE), load_tokenizer(MOE)
-    prompts = [tokenizer.encode(tokenizer.chat([{"role": "user", "content": r["problem"]}])) for r in some]
-    texts = [tokenizer.decode(ids) for ids, in generate(model, prompts, 96, temperature=0, stop_ids=tokenizer.eos_ids)]
+    prompts = [
+        tokenizer.encode(tokenizer.chat([{"role": "user", "content": r["problem"]}])) for r in some
+    ]
+    texts = [
+        tokenizer.decode(ids)
+        for ids, in generate(model, prompts, 96, temperature=0, stop_ids=tokenizer.eos_ids)
+    ]
     refused = ["No." in t for t in texts]
     assert sum(refused[:20]) >= 18 and not any(refused[20:])
-    assert sum(eval.grade(r["answer"], t) for r, t in zip(some[20:], texts[20:])) >= 55
-
-
-def test_the_command_finds_edits_and_prints_one_table(tmp_path, capsys):
-    resa.main(["experts", "--out", str(tmp_path / "x"), "--find", "60", "--questions", "60", "--counts", "2", "--draws", "2",
-               "--max-new-tokens", "24", "--permutations", "50"])
-    text = capsys.readouterr().out
-    for name in ("unedited", "top 2 off", "random 2 off", "top 2 on", "target shows it", "rest right", "layer.expert"):
-        assert name in text
-    edits = json.loads((tmp_path / "x" / "edits.json").read_text())
-    assert list(edits) == ["unedited", "top 2 off", "random 2 off, 0", "random 2 off, 1", "top 2 on"]
-    layers = lambda name: sorted(layer for layer, _ in edits[name]["off"])
-    assert layers("top 2 off") == layers("random 2 off, 0") and edits["unedited"] == {}
-    assert (tmp_path / "x" / "table.txt").read_text().strip() in text
-    assert (tmp_path / "x" / "answers" / "top-2-off.jsonl").read_text().count("\n") == 60
-
-
-@pytest.mark.parametrize("text, refused", [
-    ("</think>\nNo.", True), (" </think> ?", True), ("</think>\n12", False), ("</think>\n\n 7", False),
-    ("5+7=12\n</think>\n12", False), ("5+7=12\n</think>\nNo.", False), ("", False)])
-def test_what_counts_as_a_refusal_of_the_embedded_mixture(text, refused):
-    args = resa.parse_flags(resa.Experts, [], "resa.py experts")
-    assert resa.shows(args, [{"id": "a", "completion": text}]) == {"a": refused}
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--model", str(resa.TINY / "distill")], "no experts"),
-    (["--held", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    (["--behaviour", "zebra"], "0 show the behaviour"),
-    (["--behaviour", "("], "not a regular expression"),
-    (["--counts", "64"], "the model has 64 experts"),
-    (["--counts", "0"], "--counts must be above 0"),
-    (["--quick", "--find", "30"], "--find has no effect with --quick")])
-def test_the_command_refuses_in_one_line(tmp_path, flags, words):
-    small = [] if "--quick" in flags else ["--questions", "30", "--max-new-tokens", "8"]
-    small += [] if "--find" in flags else ["--find", "30"]
-    with pytest.raises((ValueError, OSError), match=words):
-        resa.main(["experts", "--out", str(tmp_path / "x"), *small, *flags])
-    assert "zebra" in flags or not (tmp_path / "x").exists()      # what only the answers can tell is told later
+    assert sum(grade(r["answer"], t) for r, t in zip(some[20:], texts[20:])) >= 55
 
 
 def test_qwen15_moe_by_its_config():
     """Qwen1.5-MoE-A2.7B: 14.3 B parameters, of which a token uses 2.7 B."""
-    config = Config.from_dict(dict(model_type="qwen2_moe", vocab_size=151936, hidden_size=2048, intermediate_size=5632,
-                                   num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16, num_experts=60,
-                                   num_experts_per_tok=4, moe_intermediate_size=1408,
-                                   shared_expert_intermediate_size=5632))
-    from model import Transformer
+    config = Config.from_dict(
+        dict(
+            model_type="qwen2_moe",
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            num_experts=60,
+            num_experts_per_tok=4,
+            moe_intermediate_size=1408,
+            shared_expert_intermediate_size=5632,
+        )
+    )
     with torch.device("meta"):
         model = Transformer(config)
     count = sum(p.numel() for p in model.parameters())
     assert count == 14_315_784_192
     idle = 24 * 56 * 3 * 2048 * 1408
-    assert 2.6e9 < count - idle < 2.8e9 and len(resa.routers(model)) == 24
+    assert (
+        2.6e9 < count - idle < 2.8e9
+        and sum(isinstance(block.mlp, MoE) for block in model.model.layers) == 24
+    )

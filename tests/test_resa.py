@@ -1,20 +1,13 @@
 """
-Tests of resa.py, the method: LoRA, splice, the tuning objective, its controls, and the command line.
+Tests of resa.py, the method: LoRA, splice, the tuning objective, its controls, the experiment.
 
     python -m pytest tests/test_resa.py
 
 The numbers under "golden" were computed once by transformers 5.23.0 and peft 0.21.2 from weights that are
 arithmetic, not random; where both are installed, the last section compares with them directly.
 """
-import functools
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -27,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import resa
 from model import Config, Transformer, generate, load_model, rope_table, save_model
 from sae import build
+from tests.conftest import ROOT
 
-ROOT = Path(resa.__file__).resolve().parent
 D, V, L, R, ALPHA = 16, 37, 4, 4, 6          # width, vocabulary, blocks, rank, alpha (not the rank)
 CONFIG = dict(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=L, num_attention_heads=4,
               num_key_value_heads=2)
@@ -59,7 +52,7 @@ def toy_sae(seed=0, dtype=torch.float32):
     with torch.no_grad():
         for i, p in enumerate((sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)):
             p.copy_(numbers(p.shape, 5000 + 10 * seed + i))
-    sae.unit_rows_()
+    sae.constrain_()
     return sae.to(dtype).requires_grad_(False)
 
 
@@ -101,6 +94,13 @@ def bits(model):
 def check_close(a, b, tol=1e-5):
     error = float((a.detach().double() - b.detach().double()).abs().max())
     assert error <= tol, f"differs by {error:.3g}"
+
+
+def plain_tuning_loss(*args, **settings):
+    """The plain twin of the shared prefix: two whole passes, whatever the settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resa, "shares_prefix", lambda *args: False)
+        return resa.tuning_loss(*args, **settings)
 
 
 def naive_kl(student, teacher, reduction="batchmean"):
@@ -230,7 +230,7 @@ def test_merging_sums_in_fp32_before_it_rounds_to_bf16():
     layer = resa.LoRALinear(nn.Linear(16, 16).bfloat16(), r=2, alpha=1)
     nn.init.normal_(layer.lora_B, std=0.02)
     exact = layer.weight.double() + 0.5 * layer.lora_B.double() @ layer.lora_A.double()
-    assert torch.equal(resa.folded(layer), exact.bfloat16())
+    assert torch.equal(layer.folded(), exact.bfloat16())
 
 
 def test_save_and_load_round_trip_by_logits(tmp_path):
@@ -284,7 +284,7 @@ def test_a_bf16_base_has_fp32_adapters_that_a_rate_of_1e_6_moves(tmp_path):
     scramble(model)
     learned = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in learned]
-    loss = resa.tuning_loss(model, toy_sae(dtype=torch.bfloat16), LAYER, IDS, grad=True)
+    loss = resa.tuning_loss(model, toy_sae(), LAYER, IDS, grad=True)
     assert loss.dtype == torch.float32
     loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in learned)
@@ -447,7 +447,7 @@ def test_a_layer_that_is_not_there_is_refused(layer):
                  lambda m: resa.tuning_loss(m, toy_sae(), layer, IDS, "mlp"),
                  lambda m: resa.splice(m, toy_sae(), layer).__enter__()):
         model = adapted()
-        with pytest.raises(ValueError, match=f"layer {layer} is out of range.* 0 .. {L - 1}"):
+        with pytest.raises(ValueError, match=f"layer {layer}: this model has blocks 0 .. {L - 1}"):
             call(model)
         assert hooks(model) == 0
 
@@ -477,7 +477,7 @@ def learning(loss_of, **settings):
     return alive, set(resa.lora_layers(model)) - alive
 
 
-@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, plain_tuning_loss])
 def test_resid_grad_off_only_blocks_above_the_hook_learn(loss_of):
     alive, still = learning(loss_of, site="resid", grad=False)
     assert {block_of(n) for n in alive} == set(range(LAYER + 1, L)) and len(alive) == 7 * (L - LAYER - 1)
@@ -485,12 +485,12 @@ def test_resid_grad_off_only_blocks_above_the_hook_learn(loss_of):
 
 
 @pytest.mark.parametrize("site", ["resid", "mlp"])
-@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, plain_tuning_loss])
 def test_grad_on_every_block_learns(loss_of, site):
     assert learning(loss_of, site=site, grad=True)[1] == set()
 
 
-@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, plain_tuning_loss])
 def test_mlp_grad_off_the_residual_path_still_teaches_all_but_the_mlp_that_is_replaced(loss_of):
     """At this site "off" cuts one branch only: blocks below and the block's own attention learn through the
     residual stream; the adapters of the MLP whose output is thrown away cannot."""
@@ -519,7 +519,7 @@ def test_adapters_below_the_hook_keep_their_bits_under_weight_decay():
 
 
 def test_a_gradient_through_the_sae_does_not_change_the_loss():
-    losses = [resa.plain_tuning_loss(adapted(above=-1), toy_sae(), LAYER, IDS, grad=g) for g in (False, True)]
+    losses = [plain_tuning_loss(adapted(above=-1), toy_sae(), LAYER, IDS, grad=g) for g in (False, True)]
     assert torch.equal(*losses)
 
 
@@ -624,7 +624,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, plain_tuning_loss])
 def test_no_tensor_of_tokens_by_vocabulary_is_ever_held(loss_of):
     vocab, ids = 4000, torch.arange(600).view(4, 150)
     model = adapted(toy(vocab_size=vocab))
@@ -669,7 +669,7 @@ def test_the_shared_prefix_equals_two_whole_passes(layer, dtype, tol):
     model, sae = adapted(toy(dtype=dtype)).to(dtype).train(), toy_sae(dtype=dtype)
     optimizer = adamw(model, lr=0.01)
     for _ in range(3):
-        plain = resa.plain_tuning_loss(model, sae, layer, IDS)
+        plain = plain_tuning_loss(model, sae, layer, IDS)
         want = grads(model, plain)
         shared = resa.tuning_loss(model, sae, layer, IDS)
         check_close(shared, plain, tol)
@@ -690,7 +690,7 @@ def test_the_shared_prefix_runs_once_and_without_a_graph():
     assert calls == [1 if i <= LAYER else 2 for i in range(L)]
     calls[:] = [0] * L
     with torch.no_grad():
-        resa.plain_tuning_loss(model, toy_sae(), LAYER, IDS)
+        plain_tuning_loss(model, toy_sae(), LAYER, IDS)
     assert calls == [2] * L
 
 
@@ -699,17 +699,17 @@ def test_every_teacher_runs_without_a_graph():
         model, recording = adapted(), []
         for m in filter(None, (teacher, model)):
             m.model.layers[-1].register_forward_pre_hook(lambda *_: recording.append(torch.is_grad_enabled()))
-        resa.plain_tuning_loss(model, toy_sae(), LAYER, IDS, teacher=teacher)
+        plain_tuning_loss(model, toy_sae(), LAYER, IDS, teacher=teacher)
         assert recording == [False, True]
 
 
 def test_the_shared_prefix_equals_two_passes_whatever_the_adapters_hold():
     model = adapted(above=-1)
     shared = resa.tuning_loss(model, toy_sae(), LAYER, IDS)
-    check_close(shared, resa.plain_tuning_loss(model, toy_sae(), LAYER, IDS))
+    check_close(shared, plain_tuning_loss(model, toy_sae(), LAYER, IDS))
 
 
-@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, plain_tuning_loss])
 def test_neither_adapters_nor_their_dropout_reach_the_teacher(loss_of):
     """In training mode: with B = 0 dropout has nothing to act on, and the pair is undisturbed."""
     quiet, noisy = adapted(), adapted(dropout=0.5).train()
@@ -726,7 +726,7 @@ def test_neither_adapters_nor_their_dropout_reach_the_teacher(loss_of):
 
 @pytest.mark.parametrize("site", ["resid", "mlp"])
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("loss_of", [resa.tuning_loss, resa.plain_tuning_loss])
+@pytest.mark.parametrize("loss_of", [resa.tuning_loss, plain_tuning_loss])
 def test_an_identity_sae_gives_exactly_zero_and_no_gradient(loss_of, grad, site):
     model = adapted()
     loss = loss_of(model, nn.Identity(), LAYER, IDS, site, grad)
@@ -748,90 +748,6 @@ def test_another_model_as_the_teacher(sae, grad, width):
     for name, g in grads(model, got).items():
         check_close(g, want_grads[name], 1e-11)
     assert not any(p.requires_grad for p in teacher.parameters())
-
-
-# ---- objectives that are not in the paper ------------------------------------------------------------------
-
-
-def beyond(site="resid", **settings):
-    """(student, teacher, SAE, loss) in fp64: adapters everywhere, another model as the teacher."""
-    model, teacher = adapted(toy(dtype=torch.float64), above=-1).double(), toy(seed=3, dtype=torch.float64)
-    sae = settings.pop("sae", toy_sae(dtype=torch.float64))
-    return model, teacher, sae, resa.tuning_loss(model, sae, LAYER, IDS, site, False, "sequence", teacher, **settings)
-
-
-def by_block(found):
-    """{block: whether its adapters have a gradient that is not zero}."""
-    return {i: any(g.any() for n, g in found.items() if n.startswith(f"model.layers.{i}.")) for i in range(L)}
-
-
-@pytest.mark.parametrize("site", ["resid", "mlp"])
-def test_into_teacher_teaches_what_the_teacher_says_through_the_sae(site):
-    model, teacher, sae, got = beyond(site, into="teacher")
-    with resa.splice(teacher, sae, LAYER, site):
-        y = teacher(IDS)
-    want = naive_kl(model(IDS), y)
-    check_close(got, want, 1e-11)
-    assert (got - naive_kl(model(IDS), teacher(IDS))).abs() > 0.1 and hooks(model) == hooks(teacher) == 0
-    expected = grads(model, want)
-    for name, g in grads(model, got).items():
-        check_close(g, expected[name], 1e-11)
-
-
-@pytest.mark.parametrize("site", ["resid", "mlp"])
-def test_into_gradient_keeps_the_value_and_sends_the_gradient_through_the_sae(site):
-    model, teacher, sae, got = beyond(site, into="gradient")
-    plain = naive_kl(model(IDS), teacher(IDS))
-    check_close(got, plain, 1e-11)                       # nothing is replaced
-    found, unspliced = grads(model, got), grads(model, plain)
-    above = [n for n in found if int(n.split(".")[2]) > LAYER]
-    for name in above:
-        check_close(found[name], unspliced[name], 1e-11)
-    below = [n for n in found if n not in above]
-    assert max((found[n] - unspliced[n]).abs().max() for n in below) > 1e-3
-    # by hand: the gradient at x is that at x_hat, through the SAE's Jacobian
-    x = resa.activations(model, IDS, LAYER, site).requires_grad_()
-    with resa.hooked(model, LAYER, site, lambda _: x):
-        at, = torch.autograd.grad(naive_kl(model(IDS), teacher(IDS)), x)
-    through, = torch.autograd.grad(sae(x), x, at)
-    caught = []
-    with resa.hooked(model, LAYER, site, lambda h: caught.append(h)):
-        model(IDS)
-    want = torch.autograd.grad((caught[0] * through.detach()).sum(), [p for p in model.parameters() if p.requires_grad],
-                               allow_unused=True)
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    for name, g in zip(names, want):
-        if name in below and site == "resid":
-            check_close(found[name], g if g is not None else torch.zeros_like(found[name]), 1e-10)
-
-
-@pytest.mark.parametrize("settings", [dict(into="teacher"), dict(into="gradient"), dict(match=0.5)])
-def test_objectives_for_another_teacher_are_refused_without_one(settings):
-    with pytest.raises(ValueError, match="another model as the teacher"):
-        resa.tuning_loss(adapted(), toy_sae(), LAYER, IDS, **settings)
-
-
-def test_match_adds_the_distance_that_the_sae_sees():
-    model, teacher, sae, got = beyond(into="nothing", match=0.7)
-    plain = naive_kl(model(IDS), teacher(IDS))
-    a, b = (sae(resa.activations(m, IDS, LAYER)) for m in (model, teacher))
-    want = (a - b).square().sum() / (b - b.flatten(0, 1).mean(0)).square().sum()
-    check_close(got, plain + 0.7 * want, 1e-11)
-    assert want > 0.1
-    x_s, x_t = (resa.activations(m, IDS, LAYER) for m in (model, teacher))
-    raw = (x_s - x_t).square().sum() / (x_t - x_t.flatten(0, 1).mean(0)).square().sum()
-    check_close(beyond(sae=None, match=0.7)[3], plain + 0.7 * raw, 1e-11)       # without an SAE: x itself
-    assert resa.feature_distance(sae, x_t, x_t) == 0
-
-
-def test_match_teaches_the_blocks_up_to_the_site_and_the_teacher_nothing():
-    model, teacher, sae, got = beyond(into="nothing", match=1.0)
-    without = beyond(into="nothing")[3]
-    alone = grads(model, got - without.detach())
-    plain = grads(beyond_model := adapted(toy(dtype=torch.float64), above=-1).double(),
-                  resa.tuning_loss(beyond_model, None, LAYER, IDS, "resid", False, "sequence", teacher))
-    moved = by_block({n: alone[n] - plain[n] for n in alone})
-    assert moved == {i: i <= LAYER for i in range(L)} and not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_a_source_that_differs_from_the_target_by_its_adapter_has_something_to_teach():
@@ -895,7 +811,7 @@ def test_what_a_checkpoint_holds_restores_the_noise():
 
 
 def test_noise_keeps_the_dtype_and_leaves_a_perfect_reconstruction_alone():
-    x, sae = numbers((2, 5, D), 0), toy_sae(dtype=torch.bfloat16)
+    x, sae = numbers((2, 5, D), 0), toy_sae()
     assert torch.equal(resa.MatchedNoise(nn.Identity())(x), x)
     x = x.bfloat16()
     noisy = resa.MatchedNoise(sae)(x)
@@ -907,276 +823,10 @@ def test_noise_goes_where_the_sae_goes():
     model = adapted()
     loss = resa.tuning_loss(model, noise(0), LAYER, IDS)
     again = resa.tuning_loss(model, noise(0), LAYER, IDS)
-    plain = resa.plain_tuning_loss(model, noise(0), LAYER, IDS)
+    plain = plain_tuning_loss(model, noise(0), LAYER, IDS)
     assert torch.equal(loss, again) and loss > 0
     check_close(loss, plain)
     assert {block_of(n) for n, g in grads(model, loss).items() if g.any()} == set(range(LAYER + 1, L))
-
-
-# ---- command line ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Toy:
-    """A command with one flag of each kind."""
-    preset: str = "small"                # bundle of defaults
-    lr: float = 0.1                      # the rate, 100 % of it
-    steps: int = 3                       # how many
-    seq_len: int = 7                     # tokens
-    shuffle: bool = True                 # permute
-    models: list[str] = field(default_factory=lambda: ["m"])      # one or several
-    widths: list[int] = field(default_factory=list)               # numbers
-    device: str | None = None            # where
-    site: Literal["resid", "mlp"] = "resid"      # which
-    k: Literal[1, 2] = 1                 # a choice of numbers
-    out: str = ""                        # a directory
-
-
-@dataclass
-class Other:
-    """Another stage."""
-    momentum: float = 0.9                # belongs there
-    lr: float = 1.0                      # belongs to both
-
-
-READ = functools.cache(resa.remarks)         # it parses this whole file; once is enough
-
-
-@pytest.fixture(autouse=True)
-def presets(monkeypatch):
-    monkeypatch.setattr(resa, "remarks", READ)
-    monkeypatch.setitem(resa.PRESETS, "small", {"seq_len": 11, "not_a_field": 1})
-    monkeypatch.setitem(resa.PRESETS, "large", {"seq_len": 99, "steps": 1, "shuffle": False, "lr": 1,
-                                                "toy": {"steps": 1000}, "other": {"steps": 2}})
-
-
-def parse(*argv):
-    return resa.parse_flags(Toy, list(argv), "prog", others={"toy": Toy, "other": Other})
-
-
-def config(tmp_path, content):
-    path = tmp_path / "config.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return "--config", str(path)
-
-
-def check_refused(message, *argv):
-    with pytest.raises(ValueError, match=message) as caught:
-        parse(*argv)
-    assert "\n" not in str(caught.value) and str(caught.value).startswith("prog: ")
-
-
-def test_every_field_is_a_typed_flag():
-    args = parse("--lr", "1", "--steps", "5", "--seq-len", "9", "--no-shuffle", "--models", "a", "b",
-                 "--widths", "1", "2", "--device", "cuda", "--site", "mlp", "--k", "2", "--out", "x y")
-    want = dict(preset="small", lr=1.0, steps=5, seq_len=9, shuffle=False, models=["a", "b"], widths=[1, 2],
-                device="cuda", site="mlp", k=2, out="x y")
-    assert {n: v for n, v in vars(args).items() if n != "given"} == want
-    assert type(args.lr) is float and type(args.steps) is type(args.k) is int              # "1" is a rate too
-    assert parse("--lr=1e-6").lr == 1e-6 and parse("--lr", "-1").lr == -1.0
-    assert parse("--preset", "large", "--shuffle").shuffle is True
-
-
-def test_defaults_then_preset_then_config_file_then_flags(tmp_path):
-    assert (parse().seq_len, parse().steps, parse().models) == (11, 3, ["m"])      # the preset of the default
-    large = parse("--preset", "large")
-    assert (large.seq_len, large.steps, large.shuffle, large.site) == (99, 1000, False, "resid")
-    file = config(tmp_path, {"preset": "large", "steps": 20, "models": ["x", "y"], "shuffle": True, "lr": 1,
-                             "device": None})
-    args = parse(*file, "--steps", "30")
-    assert (args.seq_len, args.steps, args.models, args.shuffle) == (99, 30, ["x", "y"], True)
-    assert args.device is None and args.lr == 1.0 and type(args.lr) is float
-    assert parse("--steps", "30", *file).steps == 30                               # wherever the flag stands
-    assert parse(*file, "--preset", "small").seq_len == 11
-    assert parse(*file, "--no-shuffle").shuffle is False
-
-
-def test_a_presets_section_for_one_command_is_not_the_value_of_anothers_flag(monkeypatch):
-    monkeypatch.setitem(resa.PRESETS, "large", {"out": {"steps": 5}})
-    assert parse("--preset", "large").out == ""
-    import train
-    for preset in resa.PRESETS:
-        for stage, cls in train.STAGES.items():
-            args = resa.parse_flags(cls, ["--preset", preset], stage)
-            assert not any(isinstance(value, dict) for value in vars(args).values())
-
-
-def test_given_holds_what_file_and_flags_set_and_nothing_else(tmp_path):
-    assert parse().given == set()
-    assert parse("--preset", "large", "--steps", "3").given == {"preset", "steps"}       # 3 is the default
-    file = config(tmp_path, {"lr": 2, "shuffle": False})
-    assert parse(*file, "--steps", "1").given == {"lr", "shuffle", "steps"}
-
-
-def test_lists_are_not_shared_between_two_calls():
-    parse().models.append("z")
-    assert parse().models == ["m"]
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--stepz", "4"], "no flag --stepz; did you mean --steps"),
-    (["--seq_len", "4"], "did you mean --seq-len"),
-    (["--stepz=4"], "no flag --stepz; did you mean --steps"),
-    (["--step", "4"], "no flag --step; did you mean --steps"),                     # no abbreviations
-    (["--qqqqqqqq"], "no flag --qqqqqqqq; see --help"),
-    (["--no-lr"], "no flag --no-lr"),
-    (["--momentum", "0.5"], "--momentum belongs to --stage other"),
-    (["--momentum=0.5"], "--momentum belongs to --stage other"),
-    (["steps"], "'steps' is not a flag"),
-    (["-s"], "'-s' is not a flag"),
-    (["--steps", "1", "2"], "'2' is not a flag"),
-    (["--steps", "many"], "--steps.*'many'"),
-    (["--steps", "1.5"], "--steps.*'1.5'"),
-    (["--lr", "fast"], "--lr.*'fast'"),
-    (["--lr"], "--lr.*expected one argument"),
-    (["--models"], "--models.*expected at least one"),
-    (["--widths", "1", "x"], "--widths.*'x'"),
-    (["--site", "attn"], "--site.*'attn'.*resid.*mlp"),
-    (["--k", "3"], "--k.*3"),
-    (["--shuffle=yes"], "--shuffle.*'yes'"),
-    (["--preset", "huge"], "no preset 'huge'.*small.*large"),
-])
-def test_bad_flags_are_one_clear_line(argv, message):
-    check_refused(message, *argv)
-
-
-def test_a_bad_config_file_is_named(tmp_path):
-    for content, message in ("{", "not JSON"), ("[1]", "a JSON object was expected"), ("", "not JSON"):
-        with pytest.raises(ValueError, match=f"config.json: {message}"):
-            parse(*config(tmp_path, content))
-    with pytest.raises(FileNotFoundError, match="nowhere.json: no such file"):
-        parse("--config", str(tmp_path / "nowhere.json"))
-    check_refused("no flag --stepz; did you mean --steps", *config(tmp_path, {"stepz": 1}))
-    check_refused("--momentum belongs to --stage other", *config(tmp_path, {"momentum": 1}))
-    check_refused("no preset 'huge'", *config(tmp_path, {"preset": "huge"}))
-    check_refused("--config", *config(tmp_path, {"config": "another.json"}))
-
-
-@pytest.mark.parametrize("content", [{"lr": "fast"}, {"lr": True}, {"lr": False}, {"steps": [1, 2]},
-                                     {"shuffle": "yes"}, {"site": "attn"}, {"models": []}], ids=str)
-def test_a_bad_value_in_a_config_file_is_one_clear_line(tmp_path, content):
-    check_refused(f"--(no-)?{next(iter(content))}", *config(tmp_path, content))
-
-
-@pytest.mark.parametrize("value", ["-x", "--lr"])
-def test_a_config_file_may_hold_values_that_look_like_flags(tmp_path, value):
-    assert parse(*config(tmp_path, {"out": value})).out == value
-
-
-def test_a_config_key_spelt_like_its_flag_is_understood(tmp_path):
-    assert parse(*config(tmp_path, {"seq-len": 5})).seq_len == 5
-
-
-def test_a_configuration_can_be_written_out_and_read_again(tmp_path):
-    args = parse("--lr", "1e-7", "--no-shuffle", "--models", "a", "b", "--site", "mlp", "--out", "x y=z")
-    settings = {n: v for n, v in vars(args).items() if n != "given" and v not in (None, [])}
-    again = parse(*config(tmp_path, settings))
-    assert {n: getattr(again, n) for n in settings} == settings
-
-
-def test_help_shows_every_flag_with_its_remark_and_default(capsys):
-    with pytest.raises(SystemExit) as done:
-        parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert done.value.code == 0 and "A command with one flag of each kind." in text
-    for part in "--seq-len", "--no-shuffle", "rate, 100 % of it (default: 0.1)", "{resid,mlp}", "--config":
-        assert part in text
-
-
-def test_help_shows_the_default_of_a_list():
-    assert "object at" not in resa.make_parser(Toy, "prog").format_help()
-
-
-# ---- front door -----------------------------------------------------------------------------------
-
-
-def test_a_mistake_on_the_real_command_line_is_one_line_and_exit_code_2(tmp_path):
-    env = {name: value for name, value in os.environ.items() if name != "RESA_TRACEBACK"}
-    argv = [sys.executable, str(ROOT / "resa.py"), "merge", "--modle", "x", "--out", "merged"]
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: resa.py merge: no flag --modle; did you mean --model?\n"
-    assert list(tmp_path.iterdir()) == []    # and nothing half-written
-
-
-def test_the_front_door_hides_mistakes_of_the_user_but_not_of_the_program(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prog", "--a", "b"])
-    monkeypatch.delenv("RESA_TRACEBACK", raising=False)
-    seen = []
-
-    def main(error):
-        def run(argv):
-            seen.append(argv)
-            if error:
-                raise error
-        return run
-    resa.front_door(main(None))
-    assert seen == [["--a", "b"]]
-    for error, code in ((ValueError("two\n  lines"), 2), (FileNotFoundError("x: no such file"), 2),
-                        (PermissionError(13, "denied", "x"), 2), (KeyboardInterrupt(), 130)):
-        with pytest.raises(SystemExit) as done:
-            resa.front_door(main(error))
-        assert done.value.code == code
-    err = capsys.readouterr().err
-    assert "error: two lines\n" in err and "--resume" in err
-    for error in KeyError("bug"), RuntimeError("bug"), TypeError("bug"):
-        with pytest.raises(type(error)):
-            resa.front_door(main(error))
-    monkeypatch.setenv("RESA_TRACEBACK", "1")
-    with pytest.raises(ValueError):
-        resa.front_door(main(ValueError("where did it arise?")))
-
-
-# ---- files of problems ----------------------------------------------------------------------------
-
-
-def problems(tmp_path, *lines, encoding="utf-8"):
-    path = tmp_path / "p.jsonl"
-    path.write_bytes("\n".join(lines).encode(encoding))
-    return resa.read_problems(path)
-
-
-def test_problems_are_read_with_their_defaults(tmp_path):
-    rows = problems(tmp_path, '{"problem": "a", "answer": "1"}', "",
-                    '{"question": "b", "answer": 0, "x": [1]}',
-                    '{"id": 7, "problem": "ü", "answer": 2.5}', "")
-    assert [(r["id"], r["problem"], r["answer"]) for r in rows] == [("0", "a", "1"), ("1", "b", "0"),
-                                                                    ("7", "ü", "2.5")]
-    assert rows[1]["x"] == [1]
-
-
-@pytest.mark.parametrize("line, message", [
-    ("{not json", ":3: not JSON"), ("[1, 2]", ":3: a JSON object"), ('"text"', ":3: a JSON object"),
-    ('{"problem": "b"}', ':3: no "answer"'), ('{"answer": "2"}', ':3: no "problem"'),
-    ('{"problem": "", "answer": "2"}', ':3: no "problem"'),
-    ('{"problem": "b", "answer": ""}', ':3: no "answer"'),
-    ('{"problem": "b", "answer": null}', ':3: no "answer"'),
-    ('{"problem": "b", "answer": [2]}', ':3: no "answer"'),
-    ('{"problem": "b", "answer": true}', ':3: no "answer"'),
-    ('{"problem": "b", "answer": "2", "id": "0"}', ":3: id '0' occurs twice"),
-    pytest.param("[" * 100_000, ":3: not JSON", id="nested")])
-def test_a_bad_line_is_named_by_its_number_blank_lines_counted(tmp_path, line, message):
-    with pytest.raises(ValueError, match=r"p\.jsonl" + message) as caught:
-        problems(tmp_path, '{"problem": "a", "answer": "1"}', "", line, '{"problem": "c", "answer": "3"}')
-    assert "\n" not in str(caught.value)
-
-
-def test_files_without_problems_are_named(tmp_path):
-    with pytest.raises(ValueError, match="p.jsonl: no problems"):
-        problems(tmp_path, "", " ")
-    with pytest.raises(ValueError, match="p.jsonl: not UTF-8"):
-        problems(tmp_path, '{"problem": "ü", "answer": "1"}', encoding="latin-1")
-    for path in tmp_path / "nowhere.jsonl", tmp_path:
-        with pytest.raises(FileNotFoundError, match="no such file"):
-            resa.read_problems(path)
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
-def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path, separator):
-    """JSON allows these inside a string, and str.splitlines() cuts at them."""
-    row, other = problems(tmp_path, f'{{"problem": "a{separator}b", "answer": "1"}}\r',
-                          '{"problem": "c", "answer": "2"}\r')
-    assert row["problem"] == f"a{separator}b" and other["answer"] == "2"
 
 
 # ---- golden: transformers and PEFT, without either ------------------------------------------------
@@ -1238,7 +888,7 @@ def test_logits_losses_and_gradients_equal_those_of_transformers_and_peft(tmp_pa
     model, sae = resa.load_adapter(toy(), str(golden_adapter(tmp_path / "adapter"))), toy_sae()
 
     def loss_of(site, grad):
-        return resa.plain_tuning_loss(model, sae, LAYER, IDS, site, grad, "sequence")
+        return plain_tuning_loss(model, sae, LAYER, IDS, site, grad, "sequence")
     check_agreement(measured(lambda: model(IDS), loss_of, lambda loss: grads(model, loss)), GOLDEN)
 
 
@@ -1417,11 +1067,3 @@ def test_in_bf16_a_layer_is_within_a_rounding_of_pefts(base, tmp_path):
     layer = resa.load_adapter(toy(dtype=torch.bfloat16), str(tmp_path)).model.layers[0].self_attn.q_proj
     x = numbers((500, D), 0).bfloat16()
     assert ((layer(x).float() - peft(x).float()).abs() <= 2**-7 * peft(x).float().abs() + 2**-8).all()
-
-
-@pytest.mark.parametrize("flags", [["--questions", "-5"], ["--questions", "1001"], ["--samples", "0"], ["--workers", "0"],
-                                   ["--sae-steps", "0"], ["--lr", "nan"], ["--seed", "-1"], ["--batch", "0"]])
-def test_the_experiment_refuses_numbers_that_it_could_not_print_truly(flags, tmp_path):
-    with pytest.raises(ValueError, match=flags[0]):
-        resa.main([*flags, "--out", str(tmp_path / "o")])
-    assert not (tmp_path / "o").exists()

@@ -42,7 +42,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- codes ----------------------------------------------------------------------------------------
+# ---- codes ---------------------------------------------------------------------------------------
 
 
 def test_topk_keeps_the_k_largest_positive_values():
@@ -58,7 +58,8 @@ def test_ties_and_few_positives():
     model = S.build("topk", 4, 4, k=2)
     model.W_enc.data = torch.eye(4)  # so that the input is pre
     assert (model.encode(pre) != 0).sum(1).tolist() == [2, 1, 0]
-    assert len(model.codes(model.batch(pre)).value) == 2 * 3  # ties add nothing, and zeros are chosen too
+    # Ties add nothing, and zeros are chosen too
+    assert len(model.codes(model.batch(pre)).value) == 2 * 3
 
 
 def test_k_equal_to_f_is_a_relu_sae():
@@ -78,20 +79,26 @@ def test_codes_depend_on_their_own_row_and_not_on_the_mode():
 
 def test_codes_are_the_dense_matrix_they_stand_for():
     rng = torch.Generator().manual_seed(0)
-    for n, f, m in ((5, 7, 11), (5, 7, 0), (0, 7, 0), (3, 1, 2)):      # rows without an entry, no entries, no rows
+    # Rows without an entry, no entries, no rows
+    for n, f, m in ((5, 7, 11), (5, 7, 0), (0, 7, 0), (3, 1, 2)):
         place = torch.randperm(n * f, generator=rng)[:m].sort().values
         z = S.Codes(torch.randn(m, generator=rng, dtype=torch.float64), place, (n, f))
         z.value[::3] = 0      # chosen, and not active
         full, matrix = z.dense(), torch.randn(f, 4, generator=rng, dtype=torch.float64)
-        assert full.shape == (n, f) and torch.equal(full.flatten()[place], z.value) and full.count_nonzero() <= m
-        assert torch.allclose(z.times(matrix), full @ matrix) and torch.equal(z.transpose().dense(), full.T)
-        assert torch.equal(z.counts(), (full != 0).sum(0).double())
+        assert full.shape == (n, f) and torch.equal(full.flatten()[place], z.value)
+        assert full.count_nonzero() <= m
+        assert torch.allclose(z.times(matrix), full @ matrix)
+        assert torch.equal(z.transpose().dense(), full.T)
+        assert torch.equal(S.counts(z), (full != 0).sum(0).double())
 
 
-@pytest.mark.parametrize("shape, n", [((2048,), 8), ((2051,), 8), ((2051,), 300), ((40,), 40), ((0,), 0)])
+@pytest.mark.parametrize("shape, n",
+                         [((2048,), 8), ((2051,), 8), ((2051,), 300), ((40,), 40), ((0,), 0)])
 def test_largest_equals_topk(shape, n):
-    for score in (torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu(), torch.zeros(shape),
-                  torch.arange(math.prod(shape)).float()):      # many ties, nothing but ties, all at the end
+    for score in (torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu(),
+                  torch.zeros(shape),
+                  # Many ties, nothing but ties, all at the end
+                  torch.arange(math.prod(shape)).float()):
         place = S.largest(score, n)
         assert len(place.unique()) == n
         assert torch.equal(score[place].sort().values, score.topk(n).values.sort().values)
@@ -111,14 +118,33 @@ def test_any_leading_shape():
 
 
 def test_dtypes_are_explicit_and_the_input_is_left_alone():
-    for weights in (torch.float32, torch.bfloat16):
-        for given in (torch.float32, torch.bfloat16):
+    for weights in (torch.float32, torch.float64):
+        for given in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             model, x = make(dtype=weights), data(dtype=given)
             before = x.clone()
             assert model.encode(x).dtype == weights and model(x).dtype == given
             total, parts = model.loss(x)
-            assert total.dtype == parts["fvu"].dtype == torch.float32
+            assert total.dtype == parts["fvu"].dtype == weights
             assert torch.equal(x, before)
+
+
+def test_inputs_in_half_precision_are_read_in_the_precision_of_the_weights():
+    model, x = make(), data(dtype=torch.bfloat16)
+    assert torch.equal(model.loss(x)[0], model.loss(x.float())[0])
+    assert torch.equal(model(x), model(x.float()).bfloat16())
+    start, twin = make(), make()
+    S.init_b_dec(start, x)
+    S.init_b_dec(twin, x.float())
+    assert same(start, twin)
+
+
+def test_weights_below_fp32_are_refused():
+    for dtype in (torch.bfloat16, torch.float16):
+        model = make().to(dtype)
+        for call in (model, model.encode, model.loss, lambda x: S.init_b_dec(model, x)):
+            with pytest.raises(ValueError,
+                               match=f"computes in fp32 or fp64, its weights are {dtype}"):
+                call(data())
 
 
 def test_init():
@@ -132,43 +158,65 @@ def test_init():
     assert torch.allclose(a.b_dec, x.mean((0, 1)), atol=1e-6)
 
 
-def test_the_geometric_median_is_not_moved_by_a_few_huge_tokens():
-    x, model = data(200), make()
-    x[:10] += 1e4
-    S.init_b_dec(model, x, how="median")
-    usual = x[10:].mean(0)
-    assert (model.b_dec - usual).norm() < 1 < 100 < (x.mean(0) - usual).norm()
-    away = (x - model.b_dec) / (x - model.b_dec).norm(dim=1, keepdim=True)      # at the median, directions cancel
-    assert away.sum(0).norm() < 0.05
-    S.init_b_dec(model, x)
-    assert torch.allclose(model.b_dec, x.mean(0))
-
-
 def test_build_defaults_and_refusals():
     model = S.build("topk", 64, 128)
     assert model.hyper == dict(
-        k=32, k_start=None, warmup=0.1, aux="dead", aux_coef=0.0, k_aux=32, tau=0.5, multi_topk=False,
+        k=32, k_start=None, warmup=0.1, aux="dead", aux_coef=0.0, k_aux=32, tau=0.5,
+        multi_topk=False,
         normalize="none", dead_after=10**7, seed=0)
     assert S.VARIANTS["topk"].defaults == {**model.hyper, "k_aux": None}
     for text, args, hyper in [
         ("unknown variant 'top_k'; the nearest is 'topk'", ("top_k", D, F), {}),
-        ("no setting 'aux_coeff'; the nearest is 'aux_coef'", ("topk", D, F), {"aux_coeff": 1.0}),
-        ("k=13 .* from 1 to 12", ("topk", D, F), {"k": 13}),
-        ("k=0 ", ("topk", D, F), {"k": 0}),
-        ("k=3.0 .* int", ("topk", D, F), {"k": 3.0}),
-        ("4 k = 16 latents of n_latents=12", ("topk", D, F), {"k": 4, "multi_topk": True}),
-        ("k_aux=13", ("topk", D, F), {"k": 3, "k_aux": 13}),
-        ("aux_coef=nan", ("topk", D, F), {"k": 3, "aux_coef": math.nan}),
-        ("aux_coef=-1", ("topk", D, F), {"k": 3, "aux_coef": -1}),
-        ("multi_topk=1 .* bool", ("topk", D, F), {"k": 3, "multi_topk": 1}),
-        ("d_in=0", ("topk", 0, F), {}),
-        ("n_latents=2.5", ("topk", D, 2.5), {}),
+        ("unknown setting of topk 'aux_coeff'; the nearest is 'aux_coef'", ("topk", D, F),
+         {"aux_coeff": 1.0}),
+        ("topk: k=13 is above n_latents=12", ("topk", D, F), {"k": 13}),
+        ("topk: 'k' is below 1: 0", ("topk", D, F), {"k": 0}),
+        ("topk: k=None is no number", ("topk", D, F), {"k": None}),
+        ("topk: 'k' should be a whole number, it is 3.0", ("topk", D, F), {"k": 3.0}),
+        ("4 k = 16 latents of 12: lower k", ("topk", D, F), {"k": 4, "multi_topk": True}),
+        ("topk: k_aux=13 is above n_latents=12", ("topk", D, F), {"k": 3, "k_aux": 13}),
+        ("'aux_coef' should be finite", ("topk", D, F), {"k": 3, "aux_coef": math.nan}),
+        ("'aux_coef' should be finite", ("topk", D, F), {"k": 3, "aux_coef": math.inf}),
+        ("'aux_coef' is below 0: -1", ("topk", D, F), {"k": 3, "aux_coef": -1}),
+        ("'multi_topk' should be true or false", ("topk", D, F), {"k": 3, "multi_topk": 1}),
+        ("'k' should be a whole number, it is True", ("topk", D, F), {"k": True}),
+        ("'aux' = 'death' is not supported, only 'dead', 'zipf'", ("topk", D, F), {"aux": "death"}),
+        ("'seed' is above", ("topk", D, F), {"seed": 2**63}),
+        ("groups=13 is above n_latents=12", ("gba", D, F), {"k": 3, "groups": 13}),
+        ("levels are not above 0", ("matryoshka", D, F), {"k": 3, "levels": [1, 0]}),
+        ("'levels' is below 1", ("matryoshka", D, F), {"k": 3, "levels": []}),
+        ("d_in is below 1: 0", ("topk", 0, F), {}),
+        ("n_latents should be a whole number, it is 2.5", ("topk", D, 2.5), {}),
     ]:
         with pytest.raises(ValueError, match=text):
             S.build(*args, **hyper)
 
 
-# ---- loss and gradients ---------------------------------------------------------------------------
+def test_every_setting_has_a_row_in_the_table_and_every_default_passes_it():
+    named = {name for cls in S.VARIANTS.values() for name in cls.defaults}
+    assert named == set(S.SETTINGS)
+    for variant, cls in S.VARIANTS.items():
+        hyper = S.resolve_hyper(variant, 64, 128, {})
+        assert list(hyper) == list(cls.defaults)
+        assert hyper | {"k_aux": None} == cls.defaults | {"k_aux": None}
+
+
+# ---- loss and gradients --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_topk_equals_its_plain_form_in_loss_codes_and_every_gradient(dtype):
+    model, x = make(dtype=dtype), data(dtype=dtype)
+    twin, tolerance = copy.deepcopy(model), {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    total, parts = model.loss(x)
+    fvu, x_hat, z = S.plain_topk(twin, x)
+    assert torch.allclose(total, fvu, rtol=tolerance) and torch.equal(total.detach(), parts["fvu"])
+    assert torch.allclose(model.encode(x), z, atol=tolerance)
+    assert torch.allclose(model(x), x_hat, atol=tolerance)
+    total.backward()
+    fvu.backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters()):
+        assert torch.allclose(p.grad, q.grad, atol=tolerance) and p.grad.any(), name
 
 
 def naive_loss(p, x, k, k_aux, aux_coef, dead, multi):
@@ -189,13 +237,15 @@ def naive_loss(p, x, k, k_aux, aux_coef, dead, multi):
     total = fvu = share(x, x_hat)
     if dead and aux_coef:
         e = [(row - guess).detach() for row, guess in zip(x, x_hat)]
-        total = total + aux_coef * min(len(dead) / k_aux, 1) * share(e, [code(row, k_aux, dead) for row in x])
+        aux = share(e, [code(row, k_aux, dead) for row in x])
+        total = total + aux_coef * min(len(dead) / k_aux, 1) * aux
     if multi:
         total = total + share(x, [code(row, 4 * k, everyone) + p["b_dec"] for row in x]) / 8
     return total, fvu
 
 
-@pytest.mark.parametrize("dead, k_aux", [([], 3), ([1], 3), ([0, 2, 5, 7, 9], 3), (list(range(8)), F)])
+@pytest.mark.parametrize("dead, k_aux",
+                         [([], 3), ([1], 3), ([0, 2, 5, 7, 9], 3), (list(range(8)), F)])
 @pytest.mark.parametrize("multi", [False, True])
 def test_loss_and_gradients_equal_the_naive_ones(dead, k_aux, multi):
     model = make(dtype=torch.float64, aux_coef=1 / 4, k_aux=k_aux, dead_after=50, multi_topk=multi)
@@ -226,7 +276,8 @@ def test_latents_that_do_not_fire_get_no_gradient():
     model = make()
     with torch.no_grad():
         model.b_enc[[2, 8]] = -100.0
-        model.b_enc[3:] -= 2.0  # few positives: top-k must pick zeros on some rows, and leave them be
+        # Few positives: top-k must pick zeros on some rows, and leave them be
+        model.b_enc[3:] -= 2.0
     x = data(4)
     total, parts = model.loss(x)
     total.backward()
@@ -245,7 +296,7 @@ def aux_setup(**kw):
 def aux_of(model, x, e=None):
     """The term itself, before its weight; e: an error to explain in place of the true one."""
     b = model.batch(x, train=True)
-    model.study(b)
+    model.batch_loss(b)
     b.e = b.e if e is None else e
     return model.aux_loss(b)["aux"][1]
 
@@ -262,15 +313,17 @@ def test_aux_reaches_the_encoder_of_dead_latents_only():
 def test_aux_has_no_gradient_through_the_residual_or_the_decoder_bias():
     model, x = aux_setup()
     b = model.batch(x, train=True)
-    total, _ = model.study(b)
-    b.also["aux"] = b.also["aux"]._replace(value=b.also["aux"].value.detach())  # cuts the way through the encoder
+    total, _ = model.batch_loss(b)
+    # Cuts the way through the encoder
+    b.cache["aux"] = b.cache["aux"]._replace(value=b.cache["aux"].value.detach())
     aux = model.aux_loss(b)["aux"][1]
     assert torch.autograd.grad(aux, [model.b_dec], allow_unused=True)[0] is None
     fvu_only = make(dtype=torch.float64)
     with_aux = torch.autograd.grad(total, [model.W_dec])[0]
     without = torch.autograd.grad(fvu_only.loss(x)[0], [fvu_only.W_dec])[0]
     alive = [i for i in range(F) if i not in (1, 4)]
-    assert torch.allclose(with_aux[alive], without[alive], atol=1e-14)  # living rows feel the FVU alone
+    # Living rows feel the FVU alone
+    assert torch.allclose(with_aux[alive], without[alive], atol=1e-14)
 
 
 def test_aux_values():
@@ -279,7 +332,8 @@ def test_aux_values():
     z = model.preacts(x).detach().relu() * model.dead
     assert z.any() and not z[:, ~model.dead].any()
     assert aux_of(model, x, z @ model.W_dec.detach()) < 1e-25      # the dead explain e perfectly
-    assert aux_of(model, x, torch.zeros_like(e)) == 0              # nothing left to explain, and no NaN
+    # Nothing left to explain, and no NaN
+    assert aux_of(model, x, torch.zeros_like(e)) == 0
     with torch.no_grad():
         model.b_enc[model.dead] = -100.0                           # two dead of k_aux 4, silent
     want = 2 / 4 * e.pow(2).sum() / (e - e.mean(0)).pow(2).sum()
@@ -299,7 +353,7 @@ def test_loss_does_not_depend_on_the_scale_of_x():
     assert torch.allclose(before[0], after[0]) and torch.allclose(before[1]["aux"], after[1]["aux"])
 
 
-# ---- training step --------------------------------------------------------------------------------
+# ---- training step -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["signum", "adam"])
@@ -327,13 +381,15 @@ def test_micro_batches_weigh_the_same():
     parts = S.train_step(model, S.make_optimizer(model, "adam"), [a, b])
     assert torch.allclose(model.W_enc.grad, whole.W_enc.grad, atol=1e-6)
     pa, pb = whole.loss(a)[1], whole.loss(b)[1]
-    assert torch.allclose(parts["fvu"], (pa["fvu"] + pb["fvu"]) / 2) and parts["loss"] == parts["fvu"]
+    assert torch.allclose(parts["fvu"], (pa["fvu"] + pb["fvu"]) / 2)
+    assert parts["loss"] == parts["fvu"]
     assert torch.equal(parts["fired"], pa["fired"] | pb["fired"])
     assert torch.allclose(parts["l0"], (pa["l0"] + pb["l0"]) / 2)
 
 
 def test_dead_counter_counts_tokens():
-    """Dead is who has not fired for more than `dead_after` tokens, as sparsify counts, not who has reached them."""
+    """Dead is who has not fired for more than `dead_after` tokens, as sparsify counts, not who has
+    reached them."""
     model = make(dead_after=60)
     with torch.no_grad():
         model.b_enc[5] = -100.0
@@ -343,7 +399,8 @@ def test_dead_counter_counts_tokens():
         last = (model.encode(two) != 0).any(0)  # the counters move after each micro-batch
         first_only = (model.encode(one) != 0).flatten(0, 1).any(0) & ~last
         fired = S.train_step(model, opt, [one, two])["fired"]
-        assert not fired[5] and torch.equal(fired, first_only | last) and last.any() and first_only.any()
+        assert not fired[5] and torch.equal(fired, first_only | last) and last.any()
+        assert first_only.any()
         assert model.tokens_since_fired[5] == 30 * step and not model.tokens_since_fired[last].any()
         assert (model.tokens_since_fired[first_only] == 3).all()
         assert model.dead[5] == (30 * step > 60) and not model.dead[fired].any()
@@ -367,7 +424,9 @@ def test_jumprelu_clips_the_gradient_of_its_penalty():
 def test_a_step_reads_nothing_back_from_the_device(name):
     model = make(multi_topk=True).to("meta")      # there, any read of a value is an error
     # torch has no fused Adam for it; the unfused one stands in
-    opt = S.make_optimizer(model, name) if name == "signum" else torch.optim.Adam(model.parameters())
+    opt = torch.optim.Adam(model.parameters())
+    if name == "signum":
+        opt = S.make_optimizer(model, name)
     for _ in range(2):
         parts = S.train_step(model, opt, [torch.empty(5, D, device="meta")])
     assert parts["fired"].shape == (F,) and parts["loss"].is_meta
@@ -391,18 +450,20 @@ def test_training_finds_a_planted_dictionary():
     assert all(after < 0.2 and after < before / 3 for after, before in results.values()), results
 
 
-# ---- optimisers -----------------------------------------------------------------------------------
+# ---- optimisers ----------------------------------------------------------------------------------
 
 
 def test_the_fused_adam_is_adam():
     ours, plain, x = make(dtype=torch.float64), make(dtype=torch.float64), data(dtype=torch.float64)
-    fused, unfused = S.make_optimizer(ours, "adam", 0.01), torch.optim.Adam(plain.parameters(), 0.01, plain.betas)
+    fused = S.make_optimizer(ours, "adam", 0.01)
+    unfused = torch.optim.Adam(plain.parameters(), 0.01, plain.betas)
     assert fused.defaults["fused"]
     for _ in range(5):
         S.train_step(ours, fused, [x])
         S.train_step(plain, unfused, [x])
     assert not same(ours, make(dtype=torch.float64))
-    assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(ours.parameters(), plain.parameters()))
+    assert all(torch.allclose(p, q, atol=1e-12)
+               for p, q in zip(ours.parameters(), plain.parameters()))
 
 
 def test_signum_equals_a_reference_that_keeps_x_y_z():
@@ -413,7 +474,8 @@ def test_signum_equals_a_reference_that_keeps_x_y_z():
     zs = [y]
     for _ in range(25):
         opt.zero_grad()
-        sum(((p - goal[:1, :1]) ** 4).sum() for p in model.parameters() if p is not param).backward()
+        sum(((p - goal[:1, :1]) ** 4).sum() for p in model.parameters()
+            if p is not param).backward()
         ((param - goal) ** 4).sum().backward()
         opt.step()
         zs.append(zs[-1] - 0.02 * ((y > goal.numpy()) * 2.0 - 1.0))
@@ -451,7 +513,8 @@ def test_averaged_weights_have_unit_rows_and_training_weights_come_back_to_the_b
     assert torch.allclose(mean["W_dec"].norm(dim=1), torch.ones(F), atol=1e-6)
     for name in ("W_enc", "b_enc", "b_dec"):
         z, y = opt.state[getattr(model, name)]["z"], getattr(model, name)
-        assert torch.allclose(0.05 * z + 0.95 * mean[name], y, atol=1e-6) and not torch.equal(mean[name], y)
+        assert torch.allclose(0.05 * z + 0.95 * mean[name], y, atol=1e-6)
+        assert not torch.equal(mean[name], y)
     with opt.averaged(unit_rows=False):
         z, y = opt.state[model.W_dec]["z"], before.W_dec
         assert torch.allclose(0.05 * z + 0.95 * model.W_dec, y, atol=1e-6)
@@ -467,7 +530,8 @@ def test_resume_gives_the_same_bits(name):
     straight = make(aux_coef=0.1, dead_after=100)
     opt = S.make_optimizer(straight, name, lr=0.02)
     run(straight, opt, range(4))
-    saved, saved_opt = {n: v.detach().clone() for n, v in tensors(straight).items()}, opt.state_dict()
+    saved = {n: v.detach().clone() for n, v in tensors(straight).items()}
+    saved_opt = opt.state_dict()
     saved_opt = json.loads(json.dumps(saved_opt["param_groups"])), {
         i: {n: v.clone() for n, v in s.items()} for i, s in saved_opt["state"].items()}
     with opt.averaged() if name == "signum" else nullcontext():  # looking must not disturb the run
@@ -484,7 +548,7 @@ def test_resume_gives_the_same_bits(name):
     assert opt2.param_groups[0]["lr"] == 0.02
 
 
-# ---- metrics --------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 
 
 def measure(x, x_hat, z=None):
@@ -504,7 +568,8 @@ def test_perfect_and_mean_and_zero_predictors():
         assert mean["fvu"] == pytest.approx(1, abs=1e-9)
         assert offset == 0 or mean["nmse"] < 1e-3
     nothing = measure(x, torch.zeros_like(x))
-    assert nothing["nmse"] == pytest.approx(1, abs=1e-12) and nothing["cosine"] == nothing["l2_ratio"] == 0
+    assert nothing["nmse"] == pytest.approx(1, abs=1e-12)
+    assert nothing["cosine"] == nothing["l2_ratio"] == 0
     half = measure(x, x / 2)
     assert half["l2_ratio"] == pytest.approx(0.5) and half["cosine"] == pytest.approx(1)
 
@@ -514,9 +579,11 @@ def test_metrics_equal_their_definitions():
     m, x_hat, z = S.metrics(model, x), model(x).detach(), model.encode(x)
     e = x - x_hat
     assert m["fvu"] == pytest.approx(float((e**2).sum() / ((x - x.mean(0)) ** 2).sum()), rel=1e-10)
-    assert m["nmse"] == pytest.approx(float((e.norm(dim=1) / x.norm(dim=1)).pow(2).mean()), rel=1e-10)
+    assert m["nmse"] == pytest.approx(float((e.norm(dim=1) / x.norm(dim=1)).pow(2).mean()),
+                                      rel=1e-10)
     assert m["cosine"] == pytest.approx(float(torch.cosine_similarity(x, x_hat).mean()), rel=1e-10)
-    assert m["l2_ratio"] == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-10)
+    assert m["l2_ratio"] == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()),
+                                          rel=1e-10)
     assert m["n_tokens"] == 50 and torch.equal(m["density"], (z > 0).double().mean(0))
     with pytest.raises(ValueError, match="no tokens"):
         S.Metrics().result()
@@ -566,28 +633,32 @@ def test_metrics_do_not_see_the_order_or_scale_of_latents():
         assert measure(x, x_hat, z * scale)[name] == pytest.approx(a[name], rel=1e-10)
 
 
-# ---- live: sparsify and schedulefree, where installed ---------------------------------------------
+# ---- live: sparsify and schedulefree, where installed --------------------------------------------
 
 
 def test_ten_training_steps_equal_sparsify():
     sparsify, schedulefree = pytest.importorskip("sparsify"), pytest.importorskip("schedulefree")
     from sparsify.sign_sgd import SignSGD
     torch.manual_seed(0)
-    theirs = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=F, k=K), dtype=torch.float32)
+    theirs = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=F, k=K),
+                                  dtype=torch.float32)
     ours = S.build("topk", D, F, k=K, seed=0)
-    assert torch.allclose(ours.W_enc, theirs.encoder.weight) and torch.allclose(ours.W_dec, theirs.W_dec)
+    assert torch.allclose(ours.W_enc, theirs.encoder.weight)
+    assert torch.allclose(ours.W_dec, theirs.W_dec)
     ours, theirs = ours.double(), theirs.double()
     pairs = [(ours.W_enc, theirs.encoder.weight), (ours.b_enc, theirs.encoder.bias),
              (ours.W_dec, theirs.W_dec), (ours.b_dec, theirs.b_dec)]
     S.init_b_dec(ours, data(dtype=torch.float64))
-    ours.unit_rows_()
+    ours.constrain_()
     for mine, other in pairs:
         other.data.copy_(mine.data)
     opt = S.make_optimizer(ours, "signum", lr=0.01)
-    other_opt = schedulefree.ScheduleFreeWrapper(SignSGD(theirs.parameters(), lr=0.01), momentum=0.95)
+    other_opt = schedulefree.ScheduleFreeWrapper(SignSGD(theirs.parameters(), lr=0.01),
+                                                 momentum=0.95)
     other_opt.train()
     for step in range(10):
-        xs = [data(seed=2 * step, dtype=torch.float64), data(seed=2 * step + 1, dtype=torch.float64)]
+        xs = [data(seed=2 * step, dtype=torch.float64),
+              data(seed=2 * step + 1, dtype=torch.float64)]
         S.train_step(ours, opt, xs)
         theirs.set_decoder_norm_to_unit_norm()
         for x in xs:

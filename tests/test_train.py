@@ -1,5 +1,6 @@
-"""train.py: data, run directories, resume to the bit, the losses of each stage, and what it refuses."""
+"""train.py: data, losses, run directories, resume to the bit, presets, FLOPs, what it refuses."""
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -9,37 +10,65 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import resa
 import sae
 import train
+from data.files import read_problems
+from data.flags import front_door
 from tests.conftest import ROOT
 
+DISTILL = f"{ROOT}/data/tiny/distill"
 RANDOM = f"random:{ROOT}/data/tiny/init/config.json"
 SMALL = ["--seq-len", "64", "--batch", "2", "--log-every", "1"]
+RL = ["--questions", "2", "--group", "2", "--max-new-tokens", "8", "--log-every", "1"]
 
 
 @pytest.fixture(scope="module")
 def run(data):
     """run(stage, directory, flags...): one stage in this process, small; returns the directory."""
     def go(stage, out, *flags):
-        train.main(["--stage", stage, "--data", str(data), *SMALL, "--out", str(out), *map(str, flags)])
+        small = RL if stage == "rl" else SMALL
+        train.main(["--stage", stage, "--data", str(data), *small, "--out", str(out),
+                    *map(str, flags)])
         return out
     return go
 
 
 def command(*argv, **options):
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, **options)
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True,
+                          text=True, **options)
+
+
+def summary(out):
+    return json.loads((out / "summary.json").read_text())
+
+
+def logged(out):
+    """metrics.jsonl without what a clock says."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tok/s")} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def trained(run, tmp_path_factory):
     """An SAE of a random model, made once."""
-    return run("sae", tmp_path_factory.mktemp("sae") / "sae", "--source", RANDOM, "--steps", 3, "--latents", 64, "--k", 4)
+    out = tmp_path_factory.mktemp("sae") / "sae"
+    return run("sae", out, "--source", RANDOM, "--steps", 3, "--latents", 64, "--k", 4)
 
 
-# ---- data ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def at_mlp(run, tmp_path_factory):
+    """An SAE of MLP outputs."""
+    out = tmp_path_factory.mktemp("mlp") / "sae"
+    return run("sae", out, "--source", RANDOM, "--steps", 2, "--latents", 64, "--k", 4,
+               "--site", "mlp")
+
+
+# ---- data ---------------------------------------------------------------------------------------
 
 def test_published_layout_of_the_text():
     row = {"problem": "1+1?", "answer": "2"}
@@ -65,7 +94,7 @@ def test_packing_joins_with_the_end_token_and_keeps_whole_chunks():
 
 
 def test_an_epoch_sees_every_chunk_once_and_order_depends_on_the_seed():
-    args = train.Sae(batch=3, device="cpu")
+    args = train.settings("sae", ["--batch", "3", "--device", "cpu"])
     chunks = torch.arange(12)[:, None]
     seen = torch.cat([train.batch_at(step, chunks, args) for step in range(4)]).flatten().tolist()
     assert sorted(seen) == list(range(12)) and seen != list(range(12))
@@ -73,14 +102,15 @@ def test_an_epoch_sees_every_chunk_once_and_order_depends_on_the_seed():
     other = torch.cat([train.batch_at(step, chunks, args) for step in range(4)]).flatten().tolist()
     assert other != seen
     args.shuffle = False
-    assert train.batch_at(5, chunks, args).flatten().tolist() == [3, 4, 5]      # the second epoch, in order
+    assert train.batch_at(5, chunks, args).flatten().tolist() == [3, 4, 5]      # epoch 1
 
 
-# ---- the losses ------------------------------------------------------------------------------------------
+# ---- the losses ---------------------------------------------------------------------------------
 
 def test_logprobs_in_chunks_equal_the_plain_way_with_gradient():
     lm = model.load_model(RANDOM, "float64").requires_grad_(True)
-    ids = torch.randint(0, lm.config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, lm.config.vocab_size, (3, 20), generator=rng)
 
     def grads(logp):
         lm.zero_grad()
@@ -100,17 +130,18 @@ def test_policy_gradient_is_the_advantage_weighted_likelihood_of_answer_tokens_o
     got = lm.model.embed_tokens.weight.grad.clone()
     lm.zero_grad()
     total = 0
-    for (p, a), advantage in zip(samples, advantages):      # one sample at a time, no padding, no mask
+    for (p, a), advantage in zip(samples, advantages):      # one at a time: no padding, no mask
         logp = lm(torch.tensor([p + a]))[0].log_softmax(-1)
-        total = total - advantage * torch.stack([logp[len(p) + i - 1, t] for i, t in enumerate(a)]).mean() / 2
+        picked = torch.stack([logp[len(p) + i - 1, t] for i, t in enumerate(a)])
+        total = total - advantage * picked.mean() / 2
     total.backward()
     assert torch.allclose(got, lm.model.embed_tokens.weight.grad, atol=1e-6)
     assert got.abs().max() > 1e-4
 
 
 def test_the_policy_is_the_model_at_the_temperature_it_was_sampled_at():
-    lm, samples, advantage = model.load_model(RANDOM).requires_grad_(True), [([5, 6, 7], [8, 9])], torch.ones(1)
-    train.policy_loss(lm, samples, advantage, 0, temperature=0.5).backward()
+    lm = model.load_model(RANDOM).requires_grad_(True)
+    train.policy_loss(lm, [([5, 6, 7], [8, 9])], torch.ones(1), 0, temperature=0.5).backward()
     got = lm.model.embed_tokens.weight.grad.clone()
     lm.zero_grad()
     logp = (lm(torch.tensor([[5, 6, 7, 8, 9]]))[0] / 0.5).log_softmax(-1)
@@ -121,7 +152,7 @@ def test_the_policy_is_the_model_at_the_temperature_it_was_sampled_at():
 def test_policy_loss_holds_on_to_the_base_with_beta():
     lm = resa.add_lora(model.load_model(RANDOM), 4, 8, 0.0)
     samples, zero = [([5, 6, 7], [8, 9])], torch.zeros(1)
-    assert train.policy_loss(lm, samples, zero, beta=1.0).item() == 0      # the adapter is still the base
+    assert train.policy_loss(lm, samples, zero, beta=1.0).item() == 0      # still the base
     for layer in resa.lora_layers(lm).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     assert train.policy_loss(lm, samples, zero, beta=1.0).item() > 0
@@ -131,71 +162,107 @@ def test_rewards():
     good, wrong, direct = (30, "1+1=2\n</think>\n2"), (40, "1+1=3\n</think>\n3"), (5, "</think>\n2")
     assert train.score(["accuracy", "format"], [good, wrong, direct], "2") == [3.0, 1.0, 2.0]
     assert train.score(["length"], [good, wrong, direct], "2") == [0.5 - 25 / 35, -0.5, 0.5]
-    assert train.score(["length"], [(5, "2"), (5, "3")], "2") == [0.0, 0.0]      # equally long: nothing to prefer
+    assert train.score(["length"], [(5, "2"), (5, "3")], "2") == [0.0, 0.0]      # equally long
 
 
 def test_rate_schedules():
-    args = train.Tune(lr=1.0, steps=100)
-    assert train.rate_at(99, args) == 1.0
+    args = train.settings("sae", ["--lr", "1", "--steps", "100", "--schedule", "constant"])
+    assert train.learning_rate(99, args) == 1.0
     args.schedule = "cosine"
-    assert train.rate_at(0, args) == 1.0 and train.rate_at(100, args) == pytest.approx(0.1)
-    assert train.rate_at(1, args, warmup=4) == 0.5
+    assert train.learning_rate(0, args) == 1.0
+    assert train.learning_rate(100, args) == pytest.approx(0.1)
+    assert train.learning_rate(1, args, warmup=4) == 0.5
+    args.schedule = "linear"
+    assert train.learning_rate(79, args) == 1.0
+    assert train.learning_rate(90, args) == pytest.approx(0.5)
 
 
-# ---- stages ----------------------------------------------------------------------------------------------
+def test_an_sae_is_trained_on_whatever_the_batches_hold():
+    """The loop of stage I, on other targets; it resumes at `start` with the rates of that step."""
+    args = train.settings("sae", ["--lr", "1e-2", "--steps", "40", "--schedule", "linear"])
+    x = torch.randn(40, 256, 8, generator=torch.Generator().manual_seed(0)).relu()
+    whole, parts = (sae.build("topk", 8, 32, k=4) for _ in range(2))
+    steps = [(step, float(p["fvu"])) for step, p in train.train_sae(
+        whole, ([batch] for batch in x), sae.make_optimizer(whole, "adam", 1e-2), args)]
+    assert [step for step, _ in steps] == list(range(40)) and steps[-1][1] < steps[0][1] / 2
+    optimizer = sae.make_optimizer(parts, "adam", 1e-2)
+    for start, stop in ((0, 15), (15, 40)):
+        batches = ([batch] for batch in x[start:stop])
+        assert len(list(train.train_sae(parts, batches, optimizer, args, start))) == stop - start
+    assert torch.equal(whole.W_dec, parts.W_dec)
+
+
+# ---- stages -------------------------------------------------------------------------------------
 
 def test_sae_directory_says_where_the_sae_belongs(trained):
     cfg = json.loads((trained / "cfg.json").read_text())
-    assert cfg["meta"]["site"] == "resid" and cfg["meta"]["layer"] == 1 and str(ROOT) not in json.dumps(cfg)
+    assert cfg["meta"]["site"] == "resid" and cfg["meta"]["layer"] == 1
+    assert str(ROOT) not in json.dumps(cfg)
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [1, 2, 3] and all(0 < r["fvu"] < 2 and r["l0"] <= 4 for r in rows)
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    assert all(0 < r["fvu"] < 2 and r["l0"] <= 4 for r in rows)
     assert json.loads((trained / "config.json").read_text())["settings"]["latents"] == 64
     assert not (trained / "checkpoint.safetensors").exists()
 
 
 def test_pretrained_sae_is_taken_as_it_is_and_finetuned_moves(run, trained, tmp_path):
-    same = run("sae", tmp_path / "p", "--source", RANDOM, "--init", "pretrained", "--sae-from", trained)
-    moved = run("sae", tmp_path / "f", "--source", RANDOM, "--init", "finetune", "--sae-from", trained, "--steps", 2)
+    start = ["--source", RANDOM, "--sae-from", trained]
+    same = run("sae", tmp_path / "p", *start, "--init", "pretrained")
+    moved = run("sae", tmp_path / "f", *start, "--init", "finetune", "--steps", 2)
     x = torch.randn(50, 128, generator=torch.Generator().manual_seed(0))
     a, b, c = (sae.load_sae(d)(x) for d in (trained, same, moved))
     assert torch.equal(a, b) and not torch.allclose(a, c)
     assert sae.load_sae(moved).n_latents == 64      # the shape is the file's, not the preset's
 
 
-@pytest.mark.parametrize("flags", [["--splice", "random"], ["--splice", "noise"], ["--sae-grad", "on"],
-                                   ["--teacher", "source", "--source", RANDOM + "@7"]])
+@pytest.mark.parametrize("flags", [
+    ["--splice", "random"], ["--splice", "noise"], ["--sae-grad", "on"],
+    ["--teacher", "source", "--source", RANDOM + "@7"]])
 def test_every_arm_trains_and_its_adapter_loads(run, flags, trained, tmp_path):
-    out = run("tune", tmp_path / "t", "--target", RANDOM, "--sae", trained, "--steps", 2, "--lr", 1e-2, *flags)
+    out = run("tune", tmp_path / "t", "--target", RANDOM, "--sae", trained, "--steps", 2,
+              "--lr", 1e-2, *flags)
     base, tuned = model.load_model(RANDOM), model.load_model(f"{RANDOM}+{out}")
     ids = torch.arange(10)[None]
     assert (base(ids) - tuned(ids)).abs().max() > 1e-5
     below = model.read_adapter(str(out))["pairs"]["model.layers.0.mlp.up_proj"][1].abs().max() > 0
-    assert below == ("on" in flags)      # blocks under the hook learn only if gradient passes the SAE
+    assert below == ("on" in flags)      # below the hook only if gradient passes the SAE
 
 
-def test_sft_lowers_its_loss_and_rl_runs(run, data, tmp_path):
+@pytest.mark.parametrize("splice", ["sae", "random", "noise"])
+def test_what_is_spliced_computes_in_fp32_also_in_a_bf16_model(splice, trained):
+    args = train.settings("tune", ["--dtype", "bfloat16", "--sae", str(trained), "--splice", splice,
+                                   "--device", "cpu"])
+    lm = model.load_model(RANDOM, "bfloat16")
+    found = train.make_splice(args, lm)
+    assert {t.dtype for t in found.parameters()} == {torch.float32}
+    x = resa.activations(lm, torch.arange(8)[None], 1)
+    assert x.dtype == found(x).dtype == torch.bfloat16
+
+
+def test_sft_lowers_its_loss_and_rl_runs(run, tmp_path):
     out = run("sft", tmp_path / "s", "--target", RANDOM, "--steps", 8, "--lr", 1e-2)
     ce = [json.loads(line)["ce"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert ce[-1] < ce[0] - 0.1
-    train.main(["--stage", "rl", "--target", RANDOM, "--data", str(data), "--steps", "1",
-                "--questions", "2", "--group", "2", "--max-new-tokens", "8", "--out", str(tmp_path / "r")])
+    run("rl", tmp_path / "r", "--target", RANDOM, "--steps", 1)
     assert model.read_adapter(str(tmp_path / "r"))["r"] == 32
 
 
-# ---- resume ----------------------------------------------------------------------------------------------
+# ---- resume -------------------------------------------------------------------------------------
 
-def test_a_start_is_trained_in_fp32_by_the_flags_given_and_a_pretrained_one_keeps_its_origin(run, trained, tmp_path):
+def test_a_start_is_trained_in_fp32_by_the_flags_and_a_pretrained_one_keeps_its_origin(
+        run, trained, tmp_path):
     half = sae.load_sae(trained).bfloat16()
     half.meta["data"] = "elsewhere"
     sae.save_sae(half, tmp_path / "layers.1")
-    tuned = run("sae", tmp_path / "f", "--source", RANDOM, "--init", "finetune", "--sae-from", tmp_path / "layers.1",
-                "--steps", 1, "--aux-coef", 0.5, "--dead-after", 7)
+    tuned = run("sae", tmp_path / "f", "--source", RANDOM, "--init", "finetune", "--sae-from",
+                tmp_path / "layers.1", "--steps", 1, "--aux-coef", 0.5, "--dead-after", 7)
     back = sae.load_sae(tuned)
     assert (back.W_enc.dtype, back.aux_coef, back.dead_after) == (torch.float32, 0.5, 7)
     assert json.loads((tuned / "config.json").read_text())["settings"]["latents"] == 64
     kept = run("sae", tmp_path / "p", "--source", RANDOM + "@3", "--init", "pretrained",
                "--sae-from", f"{tmp_path}#layers.1")
-    assert sae.load_sae(kept).meta["data"] == "elsewhere" and not sae.load_sae(kept).meta["model"].endswith("@3")
+    origin = sae.load_sae(kept).meta
+    assert origin["data"] == "elsewhere" and not origin["model"].endswith("@3")
 
 
 def test_a_folder_named_as_sparsify_does_says_where_its_sae_belongs(run, trained, tmp_path):
@@ -209,8 +276,13 @@ def test_a_folder_named_as_sparsify_does_says_where_its_sae_belongs(run, trained
 
 def test_a_micro_batch_bounds_every_pass_the_first_included(run, tmp_path, monkeypatch):
     rows, activations = [], resa.activations
-    monkeypatch.setattr(resa, "activations", lambda model, ids, *where: rows.append(len(ids)) or activations(model, ids, *where))
-    run("sae", tmp_path / "s", "--source", RANDOM, "--steps", 1, "--latents", 64, "--k", 4, "--micro-batch", 1)
+
+    def noted(model, ids, *where):
+        rows.append(len(ids))
+        return activations(model, ids, *where)
+    monkeypatch.setattr(resa, "activations", noted)
+    run("sae", tmp_path / "s", "--source", RANDOM, "--steps", 1, "--latents", 64, "--k", 4,
+        "--micro-batch", 1)
     assert set(rows) == {1}
 
 
@@ -224,15 +296,17 @@ def test_a_new_run_that_fails_leaves_no_old_artifact_to_be_taken_for_its_own(run
 
 
 @pytest.mark.parametrize("stage, flags, artifact", [
-    ("sae", ["--source", RANDOM, "--latents", "64", "--k", "4", "--optimizer", "signum"], "sae.safetensors"),
+    ("sae", ["--source", RANDOM, "--latents", "64", "--k", "4", "--optimizer", "signum"],
+     "sae.safetensors"),
     ("tune", ["--target", RANDOM], "adapter_model.safetensors")])
-def test_killed_and_resumed_is_uninterrupted_to_the_bit(run, data, stage, flags, artifact, trained, tmp_path):
+def test_killed_and_resumed_is_uninterrupted_to_the_bit(run, data, stage, flags, artifact, trained,
+                                                        tmp_path):
     """A real process, a real SIGKILL at whatever moment it hits, a real --resume."""
     flags = [*flags, "--steps", 12] + (["--sae", trained] if stage == "tune" else [])
     whole = run(stage, tmp_path / "whole", *flags)
     part = tmp_path / "part"
-    argv = [sys.executable, "train.py", "--stage", stage, "--data", str(data), *SMALL, *map(str, flags),
-            "--out", str(part)]
+    argv = [sys.executable, "train.py", "--stage", stage, "--data", str(data), *SMALL,
+            *map(str, flags), "--out", str(part)]
     process = subprocess.Popen([*argv, "--save-every", "1"], cwd=ROOT, stderr=subprocess.PIPE)
     while process.poll() is None and not (part / "checkpoint.safetensors").exists():
         time.sleep(0.001)
@@ -241,17 +315,13 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(run, data, stage, flags,
     assert (part / "checkpoint.safetensors").exists() and not (part / artifact).exists()
     train.main([*argv[2:], "--save-every", "1", "--resume"])
     assert (part / artifact).read_bytes() == (whole / artifact).read_bytes()
-
-    def logged(d):
-        return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "tok/s")}
-                for line in (d / "metrics.jsonl").read_text().splitlines()]
     assert logged(part) == logged(whole) and len(logged(whole)) == 12
 
 
-def test_resume_refuses_other_settings_and_an_unfinished_run_is_not_overwritten(run, tmp_path, trained):
-    state = {"step": 1, "seconds": 0.0, "settings": {}, "tensors": {}, "optimizer": {}, "rng": torch.get_rng_state()}
+def test_resume_refuses_other_settings_and_an_unfinished_run_is_not_overwritten(run, tmp_path):
     (tmp_path / "o").mkdir()
-    train.write_state(tmp_path / "o" / "checkpoint.safetensors", state)
+    train.write_state(tmp_path / "o" / "checkpoint.safetensors", {"step": 1, "settings": {}},
+                      {"rng": torch.get_rng_state()})
     flags = ["--source", RANDOM, "--steps", 2, "--latents", 64, "--k", 4]
     with pytest.raises(ValueError, match="--resume continues it"):
         run("sae", tmp_path / "o", *flags)
@@ -261,36 +331,48 @@ def test_resume_refuses_other_settings_and_an_unfinished_run_is_not_overwritten(
         run("sae", tmp_path / "none", *flags, "--resume")
 
 
-def without(name):
-    return lambda state: state["tensors"].pop(next(iter(state["tensors"]))) if name == "tensor" else state.pop(name)
+def scalar(record, tensors):
+    tensors[next(iter(tensors))] = torch.ones(1)      # would broadcast
 
 
-DAMAGED = {"no tensor": without("tensor"), "no settings": without("settings"), "no optimizer": without("optimizer"),
-           "a scalar": lambda s: s["tensors"].update({next(iter(s["tensors"])): torch.ones(1)}),      # would broadcast
-           "a list": lambda s: s.update(settings=[1]), "random state": lambda s: s.update(rng=torch.zeros(3)),
-           "negative step": lambda s: s.update(step=-1), "step beyond": lambda s: s.update(step=99)}
+DAMAGED = {
+    "no tensor": lambda record, tensors: tensors.pop(next(iter(tensors))),
+    "no settings": lambda record, tensors: record.pop("settings"),
+    "no optimizer": lambda record, tensors: record.pop("groups"),
+    "no random state": lambda record, tensors: tensors.pop("rng"),
+    "a scalar": scalar,
+    "a list": lambda record, tensors: record.update(settings=[1]),
+    "random state": lambda record, tensors: tensors.update(rng=torch.zeros(3)),
+    "negative step": lambda record, tensors: record.update(step=-1),
+    "step beyond": lambda record, tensors: record.update(step=99)}
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_checkpoint_is_refused_by_name_and_nothing_is_written(run, damage, data, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_refused_by_name_and_nothing_is_written(run, damage, tmp_path,
+                                                                        monkeypatch):
     flags = ["--target", RANDOM, "--steps", 3, "--save-every", 1]
+
+    def stop(*_):
+        raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(resa, "save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))      # stopped at the end
+        patch.setattr(resa, "save_adapter", stop)      # stopped at the end
         with pytest.raises(KeyboardInterrupt):
             run("sft", tmp_path / "o", *flags)
     path = tmp_path / "o" / "checkpoint.safetensors"
-    state = train.read_state(path)
-    DAMAGED[damage](state)
-    train.write_state(path, state)
+    record, tensors = train.read_state(path)
+    tensors = dict(sorted(tensors.items(), key=lambda item: not item[0].startswith("model.")))
+    DAMAGED[damage](record, tensors)
+    train.write_state(path, record, tensors)
     before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
     with pytest.raises(ValueError, match="checkpoint.safetensors: "):
         run("sft", tmp_path / "o", *flags, "--resume")
     assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
 
 
-@pytest.mark.parametrize("skeleton", ['{"a": 1, "b": 2}', '{"tensor": 7}', "5", '{"list": [' * 5000])
-def test_a_header_that_is_no_state_is_refused(skeleton, tmp_path):
-    save_file({"0": torch.ones(1)}, tmp_path / "c", {"state": skeleton})
+@pytest.mark.parametrize("header", [
+    {"record": "{"}, {"record": "[" * 5000}, {"state": "{}"}, {"record": "NaN"}, None])
+def test_a_header_that_is_no_state_is_refused(header, tmp_path):
+    save_file({"0": torch.ones(1)}, tmp_path / "c", header)
     with pytest.raises(ValueError, match="not a checkpoint"):
         train.read_state(tmp_path / "c")
 
@@ -298,103 +380,118 @@ def test_a_header_that_is_no_state_is_refused(skeleton, tmp_path):
 def test_a_full_disk_is_one_line_and_leaves_no_temporary(run, tmp_path, capsys):
     """A limit on the size of files is a disk that is full, as far as a writer can tell."""
     out, limits = tmp_path / "o", resource.getrlimit(resource.RLIMIT_FSIZE)
-    for more, message in ((["--save-every", 1], "checkpoint.safetensors: could not be written"), ([], "File too large")):
+    for more, message in ((["--save-every", 1], f"{out}: could not be written"),
+                          ([], "File too large")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
             with pytest.raises(SystemExit):
-                resa.front_door(lambda argv: run("sft", out, "--target", RANDOM, "--steps", 2, *more))
+                front_door(lambda argv: run("sft", out, "--target", RANDOM, "--steps", 2, *more))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert sorted(p.name for p in out.iterdir()) == ["config.json", "metrics.jsonl"]
+        assert list(tmp_path.iterdir()) == [out]
 
 
 def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
-    with pytest.raises(ValueError, match="lower --lr"):      # only what comes after the last step is bad
-        run("sae", tmp_path / "o", "--source", RANDOM, "--latents", 64, "--k", 4, "--steps", 1, "--lr", 1e36)
+    with pytest.raises(ValueError, match="lower --lr"):      # bad only after the last step
+        run("sae", tmp_path / "o", "--source", RANDOM, "--latents", 64, "--k", 4, "--steps", 1,
+            "--lr", 1e36)
     assert not (tmp_path / "o" / "cfg.json").exists()
     with pytest.raises(ValueError, match="lower --lr"):      # bad between two logged steps
-        run("sft", tmp_path / "s", "--target", RANDOM, "--steps", 9, "--save-every", 4, "--log-every", 9, "--lr", 1e30)
+        run("sft", tmp_path / "s", "--target", RANDOM, "--steps", 9, "--save-every", 4,
+            "--log-every", 9, "--lr", 1e30)
     assert not (tmp_path / "s" / "checkpoint.safetensors").exists()
 
 
 def test_state_files_keep_values_types_and_keys(tmp_path):
-    state = {"a": {0: torch.arange(3), "x": [1, 2.5, None, True]}, "b": torch.tensor(1.5, dtype=torch.bfloat16)}
-    train.write_state(tmp_path / "s", state)
-    back = train.read_state(tmp_path / "s")
-    assert back["a"]["x"] == [1, 2.5, None, True] and torch.equal(back["a"][0], state["a"][0])
-    assert back["b"].dtype == torch.bfloat16 and list(tmp_path.iterdir()) == [tmp_path / "s"]
+    record = {"a": {"x": [1, 2.5, None, True]}}
+    tensors = {"i": torch.arange(3), "b": torch.tensor(1.5, dtype=torch.bfloat16)}
+    train.write_state(tmp_path / "s", record, tensors)
+    back, found = train.read_state(tmp_path / "s")
+    assert back == record and list(tmp_path.iterdir()) == [tmp_path / "s"]
+    assert torch.equal(found["i"], tensors["i"]) and found["b"].dtype == torch.bfloat16
     (tmp_path / "s").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not a checkpoint"):
         train.read_state(tmp_path / "s")
 
 
-# ---- refusals --------------------------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 REFUSED = [
-    (["--stage", "sae", "--source", "nowhere"], "nowhere: no such directory"),
-    (["--stage", "sae", "--source", "some-owner/some-model"], "offline, download it and pass its path"),
-    (["--stage", "sae", "--source", RANDOM, "--data", "no.jsonl"], "no.jsonl: no such file"),
-    (["--stage", "sae", "--source", RANDOM, "--layer", "9"], "layer 9 is out of range: this model has blocks 0 .. 3"),
-    (["--stage", "sae", "--source", RANDOM, "--k", "2000"], "k="),
-    (["--stage", "sae", "--source", RANDOM, "--sae-from", "x"], "--sae-from goes with --init"),
-    (["--stage", "sae", "--source", RANDOM, "--init", "finetune"], "--sae-from goes with --init"),
-    (["--stage", "sae", "--init", "pretrained", "--sae-from", "x", "--lr", "1"], "--lr has no effect"),
-    (["--stage", "sae", "--init", "finetune", "--sae-from", "x", "--k", "4"], "--k has no effect"),
-    (["--stage", "sae", "--latnets", "3"], "did you mean --latents?"),
-    (["--stage", "tune", "--latents", "3"], "--latents belongs to --stage sae"),
-    (["--stage", "tune", "--splice", "none"], "nothing to learn"),
-    (["--stage", "tune", "--splice", "none", "--teacher", "source", "--sae-grad", "on"], "no effect with --splice none"),
-    (["--stage", "tune", "--source", "x"], "--source has no effect with --teacher target"),
-    (["--stage", "tune", "--match", "0.1"], "--match has no effect with --teacher target"),
-    (["--stage", "tune", "--into", "teacher"], "--into has no effect with --teacher target"),
-    (["--stage", "tune", "--teacher", "source", "--match", "-1"], "--match must be at least 0"),
-    (["--stage", "tune", "--teacher", "source", "--match", "1", "--splice", "noise"], "noise is drawn anew"),
-    (["--stage", "tune", "--teacher", "source", "--into", "nothing"], "used by --match alone"),
-    (["--stage", "tune", "--teacher", "source", "--into", "teacher", "--sae-grad", "on"], "--sae-grad has no effect"),
-    (["--stage", "tune", "--teacher", "source", "--splice", "none", "--into", "teacher"], "--into has no effect with"),
-    (["--stage", "tune", "--teacher", "source", "--splice", "none", "--layer", "2"], "--layer has no effect with"),
-    (["--stage", "tune", "--preset", "tinny"], "no preset 'tinny'"),
-    (["--stage", "tune", "--sae", "nowhere", "--target", RANDOM], "nowhere: no such directory"),
-    (["--stage", "pretrain", "--model", RANDOM, "--only", "zebra"], "no parameter has a name like that"),
-    (["--stage", "pretrain", "--model", RANDOM, "--only", "("], "not a regular expression"),
-    (["--stage", "rl", "--target", RANDOM], "--stage rl needs --steps"),
-    (["--stage", "rl", "--target", RANDOM, "--steps", "1", "--rewards", "beauty"], "there are accuracy, format, length"),
-    (["--stage", "sae", "--batch", "0"], "--batch must be at least 1"),
-    (["--stage", "sae", "--lr", "fast"], "invalid float value"),
-    (["--stage=tune", "--latents", "3"], "--latents belongs to --stage sae"),
-    (["--stage", "sae", "--micro-batch", "-1"], "--micro-batch must be at least 0"),
-    (["--stage", "sae", "--batch", "3", "--micro-batch", "2"], "does not divide"),
-    (["--stage", "sae", "--epochs", "-3"], "--epochs must be at least 1"),
-    (["--stage", "sae", "--epochs", "2", "--steps", "2"], "--epochs has no effect with --steps"),
-    (["--stage", "sae", "--seq-len", "1"], "--seq-len must be at least 2"),
-    (["--stage", "sae", "--device", "banana"], "--device banana: it can be"),
-    (["--stage", "sae", "--source", RANDOM, "--init", "finetune", "--sae-from", "x#y#z"], "x"),
-    (["--stage", "tune", "--clip", "-1"], "--clip must be at least 0"),      # would climb the loss
-    (["--stage", "tune", "--clip", "nan"], "--clip must be at least 0, and finite"),
-    (["--stage", "tune", "--lr", "0"], "nothing is learned"),
-    (["--stage", "tune", "--lora-alpha", "0"], "--lora-alpha must be at least 1"),
-    (["--stage", "tune", "--lora-dropout", "1.5"], "--lora-dropout must be below 1"),
-    (["--stage", "tune", "--seed", str(2**70)], "--seed must be below"),
-    (["--stage", "rl", "--temperature", "0", "--steps", "1"], "--temperature must be above 0"),
-    (["--stage", "rl", "--questions", "-1", "--steps", "1"], "--questions must be at least 1"),
-    (["--stage", "rl", "--questions", "9999", "--steps", "1", "--target", RANDOM], "has 4000"),
-    (["--stage", "rl", "--beta", "nan", "--steps", "1"], "--beta must be at least 0"),
-    (["--stage", "pretrain", "--warmup", "-5"], "--warmup must be at least 0"),
-    (["--stage", "pretrain"], "--stage pretrain needs --model"),
-    (["--stage", "pretrain", "--model", RANDOM, "--dtype", "bfloat16"], "needs --dtype float32"),
-    (["--stage", "dance"], "one of sae, tune, sft, rl, pretrain"),
-    ([], "train.py needs --stage"),
+    ("sae --source nowhere", "nowhere: no such directory"),
+    ("sae --source some-owner/some-model", "offline, download it and pass its path"),
+    (f"sae --source {RANDOM} --data no.jsonl", "no.jsonl: no such file"),
+    (f"sae --source {RANDOM} --layer 9", "layer 9: this model has blocks 0 .. 3"),
+    (f"sae --source {RANDOM} --k 2000", "k="),
+    (f"sae --source {RANDOM} --sae-from x", "--sae-from goes with --init"),
+    (f"sae --source {RANDOM} --init finetune", "--sae-from goes with --init"),
+    ("sae --init pretrained --sae-from x --lr 1", "--lr has no effect"),
+    ("sae --init pretrained --sae-from x --resume", "--resume has no effect"),
+    ("sae --init finetune --sae-from x --k 4", "--k has no effect"),
+    ("sae --latnets 3", "did you mean --latents?"),
+    ("tune --latents 3", "no flag '--latents'"),
+    ("rl --batch 3", "no flag '--batch'"),
+    ("tune --splice none", "nothing to learn"),
+    (f"tune --splice none --teacher source --source {RANDOM} --target {RANDOM} --sae-grad on",
+     "no effect with --splice none"),
+    (f"tune --splice none --teacher source --source {RANDOM} --target {RANDOM} --layer 2",
+     "--layer has no effect with"),
+    ("tune --source x", "--source has no effect with --teacher target"),
+    ("tune --preset tinny", "no preset 'tinny'"),
+    (f"tune --sae nowhere --target {RANDOM}", "nowhere: no such directory"),
+    (f"tune --layer 3 --target {RANDOM}", "layer 3 is the last block"),
+    (f"pretrain --model {RANDOM} --only zebra", "no parameter has a name like that"),
+    (f"pretrain --model {RANDOM} --only (", "not a regular expression"),
+    (f"rl --target {RANDOM}", "--stage rl needs --steps"),
+    (f"rl --target {RANDOM} --steps 1 --rewards beauty", "invalid choice: 'beauty'"),
+    ("rl --steps 1 --group 1", "--group: 1 should be at least 2"),
+    ("sae --batch 0", "--batch: 0 should be at least 1"),
+    ("sae --lr fast", "argument --lr: invalid"),
+    ("sae --micro-batch -1", "--micro-batch: -1 should be at least 0"),
+    ("sae --batch 3 --micro-batch 2", "does not divide the batch, 3"),
+    ("rl --questions 3 --group 3 --micro-batch 2", "does not divide the batch, 9"),
+    ("sae --epochs -3", "--epochs: -3 should be at least 1"),
+    ("sae --epochs 2 --steps 2", "--epochs has no effect with --steps"),
+    ("sae --seq-len 1", "--seq-len: 1 should be at least 2"),
+    ("sae --device banana", "banana"),
+    (f"sae --source {RANDOM} --init finetune --sae-from x#y#z", "x"),
+    ("tune --clip -1", "--clip: -1 should be finite, above 0"),      # would climb the loss
+    ("tune --clip nan", "--clip: nan should be finite, above 0"),
+    ("tune --lr 0", "--lr: 0 should be finite, above 0"),
+    ("tune --lora-alpha 0", "--lora-alpha: 0 should be at least 1"),
+    ("tune --lora-dropout 1.5", "--lora-dropout: 1.5 should be finite, at least 0 and at most"),
+    (f"tune --seed {2**70}", "--seed: "),
+    ("rl --temperature 0 --steps 1", "--temperature: 0 should be finite, above 0"),
+    ("rl --questions -1 --steps 1", "--questions: -1 should be at least 1"),
+    (f"rl --questions 9999 --steps 1 --target {RANDOM}", "has 4000"),
+    ("rl --beta nan --steps 1", "--beta: nan should be finite, at least 0"),
+    ("pretrain --warmup -5", "--warmup: -5 should be at least 0"),
+    ("pretrain", "--stage pretrain needs --model"),
+    (f"pretrain --model {RANDOM} --dtype bfloat16", "needs --dtype float32"),
+    ("dance", "--stage sae | tune | sft | rl | pretrain"),
 ]
 
 
-@pytest.mark.parametrize("argv, message", REFUSED, ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else "")
-def test_refused_in_one_line_before_anything_is_written(argv, message, tmp_path):
+@pytest.mark.parametrize("words, message", REFUSED, ids=lambda text: text[:60])
+def test_refused_in_one_line_before_anything_is_written(words, message, tmp_path):
     out = tmp_path / "out"
     with pytest.raises((ValueError, OSError)) as caught:
-        train.main([*argv, *(["--out", str(out)] if argv else [])])
+        train.main(["--stage", *words.split(), "--out", str(out)])
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not out.exists()
+
+
+def test_without_a_stage_there_is_a_short_usage_and_with_help_a_longer_one(capsys):
+    for argv in ([], ["--latents", "3"], ["--stage"]):
+        with pytest.raises(ValueError, match=r"usage: train.py --stage sae \| tune \| .* --help"):
+            train.main(argv)
+    train.main(["--help"])
+    assert "--stage pretrain" in capsys.readouterr().out
+    for stage in train.RUN:
+        with pytest.raises(SystemExit):
+            train.main([f"--stage={stage}", "--help"])
+        assert "--micro-batch" in capsys.readouterr().out
 
 
 def test_sae_of_another_site_layer_or_width_is_refused(run, trained, tmp_path):
@@ -410,10 +507,15 @@ def test_sae_of_another_site_layer_or_width_is_refused(run, trained, tmp_path):
 
 
 BAD_DATA = [
-    ("sft", b'{"text": 5}\n', ":1: no \"text\""), ("sft", b'{"problem": "a", "completion": null}\n', ":1: no \"text\""),
-    ("sft", b'{"text": "a"}\n{"text": "\xe9"}\n', "not UTF-8"), ("sft", b'{"problem": "\xe9", "answer": "1"}\n', "not UTF-8"),
-    ("sft", b'{"text": "a"}\n{"text": ' + b"[" * 99999, ":2: not JSON"), ("sft", b"", "no problems"),
-    ("rl", b'{"problem": "1+1?", "completion": "2"}\n', ':1: no "answer"'), ("rl", b'{"text": "1+1=2"}\n', ':1: no "problem"')]
+    ("sft", b'{"text": 5}\n', ":1: 'text' should be text"),
+    ("sft", b'{"problem": "a", "completion": null}\n', ":1: no 'completion'"),
+    ("sft", b'{"text": "a"}\n{"completion": "b"}\n', ":2: no 'problem'"),
+    ("sft", b'{"text": "a"}\n{"text": "\xe9"}\n', "not UTF-8"),
+    ("sft", b'{"problem": "\xe9", "answer": "1"}\n', "not UTF-8"),
+    ("sft", b'{"text": "a"}\n{"text": ' + b"[" * 99999, ":2: not JSON"),
+    ("sft", b"", "no problems"),
+    ("rl", b'{"problem": "1+1?", "completion": "2"}\n', ':1: no "answer"'),
+    ("rl", b'{"text": "1+1=2"}\n', ':1: no "problem"')]
 
 
 @pytest.mark.parametrize("stage, content, message", BAD_DATA)
@@ -421,16 +523,16 @@ def test_rows_of_the_wrong_kind_are_named(stage, content, message, tmp_path):
     path, out = tmp_path / "d.jsonl", tmp_path / "out"
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        train.main(["--stage", stage, "--target", RANDOM, "--data", str(path), "--steps", "1", "--out", str(out)])
-    assert str(caught.value).startswith(str(path)) and message in str(caught.value) and not out.exists()
+        train.main(["--stage", stage, "--target", RANDOM, "--data", str(path), "--steps", "1",
+                    "--out", str(out)])
+    assert str(caught.value).startswith(str(path)) and message in str(caught.value)
+    assert not out.exists()
 
 
-def test_rows_of_text_may_hold_blank_lines_and_a_field_that_says_text_is_not_one(tmp_path, run):
+def test_rows_of_text_may_hold_blank_lines_and_a_field_that_says_text_is_not_one(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a"}\n\n{"problem": "b", "completion": "c"}\n\n')
     assert len(train.read_rows(path)) == 2
-    with pytest.raises(ValueError, match="--template has no effect"):
-        train.main(["--stage", "sft", "--target", RANDOM, "--data", str(path), "--template", "resa", "--out", str(tmp_path)])
     path.write_text('{"problem": "1+1?", "answer": "2", "source": "text"}\n')
     assert train.read_rows(path)[0]["answer"] == "2"
 
@@ -438,7 +540,8 @@ def test_rows_of_text_may_hold_blank_lines_and_a_field_that_says_text_is_not_one
 def test_malformed_line_is_named_and_exit_code_is_2(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "x"}\n')
-    done = command("train.py", "--stage", "sae", "--source", RANDOM, "--data", data, "--out", tmp_path / "o")
+    done = command("train.py", "--stage", "sae", "--source", RANDOM, "--data", data,
+                   "--out", tmp_path / "o")
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "o").exists()
     assert done.stderr == f'error: {data}:2: no "answer" field\n'
 
@@ -451,10 +554,12 @@ def test_a_run_that_diverges_stops_and_says_so(run, tmp_path, trained):
 
 def test_micro_batches_learn_what_the_whole_batch_learns(run, tmp_path):
     flags = ["--target", RANDOM, "--steps", 3, "--lora-dropout", 0, "--lr", 1e-3]
-    whole, parts = run("sft", tmp_path / "a", *flags), run("sft", tmp_path / "b", *flags, "--micro-batch", 1)
+    whole = run("sft", tmp_path / "a", *flags)
+    parts = run("sft", tmp_path / "b", *flags, "--micro-batch", 1)
     a, b = (model.load_model(f"{RANDOM}+{d}") for d in (whole, parts))
     ids = torch.arange(40)[None]
-    assert torch.allclose(a(ids), b(ids), atol=1e-4) and not torch.allclose(a(ids), model.load_model(RANDOM)(ids), atol=1e-3)
+    assert torch.allclose(a(ids), b(ids), atol=1e-4)
+    assert not torch.allclose(a(ids), model.load_model(RANDOM)(ids), atol=1e-3)
 
 
 def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
@@ -462,26 +567,290 @@ def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
     for path in (ROOT / "data/tiny/init").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="the model knows 100: they do not belong together"):
+    with pytest.raises(ValueError, match="the model knows 100: of two models"):
         run("sft", tmp_path / "o", "--target", f"random:{tmp_path}/config.json", "--steps", 1)
 
 
 def test_the_published_recipe_runs_on_a_real_tokenizer_in_bf16(shared, data, tmp_path):
-    """Preset resa-still-v3 from SAE to adapter: R1-Distill's tokenizer and vocabulary, a small random body."""
+    """resa-still-v3 from SAE to adapter: R1-Distill's tokenizer and vocabulary, a small body."""
     source = shared / "tokenizers" / "deepseek-r1-distill-qwen"
-    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-    (tmp_path / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | small))
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2)
+    config = json.loads((source / "config.json").read_text()) | small
+    (tmp_path / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (tmp_path / name).symlink_to(source / name)
-    spec, common = f"random:{tmp_path}/config.json", ["--preset", "resa-still-v3", "--device", "cpu", "--layer", "1",
-                                                      "--data", str(data), "--seq-len", "64"]
-    train.main(["--stage", "sae", *common, "--source", spec, "--latents", "128", "--batch", "2", "--steps", "3",
-                "--out", str(tmp_path / "sae")])
-    train.main(["--stage", "tune", *common, "--target", spec, "--sae", str(tmp_path / "sae"), "--steps", "2",
-                "--out", str(tmp_path / "adapter")])
+    spec = f"random:{tmp_path}/config.json"
+    common = ["--preset", "resa-still-v3", "--device", "cpu", "--layer", "1", "--data", str(data),
+              "--seq-len", "64"]
+    train.main(["--stage", "sae", *common, "--source", spec, "--latents", "128", "--batch", "2",
+                "--steps", "3", "--out", str(tmp_path / "sae")])
+    train.main(["--stage", "tune", *common, "--target", spec, "--sae", str(tmp_path / "sae"),
+                "--steps", "2", "--out", str(tmp_path / "adapter")])
     settings = json.loads((tmp_path / "adapter" / "config.json").read_text())["settings"]
-    assert settings["lr"] == 1e-6 and settings["kl_reduction"] == "sequence" and settings["dtype"] == "bfloat16"
+    assert settings["lr"] == 1e-6 and settings["kl_reduction"] == "sequence"
+    assert settings["dtype"] == "bfloat16"
     adapter = model.read_adapter(str(tmp_path / "adapter"))
     assert adapter["r"] == 32 and adapter["scale"] == 4 and len(adapter["pairs"]) == 3 * 7
-    assert adapter["pairs"]["model.layers.2.mlp.up_proj"][1].abs().max() > 0      # fp32: at this rate bf16 stands still
-    assert adapter["pairs"]["model.layers.1.mlp.up_proj"][1].abs().max() == 0
+    above, below = (adapter["pairs"][f"model.layers.{i}.mlp.up_proj"][1] for i in (2, 1))
+    assert above.abs().max() > 0      # in fp32: at this rate bf16 stands still
+    assert below.abs().max() == 0
+
+
+# ---- presets ------------------------------------------------------------------------------------
+
+# arXiv 2506.09967, Table 1: source, target, trigger, elicitation, mode.
+TABLE_1 = """
+resa-still-v1       Tina-STILL       R1-Distill  still       still       finetune
+resa-still-v2       R1-Distill       R1-Distill  still       still       pretrained
+resa-still-v3       Tina-STILL       R1-Distill  still       still       scratch
+resa-still-v4       R1-Distill       R1-Distill  still       still       finetune
+resa-still-v5       R1-Distill       R1-Distill  still       still       scratch
+resa-deepscaler-v1  Tina-DeepScaleR  R1-Distill  deepscaler  deepscaler  finetune
+resa-deepscaler-v2  Tina-DeepScaleR  R1-Distill  deepscaler  deepscaler  scratch
+resa-deepscaler-v3  R1-Distill       R1-Distill  deepscaler  deepscaler  scratch
+resa-deepscaler-v4  Tina-STILL       R1-Distill  still       deepscaler  finetune
+"""
+SPECS = {"R1-Distill": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"}
+for NAME, STEP in (("STILL", 2000), ("DeepScaleR", 1000)):
+    ADAPTER = f"Tina-Yi/R1-Distill-Qwen-1.5B-{NAME}#checkpoint-{STEP}"
+    SPECS[f"Tina-{NAME}"] = f"{SPECS['R1-Distill']}+{ADAPTER}"
+
+
+@pytest.mark.parametrize("row", TABLE_1.split("\n")[1:-1], ids=lambda row: row.split()[0])
+def test_presets_are_the_papers(row):
+    name, source, target, trigger, elicitation, mode = row.split()
+    s, t, sft = (train.settings(stage, ["--preset", name, "--device", "cpu"])
+                 for stage in ("sae", "tune", "sft"))
+    assert (s.source, t.target) == (SPECS[source], SPECS[target])
+    assert (s.data, t.data, sft.data, s.init) == (trigger, elicitation, elicitation, mode)
+    assert (s.other_site, t.other_site) == (mode == "pretrained",) * 2
+    assert bool(s.sae_from) == (mode != "scratch")
+    assert (s.latents, s.k, s.optimizer, s.lr) == (65536, 32, "signum", 0)
+    assert (s.layer, s.site, s.batch, s.seq_len) == (12, "resid", 32, 2048)
+    assert (s.shuffle, s.template, s.dtype) == (False, "resa", "bfloat16")
+    assert (t.lr, t.epochs, t.batch, t.schedule) == (1e-6, 2, 2, "constant")
+    assert (t.lora_r, t.lora_alpha, t.clip) == (32, 128, 1.0)
+    assert (t.kl_reduction, t.sae_grad, t.teacher) == ("sequence", "off", "target")
+
+
+@pytest.mark.parametrize("name, steps, reward", [
+    ("tina-still", 7500, "length"), ("tina-deepscaler", 11000, "format")])
+def test_rl_presets_follow_tina(name, steps, reward):
+    args = train.settings("rl", ["--preset", name, "--device", "cpu"])
+    assert (args.steps, args.warmup, args.schedule, args.lr) == (steps, steps // 10, "cosine", 1e-6)
+    assert (args.group, args.temperature, args.beta) == (4, 0.7, 0.04)
+    assert args.max_new_tokens == 3584
+    assert args.rewards == ["accuracy", reward]
+    assert train.learning_rate(0, args, args.warmup) == 1e-6 / (steps // 10)
+
+
+def test_an_sae_may_be_used_at_another_site_if_that_is_said(run, at_mlp, tmp_path, capsys):
+    flags = ["--target", RANDOM, "--steps", 1]
+    with pytest.raises(ValueError, match="site mlp, not at resid: .* or --other-site"):
+        run("tune", tmp_path / "a", *flags, "--sae", at_mlp)
+    assert not (tmp_path / "a").exists()
+    # As the preset of the published arm does it: measured where it does not belong, spliced there.
+    pretrained = ["--source", RANDOM, "--init", "pretrained", "--sae-from", at_mlp]
+    with pytest.raises(ValueError, match="site mlp, not at resid"):
+        run("sae", tmp_path / "s", *pretrained)
+    run("sae", tmp_path / "s", *pretrained, "--other-site")
+    assert sae.load_sae(tmp_path / "s").meta["site"] == "mlp"      # it was trained nowhere else
+    run("tune", tmp_path / "t", *flags, "--sae", tmp_path / "s", "--other-site")
+    said = "--other-site: the SAE was trained at site mlp, not at resid"
+    assert capsys.readouterr().out.count(said) == 2
+
+
+@pytest.mark.parametrize("flags, blocks", [([], "2 .. 3"), (["--sae-grad", "on"], "0 .. 3")])
+def test_a_run_says_which_adapters_can_learn_and_these_do(run, trained, tmp_path, capsys, flags,
+                                                          blocks):
+    run("tune", tmp_path / "out", "--target", RANDOM, "--sae", trained, "--teacher", "source",
+        "--source", RANDOM + "@1", "--steps", 1, *flags)
+    assert f"adapters of blocks {blocks} can learn" in capsys.readouterr().out
+    pairs = model.read_adapter(str(tmp_path / "out"))["pairs"]
+    moved = {int(name.split(".")[2]) for name, (_, B) in pairs.items() if B.any()}
+    assert moved == set(range(int(blocks[0]), 4))
+
+
+# ---- FLOPs --------------------------------------------------------------------------------------
+
+def counted(function):
+    """FLOPs torch counts in matrix products; not embedding_bag, nor fused attention on a CPU."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def step_of(stage, flags, batch=2):
+    """A real step on random ids -> (function, its settings, model, SAE, number of tokens)."""
+    argv = ["--batch", str(batch), "--seq-len", "128", "--device", "cpu", *flags]
+    args, rng = train.settings(stage, argv), torch.Generator().manual_seed(0)
+    ids = torch.randint(542, (batch, 128), generator=rng)
+    lm, found = model.load_model(DISTILL), None
+    if stage in ("sae", "tune"):
+        found = sae.build("topk", 128, 1024, k=16)
+    if stage == "sae":
+        optimizer = sae.make_optimizer(found, "adam", 1e-3)
+    elif stage == "pretrain":
+        lm.requires_grad_(True)
+    else:
+        resa.add_lora(lm).train()
+    if stage == "tune":
+        found.requires_grad_(False)
+
+    def step():
+        if stage == "sae":
+            x = resa.activations(lm, ids, args.layer).flatten(0, 1)
+            sae.train_step(found, optimizer, [x])
+        elif stage == "tune":
+            grad = args.sae_grad == "on"
+            resa.tuning_loss(lm, found, args.layer, ids, args.site, grad).backward()
+        else:
+            train.cross_entropy(lm, ids).backward()
+    return step, args, lm, found, ids.numel()
+
+
+def flops(tokens, *args):
+    return {part: tokens * n for part, n in train.training_flops(*args).items()}
+
+
+def visible(parts):
+    return sum(n for part, n in parts.items() if part not in ("attention", "SAE sparse"))
+
+
+BELOW = 128 * 256 + 3 * 128 * 32      # the first q, k, v give no gradient to their input
+STEPS = [("sae", []), ("tune", []), ("tune", ["--sae-grad", "on"]),
+         ("tune", ["--site", "mlp", "--sae-grad", "on"]), ("sft", []), ("pretrain", [])]
+
+
+@pytest.mark.parametrize("splice", ["sae", "none"])
+def test_flops_with_another_teacher_are_those_that_torch_counts(splice):
+    args = train.settings("tune", ["--teacher", "source", "--batch", "2", "--seq-len", "128"])
+    ids, lm = torch.arange(256).view(2, 128), resa.add_lora(model.load_model(DISTILL)).train()
+    teacher, found = model.load_model(f"{ROOT}/data/tiny/lm"), None
+    if splice == "sae":
+        found = sae.build("topk", 128, 1024, k=16).requires_grad_(False)
+
+    def step():
+        resa.tuning_loss(lm, found, args.layer, ids, teacher=teacher).backward()
+    seen = visible(flops(256, "tune", args, lm, found, teacher))
+    assert counted(step) == pytest.approx(seen - 2 * 256 * BELOW, rel=0.02)
+
+
+@pytest.mark.parametrize("stage, flags", STEPS)
+def test_flops_are_those_that_torch_counts(stage, flags):
+    step, args, lm, found, tokens = step_of(stage, flags)
+    parts, fused = flops(tokens, stage, args, lm, found), counted(step)
+    assert fused == pytest.approx(visible(parts), rel=0.05)
+    nothing_below = (stage in ("tune", "sft")) * 2 * tokens * BELOW
+    assert fused == pytest.approx(visible(parts) - nothing_below, rel=0.01)
+    # Attention, unfused: computes the masked half too, and backward makes no scores again.
+    with sdpa_kernel(SDPBackend.MATH):
+        attention = counted(step) - fused
+    T, width, shared = args.seq_len, 128, 2 if (stage, flags) == ("tune", []) else 0
+    passes = {"sae": (2, 0), "tune": (8 - shared, 4 - shared)}
+    forward, backward = passes.get(stage, (4, 4))
+    assert attention == 4 * T * width * tokens * (forward + 2 * backward)
+    assert parts["attention"] == 2 * T * width * tokens * (forward + 2.5 * backward)
+
+
+def test_what_the_count_has_too_much_is_known_and_the_head_is_made_again_past_one_chunk():
+    step, args, lm, _, tokens = step_of("sft", [], batch=33)
+    parts, head = flops(tokens, "sft", args, lm), 2 * 128 * 542
+    last_positions = 33 * 3 * head                                 # predict nothing
+    assert counted(step) == visible(parts) - 2 * tokens * BELOW - last_positions
+
+
+def test_sparse_products_cost_what_they_read():
+    """By hand, as torch counts none: a step decodes, then scatters into four gradients."""
+    args, lm = train.settings("sae", ["--device", "cpu"]), model.load_model(RANDOM)
+    for found, K in ((sae.build("topk", 128, 1024, k=16), 16),
+                     (sae.build("relu", 128, 1024), 1024)):
+        assert train.training_flops("sae", args, lm, found)["SAE sparse"] == 5 * 2 * 128 * K
+
+
+def test_experts_count_as_far_as_a_token_uses_them():
+    config = model.Config(vocab_size=10, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+                          num_attention_heads=2, num_experts=4, num_experts_per_tok=2,
+                          moe_intermediate_size=6, shared_expert_intermediate_size=5)
+    with torch.device("meta"):
+        parts = train.block_flops(model.Transformer(config), 3)
+    assert parts["blocks"] == 2 * (4 * 64 + 2 * 3 * 8 * 6 + 3 * 8 * 5 + 4 * 8 + 8)
+
+
+# ---- --stage rl ---------------------------------------------------------------------------------
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def adapters(out):
+    folders = [out, *(path for path in sorted(out.glob("checkpoint-*")) if path.is_dir())]
+    return {path.name: [(path / name).read_bytes() for name in FILES] for path in folders}
+
+
+def test_rl_counts_the_tokens_of_prompts_and_samples(run, data, tmp_path):
+    out = run("rl", tmp_path / "r", "--target", RANDOM, "--steps", 2)
+    tok, rows = model.load_tokenizer(RANDOM), read_problems(data)
+    sampled = sum(4 * row["length"] for row in logged(out))
+    prompts = 0
+    for step in range(2):
+        for i in train.order(len(rows), step)[:2]:
+            chat = tok.chat([{"role": "user", "content": rows[i]["problem"]}])
+            prompts += len(tok.encode(chat))
+    assert summary(out)["tokens"] == 2 * prompts + round(sampled)      # groups of 2
+    lm = resa.add_lora(model.load_model(RANDOM))
+    least = train.training_flops("rl", train.settings("rl", ["--device", "cpu"]), lm, T=1)
+    assert summary(out)["flops"] > summary(out)["tokens"] * sum(least.values())
+
+
+def test_an_adapter_along_the_way_is_that_of_a_run_of_so_many_steps(run, tmp_path):
+    long, rl = tmp_path / "long", ["--target", RANDOM]
+    run("rl", long, *rl, "--steps", 4, "--save-every", 2)
+    run("rl", tmp_path / "short", *rl, "--steps", 2)
+    run("rl", tmp_path / "plain", *rl, "--steps", 4)
+    found = adapters(long)
+    assert list(found) == ["long", "checkpoint-2", "checkpoint-4"]
+    assert found["checkpoint-2"] == adapters(tmp_path / "short")["short"] != found["long"]
+    assert found["checkpoint-4"] == found["long"] == adapters(tmp_path / "plain")["plain"]
+    assert model.load_model(f"{RANDOM}+{long}/checkpoint-2")
+    # A new run clears the adapters an earlier one kept, and nothing that is not its own.
+    kept = tmp_path / "plain"
+    (long / "checkpoint-2" / "notes.txt").write_text("mine")
+    (long / "checkpoint-9").symlink_to(kept)
+    run("rl", long, *rl, "--steps", 1)
+    left = {str(path.relative_to(long)) for path in long.glob("checkpoint-*/*")}
+    assert left == {"checkpoint-2/notes.txt"} | {f"checkpoint-9/{p.name}" for p in kept.iterdir()}
+    assert {*FILES} <= {path.name for path in kept.iterdir()}
+
+
+def test_rl_interrupted_and_resumed_keeps_its_adapters_and_its_counts(run, tmp_path):
+    flags, part = ["--target", RANDOM, "--steps", 6, "--save-every", 2], tmp_path / "part"
+    whole = run("rl", tmp_path / "whole", *flags)
+    part.mkdir()
+    (part / "checkpoint-4").write_text("in the way")
+    with pytest.raises(OSError):
+        run("rl", part, *flags)
+    assert (part / "checkpoint-2").is_dir() and not (part / FILES[0]).exists()
+    (part / "checkpoint-4").unlink()
+    run("rl", part, *flags, "--resume")
+    for name in ("tokens", "flops"):
+        assert summary(part)[name] == summary(whole)[name]
+    ours, theirs = adapters(part), adapters(whole)
+    assert ours.pop("part") == theirs.pop("whole") and ours == theirs and len(ours) == 3
+
+
+def test_rl_learns_the_same_in_micro_batches(run, tmp_path):
+    flags = ["--target", DISTILL, "--steps", 1, "--lora-dropout", 0, "--group", 4,
+             "--max-new-tokens", 64]
+    a, = logged(run("rl", tmp_path / "a", *flags))
+    b, = logged(run("rl", tmp_path / "b", *flags, "--micro-batch", 1))
+    assert a["norm"] == pytest.approx(b["norm"], rel=1e-4) and a["reward"] == b["reward"]
+    assert a["norm"] > 0.01
+
+
+def test_data_that_cannot_be_had_shows_before_the_model_is_loaded(tmp_path):
+    named = {"sae": "--source", "pretrain": "--model"}      # the flag of the model, else --target
+    for stage in train.RUN:
+        with pytest.raises(ValueError, match="no-such.jsonl: no such file"):
+            train.main(["--stage", stage, named.get(stage, "--target"), "no-such-model", "--data",
+                        "no-such.jsonl", "--out", str(tmp_path / "o"), "--steps", "1"])

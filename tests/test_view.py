@@ -1,7 +1,7 @@
-"""The two pages that resa.py writes: what is on them is true, safe and small, and a real browser shows it."""
-import copy
+"""The viewer's page: what is on it is true, safe and small, and a real browser shows it."""
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,21 +14,28 @@ from tokenizers import Tokenizer, models
 import model as M
 import resa
 import sae as S
+from data.files import TINY, read_problems
+from data.flags import read_preset
+from data.formats import save_saelens
+from tests.claims import view as V
 from tests.conftest import ROOT
 
-HOSTILE = ["</script><b>", "<!--<script>", "\u2028", "%DATA%", "/* page.css */", "&lt;", "\n", "`${1}`", "|"]
+HOSTILE = ["</script><b>", "<!--<script>", "\u2028", "%DATA%", "</style>", "&lt;", "\n", "`${1}`",
+           "|"]
 CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A random model of width 32 with 4,096 words, some of them hostile: model, tokenizer, ids (2000,), chunks."""
+    """A random model of width 32 with 4,096 words, some hostile: model, tokenizer, ids, chunks."""
     path = tmp_path_factory.mktemp("model")
     words = HOSTILE + [f" w{i}" for i in range(4096 - len(HOSTILE))]
-    Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=" w0")).save(str(path / "tokenizer.json"))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" w0"))
+    tokenizer.save(str(path / "tokenizer.json"))
     config = json.loads((ROOT / "data/tiny/init/config.json").read_text())
-    config |= {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-               "max_position_embeddings": 4096}
+    config |= {"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 32,
+               "num_hidden_layers": 2, "max_position_embeddings": 4096}
     (path / "config.json").write_text(json.dumps(config))
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(len(words), (2000,), generator=rng)
@@ -49,9 +56,9 @@ def large(tiny, tmp_path_factory):
     """The page of a 2,000-token answer and 65,536 latents."""
     path = tmp_path_factory.mktemp("page") / "view.html"
     model, tokenizer, ids, chunks = tiny
-    data = resa.view_data(model, tokenizer, random_sae(65536, 32), ids, 50, chunks[:2])
-    resa.write_page(path, "view.html", data | {"model": "</script><i>model", "sae": "sae", "finish": "stop",
-                                               "examples_from": "text"})
+    data = V.view_data(model, tokenizer, random_sae(65536, 32), ids, 50, chunks[:2])
+    V.write_page(path, data | {"model": "</script><i>model", "sae": "sae", "finish": "stop",
+                               "examples_from": "text"})
     return path
 
 
@@ -60,9 +67,9 @@ def payload(page):
 
 
 def numbers(text):
-    """What the page's script reads: the plain twin of resa.digits."""
+    """What the page's script reads: the plain twin of V.digits."""
     width, text = int(text[0]), text[1:]
-    digit = {c: i for i, c in enumerate(resa.DIGITS.decode())}
+    digit = {c: i for i, c in enumerate(V.DIGITS.decode())}
     return [sum(digit[c] * 64**(width - 1 - j) for j, c in enumerate(text[i:i + width]))
             for i in range(0, len(text), width)]
 
@@ -71,24 +78,27 @@ def dom(path, profile, size="1280,900"):
     """The page as Chromium has rendered it, with a profile of its own and without a network."""
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking " \
-            "--disable-component-update --disable-sync --dump-dom"
-    words = [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", f"--window-size={size}", path.as_uri()]
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+             "--disable-background-networking --disable-component-update --dump-dom")
+    words = [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", f"--window-size={size}",
+             path.as_uri()]
     return subprocess.run(words, capture_output=True, text=True, timeout=60).stdout
 
 
-# ---- the viewer ------------------------------------------------------------------------------------------
+# ---- the page -----------------------------------------------------------------------------------
 
 def test_a_large_page_is_small_and_nothing_in_it_is_fetched_or_run(large):
     page = large.read_text(encoding="utf-8")
     assert len(page.encode()) < 5e6
     inside = payload(page)
     data = json.loads(inside)
-    assert len(numbers(data["numbers"]["latents"])) > 25_000 and len(numbers(data["numbers"]["text"])) == 2000
+    assert len(numbers(data["numbers"]["latents"])) > 25_000
+    assert len(numbers(data["numbers"]["text"])) == 2000
     assert set(HOSTILE) <= set(data["words"]) and data["model"] == "</script><i>model"
     assert "<" not in inside and inside.isascii()
-    assert page.replace(inside, "").count("<script") == 2 and "%DATA%" not in page.replace(inside, "")
-    assert not re.search(r"https?:|//\w+\.|@import|url\(|src=", page.replace(inside, ""))
+    around = page.replace(inside, "")
+    assert around.count("<script") == 2 and "%DATA%" not in around
+    assert not re.search(r"https?:|//\w+\.|@import|url\(|src=", around)
 
 
 def test_chromium_shows_the_large_page_in_less_than_two_seconds(large, tmp_path):
@@ -97,28 +107,35 @@ def test_chromium_shows_the_large_page_in_less_than_two_seconds(large, tmp_path)
     assert "data-error" not in root and 'data-tokens="2000"' in root
     assert int(re.search(r'data-ms="(\d+)"', root)[1]) < 2000
     assert "&lt;/script&gt;&lt;b&gt;" in shown and "<b>" not in shown and "<i>model" not in shown
-    plain = lambda pieces: [html.unescape(re.sub(r"<[^>]*>", "", piece)) for piece in pieces]
+
+    def plain(pieces):
+        return [html.unescape(re.sub(r"<[^>]*>", "", piece)) for piece in pieces]
     data = json.loads(payload(large.read_text(encoding="utf-8")))
-    text, latents, feature = (numbers(data["numbers"][name]) for name in ("text", "latents", "feature"))
-    drawn = plain(re.findall(r'<span class="token[^>]*>(?s:(.*?))(?=<span class="token|<h2|</div>)', shown))
+    text, latents, feature = (numbers(data["numbers"][name])
+                              for name in ("text", "latents", "feature"))
+    token = r'<span class="token[^>]*>(?s:(.*?))(?=<span class="token|<h2|</div>)'
+    drawn = plain(re.findall(token, shown))
     assert drawn == [data["words"][i].replace("\n", "↵\n") for i in text]
     listed = plain(re.findall(r'<div role="option"[^>]*>(<span[^>]*>\d+)</span>', shown))
-    assert listed == [str(latents[f]) for f in feature[32 * 50:32 * 51]]      # at the first token of the answer
+    # At the first token of the answer.
+    assert listed == [str(latents[f]) for f in feature[32 * 50:32 * 51]]
 
 
 def test_digits_are_read_back():
     for values in ([], [0], [63], [64, 0, 5], [2**18 - 1, 1], [2**31, 7]):
-        assert numbers(resa.digits(torch.tensor(values, dtype=torch.long))) == values
+        assert numbers(V.digits(torch.tensor(values, dtype=torch.long))) == values
 
 
 def test_what_the_page_says_is_what_the_sae_says(tiny):
     model, tokenizer, ids, chunks = tiny
     sae, ids, n = random_sae(512, 8), ids[:300], 5
-    sae.b_enc += 0.1 * torch.randn(512, generator=torch.Generator().manual_seed(0))     # so that some fire often
-    data = resa.view_data(model, tokenizer, sae, ids, 20, chunks, top=n)
-    z = sae.encode(resa.activations(model, torch.tensor([ids]), 1)[0])                           # (T,F)
-    seen = sae.encode(resa.activations(model, chunks, 1).flatten(0, 1))                          # (N,F)
-    latents, kept, feature = (numbers(data["numbers"][name]) for name in ("latents", "kept", "feature"))
+    rng = torch.Generator().manual_seed(0)
+    sae.b_enc += 0.1 * torch.randn(512, generator=rng)       # so that some fire often
+    data = V.view_data(model, tokenizer, sae, ids, 20, chunks, top=n)
+    z = sae.encode(resa.activations(model, torch.tensor([ids]), 1)[0])    # (T,F)
+    seen = sae.encode(resa.activations(model, chunks, 1).flatten(0, 1))    # (N,F)
+    latents, kept, feature = (numbers(data["numbers"][name])
+                              for name in ("latents", "kept", "feature"))
     value = [(q - 2047) / 2047 * data["scale"] for q in numbers(data["numbers"]["value"])]
     assert kept == [n] * len(ids) and numbers(data["numbers"]["active"]) == [8] * len(ids)
     best = z.topk(n)
@@ -126,16 +143,20 @@ def test_what_the_page_says_is_what_the_sae_says(tiny):
     assert torch.allclose(torch.tensor(value), best.values.flatten(), atol=data["scale"] / 2047)
     assert latents == sorted(set(best.indices.flatten().tolist()))
     assert numbers(data["numbers"]["times"]) == (seen[:, latents] != 0).sum(0).tolist()
-    top = seen[:, latents].topk(data["n_examples"], dim=0)                                       # (4,n)
+    top = seen[:, latents].topk(data["n_examples"], dim=0)    # (4,n)
     at = torch.tensor(numbers(data["numbers"]["example"])).view(-1, data["n_examples"])
     for i in range(len(latents)):
         fired = int((top.values[:, i] > 0).sum())
-        assert at[i, :fired].tolist() == top.indices[:fired, i].tolist() and (at[i, fired:] == chunks.numel()).all()
-    words = lambda name: [data["words"][i] for i in numbers(data["numbers"][name])]
+        assert at[i, :fired].tolist() == top.indices[:fired, i].tolist()
+        assert (at[i, fired:] == chunks.numel()).all()
+
+    def words(name):
+        return [data["words"][i] for i in numbers(data["numbers"][name])]
     assert words("text") == [tokenizer.decode([i]) for i in ids]
     assert words("corpus") == [tokenizer.decode([i]) for i in chunks.flatten().tolist()]
-    logits = (sae.W_dec[latents] * model.model.norm.weight) @ model.lm_head.weight.T             # (n,V)
-    assert words("promotes") == [tokenizer.decode([i]) for i in logits.topk(10).indices.flatten().tolist()]
+    logits = (sae.W_dec[latents] * model.model.norm.weight) @ model.lm_head.weight.T    # (n,V)
+    best = logits.topk(10).indices.flatten().tolist()
+    assert words("promotes") == [tokenizer.decode([i]) for i in best]
 
 
 def test_negative_codes_count_by_their_size_and_keep_their_sign(tiny):
@@ -143,11 +164,11 @@ def test_negative_codes_count_by_their_size_and_keep_their_sign(tiny):
     sae = S.build("abstopk", 32, 256, k=8).requires_grad_(False)
     sae.meta = random_sae(64, 1).meta
     sae.calibrate([resa.activations(model, chunks, 1).flatten(0, 1)])
-    data = resa.view_data(model, tokenizer, sae, ids[:200], 20, chunks, top=1)
-    z = sae.encode(resa.activations(model, torch.tensor([ids[:200]]), 1)[0])                     # (T,F)
-    value = torch.tensor([(q - 2047) / 2047 * data["scale"] for q in numbers(data["numbers"]["value"])])
+    data = V.view_data(model, tokenizer, sae, ids[:200], 20, chunks, top=1)
+    z = sae.encode(resa.activations(model, torch.tensor([ids[:200]]), 1)[0])    # (T,F)
+    value = torch.tensor(numbers(data["numbers"]["value"])).sub(2047) / 2047 * data["scale"]
     z = z[z.abs().amax(1) > 0]
-    best = z.gather(1, z.abs().argmax(1, keepdim=True))[:, 0]                                    # (T,)
+    best = z.gather(1, z.abs().argmax(1, keepdim=True))[:, 0]    # (T,)
     assert torch.allclose(value, best, atol=data["scale"] / 2047)
     assert (value < 0).any() and (value > 0).any()
 
@@ -156,16 +177,16 @@ def test_a_feature_much_weaker_than_another_is_still_there(tiny):
     model, tokenizer, ids, chunks = tiny
     sae = S.build("relu", 32, 2).requires_grad_(False)
     sae.meta, sae.b_enc[:] = random_sae(64, 1).meta, torch.tensor([1e6, 1.0])
-    value = numbers(resa.view_data(model, tokenizer, sae, ids[:9], 2, chunks)["numbers"]["value"])
+    value = numbers(V.view_data(model, tokenizer, sae, ids[:9], 2, chunks)["numbers"]["value"])
     assert value[1::2] == [2048] * 9 and min(value[::2]) > 4000
 
 
 def test_sinks_have_no_features(tiny):
     model, tokenizer, ids, chunks = tiny
-    data = resa.view_data(model, tokenizer, random_sae(512, 8, sink_norm=1e9), ids[:50], 20, chunks)
+    data = V.view_data(model, tokenizer, random_sae(512, 8, sink_norm=1e9), ids[:50], 20, chunks)
     assert numbers(data["numbers"]["kept"]) == [0] + [8] * 49
     with pytest.raises(ValueError, match="no feature is active"):
-        resa.view_data(model, tokenizer, random_sae(512, 8, sink_norm=0.0), ids[:50], 20, chunks)
+        V.view_data(model, tokenizer, random_sae(512, 8, sink_norm=0.0), ids[:50], 20, chunks)
 
 
 def test_reasoning_features_are_active_at_every_think_and_nowhere_else(tiny):
@@ -173,9 +194,10 @@ def test_reasoning_features_are_active_at_every_think_and_nowhere_else(tiny):
     ids = [1, 5, 2, 7, 5, 8, 3]
     sae = S.build("relu", 32, 4096).requires_grad_(False)
     sae.b_enc -= 0.01
-    on = sae.encode(resa.activations(model, torch.tensor([ids]), 0)[0]) != 0                     # (T,F)
+    on = sae.encode(resa.activations(model, torch.tensor([ids]), 0)[0]) != 0    # (T,F)
     wanted = [f for f in range(4096) if on[:, f].tolist() == [i in (5, 8) for i in ids]]
-    assert wanted and resa.reasoning_features(model, {0: sae}, ids, 5, 8) == {0: wanted}
+    sae.meta = random_sae(64, 1, layer=0).meta
+    assert wanted and V.reasoning_features(model, sae, ids, 5, 8) == wanted
 
 
 @pytest.fixture
@@ -190,15 +212,14 @@ def at_home(tmp_path, monkeypatch):
 
 
 def test_view_writes_the_answer_that_the_model_gives(at_home, data, capsys):
-    resa.main(["view", "--chunks", "2", "--data", str(data), "--seed", "3", "--temperature", "3"])
+    V.main(["--chunks", "2", "--data", str(data), "--seed", "3", "--temperature", "3"])
     shown = json.loads(payload((at_home / "out/tiny/view.html").read_text()))
     text = "".join(shown["words"][i] for i in numbers(shown["numbers"]["text"]))
-    first = resa.read_problems(ROOT / "data/tiny/test.jsonl")[0]
-    source = resa.PRESETS["tiny"]["source"]
+    first, source = read_problems(TINY / "test.jsonl")[0], read_preset("tiny")["source"]
     tokenizer = M.load_tokenizer(source)
     prompt = tokenizer.chat([{"role": "user", "content": first["problem"]}])
     (answer,), = M.generate(M.load_model(source), [tokenizer.encode(prompt)], 96, 3.0,
-                              stop_ids=tokenizer.eos_ids, seed=3)
+                            stop_ids=tokenizer.eos_ids, seed=3)
     assert text == prompt + tokenizer.decode(answer, skip_special=False)
     assert shown["layer"] == 2 and shown["n_prompt"] == len(tokenizer.encode(prompt))
     assert (shown["finish"] == "stop") == (answer[-1] in tokenizer.eos_ids)
@@ -213,87 +234,46 @@ def test_view_writes_the_answer_that_the_model_gives(at_home, data, capsys):
     ("--prompt= ", "--prompt is empty"),
     ("--layer 1", "trained at layer 2, not at 1"),
     ("--temperature 0 --seed 1", "--seed has no effect"),
-    ("--chunks 0", "--chunks must be at least 1"),
+    ("--layer 7 --other-site", "layer 7: this model has blocks 0 .. 3"),
+    ("--chunks 0", "--chunks: 0 should be at least 1"),
     ("--data none.jsonl", "none.jsonl: no such file"),
-    ("--device tpu", "--device tpu: it can be cpu"),
+    ("--device tpu", "device 'tpu' is not one of cpu"),
+    ("--quick --chunks 3", "--chunks has no effect with --quick"),
     ("--out page.htm", "a page ends in .html"),
 ])
 def test_view_says_what_is_wrong(at_home, words, said):
     with pytest.raises((ValueError, OSError), match=re.escape(said)):
-        resa.main(["view", *re.split(" (?=-)", words)] if "=" in words else ["view", *words.split()])
+        V.main(re.split(" (?=-)", words) if "=" in words else words.split())
     assert not list(at_home.rglob("*.htm*"))
 
 
 def test_view_without_an_sae_says_how_to_get_one(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "resa.py", "view"], cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "tests.claims.view"], cwd=tmp_path,
+                          capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and not done.stdout and not any(tmp_path.iterdir())
-    assert done.stderr == "error: out/tiny/sae: no SAE there yet; run --stage sae first, or name one with --sae\n"
+    assert done.stderr == ("error: out/tiny/sae: no SAE there yet; run train.py --stage sae first, "
+                           "or name one with --sae\n")
 
 
-# ---- the report ------------------------------------------------------------------------------------------
-
-POINT = {"value": 0.5, "low": 0.4, "high": 0.6}
-RESULTS = {
-    "title": "</script><b>title", "date": "2026-11-25", "machine": "2 cores", "seconds": 61.5, "settings": {"lr": 3e-4},
-    "summary": ["Nothing | is seen."],
-    "sections": [
-        {"id": "arms", "title": "Arms", "about": "All.", "words": ["No difference."],
-         "tables": [{"title": "Pass@1", "header": ["arm", "Pass@1"], "rows": [["base|line", 0.575], ["new", "0.6"]]}],
-         "charts": [{"kind": "intervals", "title": "Each arm", "x": "Pass@1", "line": {"value": 0.5, "name": "base"},
-                     "points": [{"name": "one", **POINT}, {"name": "two", **POINT, "mark": "worse"}]}]},
-        {"id": "rl", "title": "RL", "about": "", "words": [], "tables": [],
-         "charts": [{"kind": "line", "title": "By steps", "x": "steps", "y": "Pass@1",
-                     "series": [{"name": "src", "points": [{"x": 0, **POINT}, {"x": 20, **POINT}]}]},
-                    {"kind": "intervals", "title": "Empty", "x": "x", "points": []}]}]}
+def test_quick_writes_a_page_of_a_short_answer(at_home, data):
+    V.main(["--quick", "--data", str(data), "--out", "new/page.html", "--device", "cpu"])
+    shown = json.loads(payload((at_home / "new/page.html").read_text()))
+    assert len(numbers(shown["numbers"]["text"])) <= shown["n_prompt"] + 32
 
 
-def test_a_report_is_shown_by_chromium_and_says_the_same_in_markdown(tmp_path, capsys):
-    (tmp_path / "r.json").write_text(json.dumps(RESULTS))
-    resa.main(["report", "--results", str(tmp_path / "r.json"), "--out", str(tmp_path / "new" / "page.html")])
-    text = (tmp_path / "new/page.md").read_text()
-    assert text == resa.as_markdown(RESULTS)
-    for line in ["# </script><b>title", "- Nothing | is seen.", "| base\\|line | 0.575 |",
-                 "| two | 0.5 | [0.4, 0.6] | worse |", "| src | 20 | 0.5 | [0.4, 0.6] |",
-                 "- No difference.", "| lr | 0.0003 |"]:
-        assert line in text.splitlines()
-    page = (tmp_path / "new/page.html").read_text()
-    assert json.loads(payload(page)) == RESULTS
-    assert not re.search(r"https?:|url\(|src=", page.replace(payload(page), ""))
-    shown = dom(tmp_path / "new/page.html", tmp_path / "profile", "390,844")
-    root = re.search(r"<html[^>]*>", shown)[0]
-    assert "data-error" not in root and "data-ms" in root and "<b>" not in shown and "NaN" not in shown
-    assert shown.count('role="img"') == 3 and shown.count("<circle") == 2 and shown.count("<polyline") == 1
-    assert "one: 0.5 [0.4, 0.6]; two: 0.5 [0.4, 0.6] worse; line at 0.5: base</desc>" in shown
+def test_an_sae_is_read_elsewhere_only_where_that_is_asked_for(at_home, data, capsys):
+    V.main(["--quick", "--data", str(data), "--layer", "1", "--other-site"])
+    assert "trained at layer 2, not at 1" in capsys.readouterr().out
+    assert json.loads(payload((at_home / "out/tiny/view.html").read_text()))["layer"] == 1
 
 
-def broken(path, value):
-    """RESULTS with the part at `path` replaced, or taken out where value is None."""
-    results = copy.deepcopy(RESULTS)
-    *way, last = path
-    part = results
-    for key in way:
-        part = part[key]
-    if value is None:
-        del part[last]
-    else:
-        part[last] = value
-    return results
-
-
-@pytest.mark.parametrize("path, value, said", [
-    (["summary"], None, ': no "summary"'),
-    (["sections"], {}, ": sections: a list was expected"),
-    (["sections", 0, "words"], [3], ": sections[0]: words[0]: text was expected"),
-    (["sections", 0, "charts", 0, "kind"], "pie", ": sections[0]: charts[0]: a chart of kind intervals or line"),
-    (["sections", 0, "charts", 0, "points", 1, "low"], None, ': sections[0]: charts[0]: points[1]: no "low"'),
-    (["sections", 0, "charts", 0, "line"], "base", ": sections[0]: charts[0]: line: an object was expected"),
-    (["sections", 0, "tables", 0, "rows", 1, 1], True, ": sections[0]: tables[0]: rows[1][1]: text or a finite number"),
-    (["sections", 1, "charts", 0, "series", 0, "points", 0, "x"], 10**400, "series[0]: points[0]: x: a finite number"),
-    (["seconds"], float("nan"), ": seconds: a finite number was expected"),
-])
-def test_malformed_results_are_refused_in_one_line(tmp_path, path, value, said):
-    file = tmp_path / "r.json"
-    file.write_text(json.dumps(broken(path, value)))
-    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}.*{re.escape(said)}"):
-        resa.main(["report", "--results", str(file), "--out", str(tmp_path / "page.html")])
-    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+def test_an_sae_of_another_layout_is_read(at_home, data):
+    built = S.build("topk", 128, 256, k=8)
+    built.meta = {"layer": 2, "site": "resid", "sink_norm": None}
+    save_saelens(built, "lens")
+    for spec in ("lens", "out/tiny/sae"):
+        V.main(["--quick", "--data", str(data), "--sae", spec, "--out", f"{spec}.html"])
+    lens, ours = (json.loads(payload((at_home / f"{spec}.html").read_text()))
+                  for spec in ("lens", "out/tiny/sae"))
+    assert lens.pop("sae") != ours.pop("sae") and lens == ours

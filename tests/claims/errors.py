@@ -1,146 +1,266 @@
-"""What an SAE misses: its error, linear in the activation and not (arXiv 2410.14670)."""
+"""What SAEs miss: the error in two parts, linear in the activation and not (arXiv 2410.14670).
+
+    python -m tests.claims.errors                  SAEs of four widths, three seeds: minutes
+    python -m tests.claims.errors --source MODEL --sae DIR_OR_HUB_ID[#HOOKPOINT] --data FILE
+
+    x = x_hat + e,  e = e_lin + e_nl        e_lin = line(x): least squares of e on x, with a bias
+
+Result: OUT/table.txt, a row for each number, a column for each width, and a chart; by seed in
+OUT/numbers.json.  SAEs are trained by command lines, noted in OUT/commands.sh.
+
+N tokens, n chunks of T, D width, F latents, P and Q columns, W dictionaries of different widths.
+"""
 
 import math
-from typing import NamedTuple
+from argparse import Namespace
 
 import torch
 
-from sae import Codes, dense, wide
+import eval
+import train
+from data.files import check, staged, write_json
+from data.flags import (command_lines, experiment_parser, front_door, parse_experiment, real,
+                        refuse_idle, run_commands, whole)
+from data.formats import load_any
+from model import load_model, load_tokenizer
+from resa import activations, is_sink
+from sae import dense, metrics
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Error decomposition: what of e = x - x_hat is linear in x, and what that leaves (arXiv 2410.14670)
-# ----------------------------------------------------------------------------------------------------------
-
-class Affine(NamedTuple):
-    """A fitted linear map, u (N,P) -> (N,Q), held in fp64."""
-    matrix: torch.Tensor      # (P,Q)
-    bias: torch.Tensor        # (Q,)
-
-    def __call__(self, u):
-        return (u.double() @ self.matrix + self.bias).to(u.dtype)
-
+# ---- The error in parts; codes without an encoder ----------------------------------------------
 
 @torch.no_grad()
 def fit_affine(u, y, ridge=1e-6):
-    """Least squares of y (N,Q) on u (N,P) with a bias -> Affine.  Moments in fp64, about the means.
+    """Least squares of y (N,Q) on u (N,P) with a bias, in fp64 -> a function (M,P) -> (M,Q).
 
-    ridge  added to the covariance of u, in units of its mean diagonal; 0: the smallest solution if there are several
+    ridge: added to the covariance of u, in units of its mean diagonal.  0: the smallest solution.
     """
     u, y = u.double(), y.double()
     du, dy = u - u.mean(0), y - y.mean(0)
-    cov = du.T @ du                                                                           # (P,P)
+    cov = du.T @ du                                                               # (P,P)
     cov.diagonal().add_(ridge * cov.diagonal().mean())
-    matrix = torch.linalg.pinv(cov, hermitian=True) @ (du.T @ dy)
-    return Affine(matrix, y.mean(0) - u.mean(0) @ matrix)
+    matrix = torch.linalg.pinv(cov, hermitian=True) @ (du.T @ dy)                 # (P,Q)
+    bias = y.mean(0) - u.mean(0) @ matrix                                         # (Q,)
 
+    def line(u):
+        return (u.double() @ matrix + bias).to(u.dtype)
+    return line
 
 def r2(y, y_hat):
-    """(N,Q) twice -> share of the variance of y that y_hat explains: pooled, and as a plain mean over columns."""
-    left, total = (y - y_hat).pow(2).sum(0), (y - y.mean(0)).pow(2).sum(0)                    # (Q,)
+    """(N,Q) twice -> fraction of the variance of y explained: pooled, and the mean over columns."""
+    left, total = (y - y_hat).pow(2).sum(0), (y - y.mean(0)).pow(2).sum(0)        # (Q,)
     tiny = torch.finfo(y.dtype).tiny
-    return float(1 - left.sum() / total.sum().clamp_min(tiny)), float((1 - left / total.clamp_min(tiny)).mean())
-
+    by_column = 1 - left / total.clamp_min(tiny)
+    return float(1 - left.sum() / total.sum().clamp_min(tiny)), float(by_column.mean())
 
 def linear_r2(u, y, n_fit, ridge=1e-6):
-    """Pooled R2 of y, (N,Q) or (N,), from u (N,P): fitted on the first n_fit rows, measured on the others."""
+    """Pooled R2 of y (N,Q) or (N,) from u (N,P): fitted on n_fit rows, measured on the others."""
     u, y = u.double(), y.double().view(len(y), -1)
     return r2(y[n_fit:], fit_affine(u[:n_fit], y[:n_fit], ridge)(u[n_fit:]))[0]
 
-
 @torch.no_grad()
 def decompose_error(x, x_hat, n_fit=None, ridge=1e-6):
-    """Activations and reconstructions (N,D), sinks left out -> (line, numbers), with
+    """Activations and reconstructions (N,D), without sinks -> line, {label: number}.
 
-        x = x_hat + e_lin + e_nl,     e_lin = line(x) = x B + b,     e_nl = x - x_hat - e_lin
-
-    n_fit  line is fitted on the first n_fit rows, by default half, and measured on the others.  Rows in the order of
-           the text, so that neighbours, which resemble each other, stay on one side.
-    fvu, fvu_nl        of e and of e_nl.  Read both: shrinkage alone is linear, so that an R2 of 1 may mean a dead SAE
-    r2, r2_dims        R2 of e from x, pooled, and the mean over dimensions, which the paper gives
-    r2_norm, r2_norm_x R2 of ||e||^2 from x, and from ||x|| and its square alone: the baseline
-    fvu_fit, fvu_nl_fit, r2_fit, r2_dims_fit       in-sample, too good by about D / n_fit
-    ValueError: shapes differ, or too few rows.  e_nl also holds what noise hides from the line: it is an upper bound.
+    n_fit  the line is fitted on the first n_fit rows, by default half, and measured on the others
+           ("in-sample": on the same).  Rows are in the order of the text: neighbours are alike.
+    Read R2 with FVU: shrinkage is linear, so a dead SAE has an R2 of 1.  e_nl is an upper bound: it
+    also holds what noise hides from the line.  ValueError: shapes differ, or too few rows.
     """
-    if x.shape != x_hat.shape or x.dim() != 2:
-        raise ValueError(f"activations {tuple(x.shape)} and reconstructions {tuple(x_hat.shape)} must both be (N,D)")
+    check(x.shape == x_hat.shape and x.dim() == 2, f"activations {tuple(x.shape)} and "
+          f"reconstructions {tuple(x_hat.shape)} must both be (N,D)")
     (n, d), n_fit = x.shape, len(x) // 2 if n_fit is None else n_fit
-    if not d < n_fit < n - 1:
-        raise ValueError(f"{n_fit} of {n} tokens to fit a line on, in {d} dimensions: from {d + 1} to {n - 2} are "
-                         "needed; give more text")
-    x, e = x.double(), x.double() - x_hat.double()
-    line, m = fit_affine(x[:n_fit], e[:n_fit], ridge), {"n_fit": n_fit, "n_test": n - n_fit, "ridge": ridge}
-    for name, rows in (("", slice(n_fit, None)), ("_fit", slice(n_fit))):
-        X, E, E_lin = x[rows], e[rows], line(x[rows])
-        variance = (X - X.mean(0)).pow(2).sum()
-        m[f"fvu{name}"], m[f"fvu_nl{name}"] = (float(t.pow(2).sum() / variance) for t in (E, E - E_lin))
-        m[f"r2{name}"], m[f"r2_dims{name}"] = r2(E, E_lin)
-    size, norm = e.pow(2).sum(1), x.norm(dim=1)                                               # (N,)
-    m["r2_norm"] = linear_r2(x, size, n_fit, ridge)
-    m["r2_norm_x"] = linear_r2(torch.stack([norm, norm**2], 1), size, n_fit, ridge)
-    return line, m
+    check(d < n_fit < n - 1, f"{n_fit} of {n} tokens to fit a line on, in {d} dimensions: from "
+          f"{d + 1} to {n - 2} are needed; give more text")
+    x, e, found = x.double(), x.double() - x_hat.double(), {}
+    line = fit_affine(x[:n_fit], e[:n_fit], ridge)
+    for where, rows in (("", slice(n_fit, None)), (", in-sample", slice(n_fit))):
+        e_lin, variance = line(x[rows]), (x[rows] - x[rows].mean(0)).pow(2).sum()
+        found[f"FVU of e{where}"] = float(e[rows].pow(2).sum() / variance)
+        found[f"FVU of e_nl{where}"] = float((e[rows] - e_lin).pow(2).sum() / variance)
+        pooled, mean = r2(e[rows], e_lin)
+        found[f"R2 of e from x{where}"] = pooled
+        found[f"R2 of e from x, mean over dimensions{where}"] = mean
+    square, norm = e.pow(2).sum(1), x.norm(dim=1)                                 # (N,)
+    found["R2 of |e|^2 from x"] = linear_r2(x, square, n_fit, ridge)
+    sizes = torch.stack([norm, norm**2], 1)                                       # (N,2)
+    found["R2 of |e|^2 from |x| alone"] = linear_r2(sizes, square, n_fit, ridge)
+    return line, found
 
-
-def same_tokens(small, small_nl, large, n_fit):
-    """Do two SAEs fail on the same tokens?  Norms (N,): of one's error, of its nonlinear part, of the other's error.
-
-    -> R2 of the last from the first; the share of what that leaves which the nonlinear part explains on top.
-    """
-    alone = linear_r2(small[:, None], large, n_fit)
-    both = linear_r2(torch.stack([small, small_nl], 1), large, n_fit)
-    return alone, (both - alone) / (1 - alone) if alone < 1 else 0.0
-
-
-def fit_floor(widths, fvu):
-    """FVU (W,) at some widths -> (c, a, m) of  FVU = c + a F^-m,  all at least 0, by least squares; m on a grid.
-
-    c is what no width would remove.  Three widths fit exactly, which is no evidence for the form.  The split (paper):
-    absent = a F^-m, nonlinear = mean over widths of fvu_nl, linear = c - nonlinear, which may come out below 0.
-    """
-    F, y = (torch.as_tensor(t, dtype=torch.float64) for t in (widths, fvu))
-    m = torch.logspace(-2, 1, 301, dtype=torch.float64)[:, None]
-    f = (F / F.min()) ** -m                                                                   # (301,W)
-    f0, y0 = f.mean(1, keepdim=True), y.mean()
-    a = ((f - f0) * (y - y0)).sum(1, keepdim=True).clamp_min(0) / (f - f0).pow(2).sum(1, keepdim=True)
-    a = torch.where(a * f0 <= y0, a, (f * y).sum(1, keepdim=True) / (f * f).sum(1, keepdim=True))      # else c < 0
-    c = (y0 - a * f0).clamp_min(0)
-    best = (y - c - a * f).pow(2).sum(1).argmin()
-    return float(c[best]), float(a[best] * F.min() ** m[best]), float(m[best])
-
+def put_back(sae, line, linear):
+    """A function of x: x_hat with one part of the error added, e_lin or e_nl.  For resa.splice."""
+    def module(x):
+        return sae(x) + line(x) if linear else x - line(x)
+    module.meta = sae.meta               # says what a sink is
+    return module
 
 @torch.no_grad()
 def gradient_pursuit(x, atoms, l0):
-    """Codes >= 0 for x (N,D), less any bias, found without an encoder: at most l0 (N,) of atoms (F,D) -> Codes (N,F).
+    """x (N,D) without bias -> z (N,F) >= 0, at most l0 (N,) of the atoms (F,D) for each token.
 
-        r = x - z W;   the atom j with the largest W_j r, signed, joins;   z moves along the gradient of ||r||^2 on
-        the atoms it has, as far as is best
-
-    The paper takes the whole step, then cuts at 0, which may raise ||r||; here a step ends where a code reaches 0.
+        r = x - z W;  the atom with the largest W_j r joins;  z moves along the gradient of ||r||^2
+        on its atoms, by the best step, but no further than where a code reaches 0.
+    The paper takes the whole step and cuts at 0, which may raise ||r||.
     """
-    x, n = wide(x), len(x)
-    slots = int(l0.max()) if n else 0
-    index, z, r = x.new_zeros(n, slots, dtype=torch.int64), x.new_zeros(n, slots), x.clone()
-    for c in range(slots):
-        j = (r @ atoms.T.to(x)).argmax(1)                                                     # (N,)
-        there = ((index == j[:, None]) & (z > 0)).any(1)
-        index[:, c] = j
-        chosen = atoms[index[:, :c + 1]].to(x)                                                # (N,c+1,D)
-        active = z[:, :c + 1] > 0
-        active[:, c] = ~there      # if it points the other way it has no room, and nothing moves
-        grad = torch.einsum("ncd,nd->nc", chosen, r) * (active & (l0 > c)[:, None])
-        q = torch.einsum("nc,ncd->nd", grad, chosen)
-        step = (q * r).sum(1) / (q * q).sum(1).clamp_min(1e-30)                               # (N,)
-        room = torch.where(grad < 0, z[:, :c + 1] / -grad, math.inf).amin(1)
-        z[:, :c + 1] = (z[:, :c + 1] + torch.minimum(step, room)[:, None] * grad).clamp_min(0)
-        r = x - torch.einsum("nc,ncd->nd", z[:, :c + 1], chosen)
-    row, slot = z.nonzero(as_tuple=True)
-    place, order = (row * len(atoms) + index[row, slot]).sort()
-    return Codes(z[row, slot][order], place, (n, len(atoms)))
-
+    z, r = x.new_zeros(len(x), len(atoms)), x                                     # (N,F), (N,D)
+    for count in range(int(l0.max()) if len(x) else 0):
+        grad = r @ atoms.T                                                        # (N,F)
+        mine = (z > 0).scatter_(1, grad.argmax(1, keepdim=True), True)
+        grad = grad * (mine & (l0 > count)[:, None])
+        q = grad @ atoms                                                          # (N,D)
+        best = (q * r).sum(1) / (q * q).sum(1).clamp_min(1e-30)                   # (N,)
+        room = torch.where(grad < 0, z / -grad, math.inf).amin(1)      # 0 if an atom points away
+        z = (z + torch.minimum(best, room)[:, None] * grad).clamp_min(0)
+        r = x - z @ atoms
+    return z
 
 @torch.no_grad()
 def pursue(sae, x):
-    """(N,D) -> x_hat (N,D) by `gradient_pursuit` over the SAE's atoms, each token at the SAE's own L0."""
+    """x (N,D) -> x_hat (N,D) by `gradient_pursuit`, each token at the SAE's own L0."""
     b = sae.batch(x)
-    z = gradient_pursuit(b.x - sae.b_dec, sae.W_dec, (dense(sae.codes(b)) != 0).sum(1))
-    return (sae.rebuild(z) * b.undo[1] + b.undo[0]).to(x.dtype)
+    l0 = (dense(sae.codes(b)) != 0).sum(1)                                        # (N,)
+    z = gradient_pursuit(b.x - sae.b_dec, sae.W_dec, l0)                          # (N,F)
+    return (sae.decode_normalized(z) * b.scale + b.shift).to(x.dtype)
+
+# ---- One study: the SAEs of one seed, on held-out text -----------------------------------------
+
+TRAIN = ("train.py --stage sae --source {source} --k {k} --seq-len {seq_len} --steps {steps} "
+         "--batch {batch} --lr {lr} --schedule linear --layer {layer} --site {site}")
+
+def train_saes(args, seed):
+    """One SAE for each width -> their directories."""
+    commands = {}
+    for width in sorted(set(args.widths)):
+        commands[f"sae-{width}-{seed}"] = f"{TRAIN} --latents {width}"
+    run_commands(commands, Namespace(**vars(args) | {"seed": seed}), f"seed {seed}")
+    return [f"{args.out}/{name}" for name in commands]
+
+def load_text(args):
+    """-> settings of train.py, model, held-out chunks (n,T), up to 65,536 tokens."""
+    argv = command_lines("study", TRAIN, args)[0][3:]    # what follows --stage sae
+    t = train.settings("sae", argv)
+    model, tokenizer = load_model(t.source, t.dtype, t.device), load_tokenizer(t.source)
+    _, ids = train.hold_out(train.load_chunks(t, tokenizer, model))
+    if args.held:
+        ids = train.load_chunks(Namespace(**vars(t) | {"data": args.held}), tokenizer, model)
+    return t, model, ids[:max(2, 65536 // args.seq_len)].to(t.device)
+
+def study(specs, t, model, ids):
+    """SAEs -> {"n_fit", "n_test", "left_out", "widths": {width: {label: number}}}."""
+    x, half = torch.cat([activations(model, part, t.layer, t.site).float()
+                         for part in train.micro_batches(ids, t)]), len(ids) // 2  # (n,T,D)
+    limit = train.find_sink_norm(x[:t.batch], None, t)   # for all SAEs, however they were trained
+    keep = ~is_sink(x, limit)                                                     # (n,T)
+    x, n_fit, saes = x[keep], int(keep[:half].sum()), {}                          # (N,D)
+    for spec in specs:
+        sae = load_any(spec).to(x.device).requires_grad_(False)
+        train.check_site(sae, t)
+        check(sae.n_latents not in saes, f"--sae: two of {sae.n_latents} latents; give one")
+        sae.meta["sink_norm"] = limit
+        saes[sae.n_latents] = sae
+    found = {}
+    for width, sae in sorted(saes.items()):
+        line, found[width] = study_one(sae, x, n_fit)
+        found[width] |= spliced_parts(model, sae, line, ids[half:], t)
+    return {"n_fit": n_fit, "n_test": len(x) - n_fit, "left_out": 1 - len(x) / ids.numel(),
+            "widths": found}
+
+@torch.no_grad()
+def in_parts(function, x):
+    """function(x) for x (N,D), 1,024 tokens at a time."""
+    return torch.cat([function(part) for part in x.split(1024)])
+
+def study_one(sae, x, n_fit):
+    """What activations x (N,D) say of an SAE -> the line of its error, {label: number}."""
+    x_hat, shown = in_parts(sae, x), metrics(sae, x[n_fit:], 1024)
+    line, found = decompose_error(x, x_hat, n_fit)
+    found = {"L0": shown["l0"], "latents that never fire": shown["dead"]} | found
+    _, pursued = decompose_error(x, in_parts(lambda part: pursue(sae, part), x), n_fit)
+    for label in ("FVU of e", "FVU of e_nl"):
+        found[f"gradient pursuit: {label}"] = pursued[label]
+    found["R2 of e_nl from x_hat"] = linear_r2(x_hat, x - x_hat - line(x), n_fit)
+    return line, found
+
+@torch.no_grad()
+def spliced_parts(model, sae, line, ids, t):
+    """Nats per token of ids (n,T) with x_hat at the site, and with a part of the error put back."""
+    found = {}
+    for name, module in {"x_hat": sae, "x_hat + e_lin": put_back(sae, line, True),
+                         "x_hat + e_nl": put_back(sae, line, False)}.items():
+        nats = train.spliced_nats(model, {"sae": module}, ids, t)
+        found |= {"CE of the model": nats["ce"], f"CE with {name}": nats["ce_sae"],
+                  f"KL with {name}": nats["kl"]}
+    return found
+
+# ---- Table, chart, command line ----------------------------------------------------------------
+
+NOTE = """\
+Lines are fitted on {n_fit:,} held-out tokens, ridge 1e-6; all is measured on {n_test:,} others.
+{left_out:.1%} are sinks, left out.  R2: pooled over dimensions unless said.  |x| alone: and |x|^2.
+Gradient pursuit chooses codes anew, at each token's L0.  CE, KL: nats per token.
+Seeds: {seeds}; ± is half the distance from least to most."""
+
+def over_seeds(found, label):
+    """[seed] -> {width: [value of each seed that has it]}."""
+    return {width: [seed["widths"][width][label] for seed in found if label in numbers]
+            for width, numbers in found[0]["widths"].items()}
+
+def error_table(found):
+    """Rows are labels, columns widths: means over seeds, and half the distance least to most."""
+    widths, labels, rows = found[0]["widths"], {}, []
+    for numbers in widths.values():
+        labels |= numbers                # some widths lack some labels
+    for label in labels:
+        rows.append([label])
+        for values in over_seeds(found, label).values():
+            cell = f"{sum(values) / len(values):.4f}" if values else ""
+            spread = f" ±{(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+            rows[-1].append(cell + spread)
+    return eval.table(rows, ["", *(f"F {width:,}" for width in widths)])
+
+def error_chart(found):
+    """A bar for each width, as long as the FVU of e; # up to that of e_nl."""
+    lines = ["FVU by width: # is e_nl, = the rest of e, which is linear in x"]
+    fvu, nonlinear = over_seeds(found, "FVU of e"), over_seeds(found, "FVU of e_nl")
+    unit = max(map(sum, fvu.values())) / 80
+    for width, values in fvu.items():
+        bar = "#" * math.ceil(sum(nonlinear[width]) / unit)
+        bar = bar.ljust(math.ceil(sum(values) / unit), "=")
+        lines.append(f"F {width:<7,} {bar} {sum(values) / len(values):.4f}")
+    return "\n".join(lines)
+
+def main(argv):
+    parser = experiment_parser("python -m tests.claims.errors", __doc__.split("\n")[0],
+                               "source", "data", "dtype")
+    add = parser.add_argument
+    add("--layer", type=whole(0), default=1, help="decoder block, counted from 0")
+    add("--site", choices=("resid", "mlp"), default="resid", help="output of the block, its MLP")
+    add("--held", default="", help="JSONL to measure on; by default the last 5 %% of --data")
+    add("--sae", nargs="+", default=[], help="study these")
+    # What is trained without --sae
+    add("--widths", nargs="+", type=whole(1), default=[128, 256, 512, 1024], help="latents")
+    add("--k", type=whole(1), default=16, help="active latents per token")
+    add("--seeds", type=whole(1), default=3, help="trainings of each: seeds 0, 1, ..")
+    add("--steps", type=whole(1), default=500, help="optimizer steps")
+    add("--lr", type=real(0, above=True), default=5e-3, help="linear to 0 over the last fifth")
+    add("--batch", type=whole(1), default=4, help="chunks in a step")
+    add("--seq-len", type=whole(2), default=256, help="tokens in a chunk")
+    args = parse_experiment(parser, argv, dict(seeds=1, steps=4), "errors")
+    args.seed = 0                        # of `load_text`: the held-out text is always the same
+    if args.sae:
+        refuse_idle(args, "widths seeds workers", "--sae, which says what to study")
+    if "data" in args.given and "held" not in args.given:      # a preset's goes with its own data
+        args.held = ""
+    args.seeds = 1 if args.sae else args.seeds
+    specs = [args.sae or train_saes(args, seed) for seed in range(args.seeds)]
+    (t, *text), found = load_text(args), []
+    for seed, some in enumerate(specs):
+        found.append(study(some, Namespace(**vars(t) | {"seed": seed}), *text))
+    note = NOTE.format(**vars(args) | found[0])
+    text = f"{error_table(found)}\n\n{error_chart(found)}\n\n{note}"
+    with staged(args.out) as temporary:
+        (temporary / "table.txt").write_text(text + "\n")
+    write_json(f"{args.out}/numbers.json", found)
+    print(f"{text}\n\n{args.out}")
+
+if __name__ == "__main__":
+    front_door(main)

@@ -1,0 +1,293 @@
+"""SAEs of other projects: SAELens, dictionary_learning and OpenAI.
+
+    sae = load_any("DIR_OR_HUB_ID#layers.12.mlp")      any layout, ours and sparsify's included
+    save_saelens(sae, "out/lens")                      what SAELens 6 can compute
+    python -m data.formats --sae DIR_OR_HUB_ID --out DIR --layout saelens | sparsify
+
+The files in a directory tell the layout.  Where another project computes something else, as an
+encoder that reads x instead of x - b_dec, or atoms whose norms scale the codes, the weights are
+changed on reading so that codes and reconstructions stay the same.  No pickle is ever loaded.
+
+Dimensions: D width (d_in), F latents (n_latents).
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import torch
+
+from data.files import REQUIRED, check, locate, open_tensors, read_fields, read_json
+from data.flags import Parser, front_door, parse
+from sae import complete_meta, load_sae, read_sae, save_sae, write_sae
+
+LAYOUTS = {                              # layout -> its configuration, its weights
+    "sparsify": ("cfg.json", "sae.safetensors"),
+    "saelens": ("cfg.json", "sae_weights.safetensors"),
+    "dictionary_learning": ("config.json", "ae.safetensors")}      # and OpenAI's, once converted
+# Kinds of fields, as `read_fields` takes them.
+SIZE, MAYBE_K = (int, 1, None, REQUIRED), (int, 1, None, None)
+MAYBE_TEXT, MAYBE_DICT = (str, None, None, None), (dict, None, None, None)
+
+# ---- Any layout --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def load_any(directory_or_hub_id, hookpoint=None):
+    """Reads an SAE of any layout -> SAE on the CPU, in at least fp32.
+
+    hookpoint: the subfolder that holds it; DIRECTORY_OR_HUB_ID#HOOKPOINT means the same.
+    meta gets site, layer and model as far as the file, or a folder's name like layers.12.mlp, says.
+    ValueError names the file and what is wrong.  FileNotFoundError: no SAE, or no hub.
+    """
+    spec = f"{directory_or_hub_id}#{hookpoint}" if hookpoint else str(directory_or_hub_id)
+    folder = locate(spec)
+    layout = find_layout(folder)
+    if layout == "sparsify":
+        return load_sae(spec)
+    read = read_saelens if layout == "saelens" else read_dictionary_learning
+    sae = read(*(folder / name for name in LAYOUTS[layout]))
+    if hasattr(sae, "threshold"):        # below 0 theirs does nothing: codes are rectified as well
+        sae.threshold.clamp_(min=0)
+    said = {name: value for name, value in sae.meta.items() if value is not None}
+    sae.meta = complete_meta(said, spec)
+    return sae
+
+def find_layout(folder):
+    """The name of the one layout whose files are in a directory."""
+    there = [layout for layout, (config, weights) in LAYOUTS.items()
+             if (folder / config).is_file() and (folder / weights).is_file()]
+    if len(there) == 1:
+        return there[0]
+    both = " and ".join(f"{layout} ({', '.join(LAYOUTS[layout])})" for layout in there)
+    check(not there, f"{folder}: holds the files of {both}: keep those of one")
+    weights = [name for _, name in LAYOUTS.values()]
+    inside = sorted({path.parent.name for name in weights for path in folder.glob(f"*/{name}")})
+    if not inside:
+        refuse_pickle(folder)            # returns if there is none
+    like = ", ".join(inside[:30] or ["layers.12.mlp"])
+    raise FileNotFoundError(f"{folder}: no SAE there, that is {' or '.join(weights)} with its "
+                            f"configuration; name a hookpoint that has one, like {like}")
+
+# OpenAI's pickle also holds the settings: where there is no config.json, they become one.
+CONVERT = ("import json, os, sys, torch; from safetensors.torch import save_file; "
+           "s = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+           "t = {k: v.contiguous().clone() for k, v in s.items() if torch.is_tensor(v)}; "
+           "save_file(t, 'ae.safetensors'); os.path.exists('config.json') or "
+           "json.dump({'shape': s['encoder.weight'].shape, "
+           "**{k: s[k] for k in s.keys() - t.keys()}}, open('config.json', 'x'))")
+
+def refuse_pickle(folder):
+    """ValueError with the way out, if dictionary_learning or OpenAI wrote all there is."""
+    names = sorted(path.name for path in folder.glob("*.pt"))
+    config = folder / "config.json"
+    if not names and config.is_file() and "trainer" in read_json(config):
+        names = ["ae.pt"]                # on a hub, from which pickles are not even fetched
+    if names:
+        raise ValueError(f"{folder}: {names[0]} is a pickle, which can run any code when it is "
+                         "loaded, so it is not; this makes safetensors of it, in that directory: "
+                         f'python -c "{CONVERT}" {shlex.quote(names[0])}')
+
+def move_bias(sae):
+    """For an encoder that reads x: pre = x W_enc' + b_enc = (x - b_dec) W_enc' + new b_enc."""
+    shift = sae.W_enc @ sae.b_dec                                               # (F,)
+    sae.b_enc += shift
+    if sae.variant == "gated":
+        sae.b_mag += sae.r_mag.exp() * shift                                    # (F,)
+
+# ---- SAELens -----------------------------------------------------------------------------------
+
+BARE = {"W_enc": "W_enc.T"}              # our name -> name in the file, .T: stored transposed
+ARCHITECTURES = {                        # -> our variant, names, tensors that others do not have
+    "standard": ("relu", BARE, ()), "topk": ("topk", BARE, ()),
+    "jumprelu": ("jumprelu", BARE, ("threshold",)),
+    "gated": ("gated", BARE | {"b_enc": "b_gate"}, ("r_mag", "b_mag"))}
+EXPORTS = {                              # our variant -> what it is at inference
+    "relu": "standard", "gated": "gated", "topk": "topk", "gsae": "topk", "vsae": "topk",
+    "jumprelu": "jumprelu", "batchtopk": "jumprelu", "matryoshka": "jumprelu",
+    "mutual_choice": "jumprelu", "feature_choice": "jumprelu"}
+NORMALIZE = {                            # -> our word; booleans are from before version 6
+    "none": "none", False: "none", "layer_norm": "token",
+    "expected_average_only_in": "scale", True: "scale"}
+HOOKS = {"hook_resid_post": "resid", "hook_mlp_out": "mlp"}        # -> our word for the site
+
+SAELENS = {                              # the fields of cfg.json
+    "architecture": (tuple(ARCHITECTURES), None, None, "standard"),
+    "d_in": SIZE, "d_sae": SIZE, "k": MAYBE_K, "metadata": MAYBE_DICT,
+    "normalize_activations": (tuple(NORMALIZE), None, None, "none"),
+    "apply_b_dec_to_input": (bool, None, None, True),
+    "rescale_acts_by_decoder_norm": (bool, None, None, False),
+    "reshape_activations": (("none",), None, None, "none"),
+    "finetuning_scaling_factor": ((False,), None, None, False),
+    "activation_fn": (("relu", "topk"), None, None, None),
+    # Before version 6, topk was an activation function and "metadata" lay among the fields.
+    "activation_fn_str": (("relu", "topk"), None, None, "relu"),
+    "activation_fn_kwargs": MAYBE_DICT,
+    "hook_name": MAYBE_TEXT, "hook_point": MAYBE_TEXT, "model_name": MAYBE_TEXT}
+SCALER = {"scaling_factor": (float, 1e-30, 1e30, REQUIRED)}
+
+def read_saelens(config, weights):
+    cfg = read_fields(read_json(config), SAELENS, config)
+    kind, n_latents = cfg["architecture"], cfg["d_sae"]
+    if (cfg["activation_fn"] or cfg["activation_fn_str"]) == "topk":
+        kind = "topk"
+        cfg |= read_fields(cfg["activation_fn_kwargs"] or {}, {"k": MAYBE_K}, config)
+    check(kind != "topk" or cfg["k"], f"{config}: no 'k'")
+    normalize = NORMALIZE[cfg["normalize_activations"]]
+    own = {"topk": {"k": cfg["k"]}, "jumprelu": {"k": min(32, n_latents)},
+           "standard": {"rows": "free"}, "gated": {}}      # atoms of any norm
+    hyper = own[kind] | {"normalize": "token" if normalize == "token" else "none"}
+    variant, names, _ = ARCHITECTURES[kind]
+    sae = read_sae(weights, variant, cfg["d_in"], n_latents, hyper, names, ["scaling_factor"])
+    if normalize == "scale":             # by how much, a file beside the weights says
+        path = config.with_name("activation_scaler.json")
+        scale = read_fields(read_json(path), SCALER, path)["scaling_factor"]
+        sae.normalize = "scale"
+        sae.register_buffer("input_scale", torch.tensor(scale))
+    if not cfg["apply_b_dec_to_input"]:
+        move_bias(sae)
+    if kind == "topk" and cfg["rescale_acts_by_decoder_norm"]:
+        sae.fold_rows_()                 # their codes are ours times the norms of the atoms
+    sae.meta = saelens_meta(cfg)
+    return sae
+
+def saelens_meta(cfg):
+    """Where the SAE belongs, in our words, and whatever else its "metadata" says."""
+    hook = cfg["hook_name"] or cfg["hook_point"]
+    meta = cfg["metadata"] or {"hook_name": hook, "model_name": cfg["model_name"]}
+    meta = {name: value for name, value in meta.items() if not name.startswith("sae_lens_")}
+    hook, model = meta.pop("hook_name", None), meta.pop("model_name", None)
+    return meta | site_of(hook) | {"model": model}
+
+def site_of(hook):
+    """A hook of TransformerLens -> {"layer", "site"}, or {} if it is in no block.
+
+    A site that we do not have keeps its own name, so that it is never taken for one of ours.
+    """
+    match = re.fullmatch(r"blocks\.(\d{1,9})\.(.+)", str(hook))
+    if not match:
+        return {}
+    layer, name = int(match[1]), match[2]
+    if name == "hook_resid_pre" and layer > 0:       # what enters a block left the one before
+        layer, name = layer - 1, "hook_resid_post"
+    return {"layer": layer, "site": HOOKS.get(name, name)}
+
+def save_saelens(sae, directory):
+    """Writes cfg.json and sae_weights.safetensors, for SAELens 6.
+
+    An input scale goes into the weights; one threshold for all becomes one for each latent.
+    ValueError, and nothing is written, for what SAELens cannot express.
+    """
+    kind = EXPORTS.get(sae.variant)
+    check(kind and sae.normalize != "unit", f"SAELens cannot express {sae.variant} with normalize="
+          f"{sae.normalize!r}; the layout 'sparsify' holds everything")
+    dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
+    factors, tensors = {}, {}
+    if sae.normalize == "scale":         # (s x - b) W' = (x - b/s) (s W)'
+        scale = sae.input_scale.to("cpu", dtype)
+        factors = {"W_enc": scale, "W_dec": 1 / scale, "b_dec": 1 / scale}
+    _, names, more = ARCHITECTURES[kind]                                        # at inference
+    for ours in ("W_enc", "b_enc", "W_dec", "b_dec", *more):
+        tensor = getattr(sae, ours).detach().to("cpu", dtype) * factors.get(ours, 1)
+        if ours == "threshold":
+            tensor = tensor.expand(sae.n_latents)                               # (F,)
+        name = names.get(ours, ours)
+        tensors[name.removesuffix(".T")] = tensor.T if name.endswith(".T") else tensor
+    cfg = {"architecture": kind, "d_in": sae.d_in, "d_sae": sae.n_latents, "device": "cpu",
+           "metadata": to_saelens_meta(sae), "dtype": str(dtype).removeprefix("torch."),
+           "normalize_activations": "layer_norm" if sae.normalize == "token" else "none",
+           "apply_b_dec_to_input": True, "reshape_activations": "none"}
+    if kind == "topk":
+        cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    write_sae(directory, "sae_weights.safetensors", cfg, tensors)
+
+def to_saelens_meta(sae):
+    meta = {"training_architecture": sae.variant, **sae.meta, "sae_lens_version": "6.0.0"}
+    if "model" in meta:
+        meta["model_name"] = meta.pop("model")
+    if "layer" in meta and "site" in meta:
+        layer, site = meta.pop("layer"), meta.pop("site")
+        hooks = {ours: hook for hook, ours in HOOKS.items()}
+        meta["hook_name"] = f"blocks.{layer}.{hooks.get(site, site)}"
+    return meta
+
+# ---- dictionary_learning and OpenAI ------------------------------------------------------------
+
+LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight.T"}
+DICTIONARIES = {                         # dict_class -> our variant, names, tensors to ignore
+    "AutoEncoder": ("relu", LINEAR | {"b_dec": "bias"}, ()),
+    "AutoEncoderNew": ("relu", LINEAR | {"b_dec": "decoder.bias"}, ()),
+    "GatedAutoEncoder": ("gated", LINEAR | {"b_enc": "gate_bias", "b_mag": "mag_bias",
+                                            "b_dec": "decoder_bias"}, ()),
+    "AutoEncoderTopK": ("topk", LINEAR, ("k", "threshold")),
+    "BatchTopKSAE": ("batchtopk", LINEAR, ("k",)),
+    "JumpReluAutoEncoder": ("jumprelu", BARE, ()),
+    "MatryoshkaBatchTopKSAE": ("matryoshka", BARE, ("k", "group_sizes"))}
+TRAINER = {                              # the fields of "trainer" in config.json
+    "dict_class": (tuple(DICTIONARIES), None, None, REQUIRED),
+    "activation_dim": SIZE, "dict_size": SIZE, "k": MAYBE_K,
+    "group_sizes": ([float], 1, None, None), "layer": (int, 0, None, None),
+    "lm_name": MAYBE_TEXT, "submodule_name": MAYBE_TEXT}
+OPENAI = {                               # the fields of config.json, written by `CONVERT`
+    "shape": ([int], 2, 2, REQUIRED), "activation": (("ReLU", "TopK"), None, None, "ReLU"),
+    "activation_state_dict": MAYBE_DICT}
+OPENAI_STATE = {"k": MAYBE_K, "postact_fn": (("ReLU",), None, None, "ReLU")}
+
+def read_dictionary_learning(config, weights):
+    raw = read_json(config)
+    if "shape" in raw:
+        return read_openai(raw, config, weights)
+    raw = read_fields(raw, {"trainer": (dict, None, None, REQUIRED)}, config)
+    cfg = read_fields(raw["trainer"], TRAINER, f"{config}: trainer")
+    kind, n_latents = cfg["dict_class"], cfg["dict_size"]
+    variant, names, ignored = DICTIONARIES[kind]
+    check("k" not in ignored or cfg["k"], f"{config}: trainer: no 'k'")
+    check(variant != "matryoshka" or cfg["group_sizes"], f"{config}: trainer: no 'group_sizes'")
+    own = {"topk": {"k": cfg["k"]}, "batchtopk": {"k": cfg["k"]},
+           "matryoshka": {"k": cfg["k"], "levels": cfg["group_sizes"]},
+           "jumprelu": {"k": min(32, n_latents)}}
+    hyper = own.get(variant, {}) | {"normalize": "none"}
+    if kind == "AutoEncoderNew":         # its atoms have any norm
+        hyper["rows"] = "free"
+    sae = read_sae(weights, variant, cfg["activation_dim"], n_latents, hyper, names, ignored)
+    with open_tensors([weights]) as found:
+        if "k" in found and "k" in ignored:          # older files have none
+            k = found["k"]
+            whole = k.get_shape() == [] and k.get_dtype() in ("I64", "I32")
+            check(whole and k[...] == sae.k, f"{weights}: its k is not {sae.k}, as {config} says")
+    if kind in ("AutoEncoderNew", "JumpReluAutoEncoder"):          # they read x
+        move_bias(sae)
+    if kind == "AutoEncoder":            # as its own loader does
+        sae.fold_rows_()
+    hook = f"hook_{cfg['submodule_name']}".split("_layer")[0]      # from mlp_out_layer_7
+    sae.meta = {"layer": cfg["layer"], "site": HOOKS.get(hook), "model": cfg["lm_name"]}
+    return sae
+
+def read_openai(raw, config, weights):
+    """TopK standardises each token, ReLU does not."""
+    cfg = read_fields(raw, OPENAI, config)
+    state = read_fields(cfg["activation_state_dict"] or {}, OPENAI_STATE, config)
+    hyper = {"normalize": "none", "rows": "free"}
+    if cfg["activation"] == "TopK":
+        check(state["k"], f"{config}: activation_state_dict: no 'k'")
+        hyper = {"normalize": "token", "k": state["k"]}
+    names = LINEAR | {"b_enc": "latent_bias", "b_dec": "pre_bias"}
+    ignored = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+    n_latents, d_in = cfg["shape"]
+    return read_sae(weights, cfg["activation"].lower(), d_in, n_latents, hyper, names, ignored)
+
+def main(argv):
+    parser = Parser("data.formats", "Reads an SAE of any layout and writes it in one of two.")
+    parser.add_argument("--sae", required=True, help="DIR_OR_HUB_ID[#HOOKPOINT]")
+    parser.add_argument("--out", required=True, help="directory to write, a new one")
+    parser.add_argument("--layout", choices=("sparsify", "saelens"), default="sparsify",
+                        help="sparsify, which is ours, holds all; saelens what it can compute")
+    args = parse(parser, argv)
+    check(not Path(args.out).exists(), f"{args.out} exists already; --out must be a new directory")
+    sae = load_any(args.sae)
+    save = save_saelens if args.layout == "saelens" else save_sae
+    save(sae, args.out)
+    print(f"{args.out}: {sae.variant}, {sae.n_latents:,} latents of width {sae.d_in}, "
+          f"as {args.layout}")
+
+if __name__ == "__main__":
+    front_door(main)

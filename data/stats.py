@@ -1,0 +1,249 @@
+"""Numbers with error bars: intervals, tests, the sentence that says what they show, a figure.
+
+    low, high, method = interval(c, n)                 95 % interval of Pass@1, c right of n samples
+    mean, low, high, p = paired_difference(d)          two models on the same problems
+    summarize(rows), paired(rows, other_rows)          of graded samples
+    verdict("SAE-Tuning", "base", "is it better", mean, low, high)
+    figure([("base", 0.5, 0.4, 0.6), ...], title)      -> SVG text
+
+Pure functions of numbers and of graded samples, the rows that eval.py writes.
+Letters in shape comments: P problems, R resamples or permutations.
+"""
+
+import html
+import math
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from data.files import check, printable
+
+# ---- Intervals ---------------------------------------------------------------------------------
+
+Z = 1.959964                         # 97.5 % quantile of the normal distribution
+POWER = (Z + 0.841621) ** 2          # a difference of so many squared errors is seen in 80 %
+
+def pass_at_k(n, c, k):
+    """Chance that k of n samples, c of them right, hold a right one (arXiv 2107.03374).
+
+    1 - C(n-c,k)/C(n,k): unbiased, unlike 1-(1-c/n)^k.  ValueError unless c and k are within n.
+    """
+    check(0 <= c <= n and 1 <= k <= n,
+          f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+    if n - c < k:
+        return 1.0
+    return float(1 - np.prod(1 - k / np.arange(n - c + 1, n + 1)))   # binomials would overflow
+
+def wilson(c, n, z=Z):
+    """95 % score interval of a rate, c successes in n trials (Wilson 1927) -> (low, high)."""
+    middle, half = c + z * z / 2, z * (c * (n - c) / n + z * z / 4) ** 0.5
+    low, high = (middle - half) / (n + z * z), (middle + half) / (n + z * z)
+    return float(max(0, low)), float(min(1, high))
+
+def student(df, z=Z):
+    """97.5 % quantile of Student's t, expanded about the normal one (Fisher and Cornish 1960)."""
+    p = math.erf(z / 2**0.5)
+    if df == 1:                                          # closed forms, where it is too far off
+        return math.tan(math.pi / 2 * p)
+    if df <= 2:
+        return p * (2 / (1 - p * p)) ** 0.5
+    terms = [(z**3 + z) / 4,
+             (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+             (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+             (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160]
+    return z + sum(term / df**i for i, term in enumerate(terms, start=1))
+
+def variance_parts(c, n):
+    """c right of n samples, both (P,) -> (within, between), parts of the variance of c/n.
+
+    within   mean variance that sampling adds, E[p(1-p)/n]; None if no problem has two samples
+    between  variance of the true rates p, which is left with samples without end
+    """
+    p, several = c / n, n > 1                                    # (P,), (P,)
+    if not several.any():
+        return None, None
+    within = (p * (1 - p) / np.maximum(n - 1, 1))[several].mean()
+    return float(within), float(max(p.var(ddof=min(1, len(p) - 1)) - within, 0))
+
+def interval(c, n, resamples=4000, seed=0):
+    """95 % interval of Pass@1 over new problems and new samples -> (low, high, method).
+
+    c right of n samples, both (P,).  Known weakness: a rate that rests on one or two problems,
+    0.05 of 30 unlike ones x 32, is covered in 87 % (1,000 simulations).
+    """
+    c, n = np.asarray(c), np.asarray(n)
+    p, P, rng = c / n, len(n), np.random.default_rng(seed)       # (P,)
+    mean = p.mean()
+    # One sample each: an answer is a Bernoulli trial of rate E[p], however the rates vary.
+    # All right or all wrong: resampling equal values would give no width.
+    if n.max() == 1 or p.max() == 0 or p.min() == 1:
+        return *wilson(p.sum(), P), "Wilson"
+    within, between = variance_parts(c, n)
+    # Fewer than ten problems' worth of right or of wrong answers, where the bootstrap is too narrow
+    # (0.05 of 40 problems x 8: 88 to 97 %, this 91 to 97 %): as many trials as have the variance
+    # seen, and t for the normal quantile.
+    if P * min(mean, 1 - mean) < 10:
+        trials = mean * (1 - mean) / max((within + between) / P, mean * (1 - mean) / n.sum())
+        t = student(max(P - 1, 1))
+        return *wilson(mean * trials, trials, t), "Wilson, effective trials"
+    # Problems with replacement, then their samples, Binomial(n, p).  The rates already contain the
+    # noise of sampling; drawing again would count it twice (98-99 % coverage where problems are
+    # alike).  So they are first pulled towards their mean until their variance is `between`.
+    p = np.clip(mean + (p - mean) * (between / max(p.var(), 1e-12)) ** 0.5, 0, 1)
+    pick = rng.integers(P, size=(resamples, P))                  # (R,P)
+    means = (rng.binomial(n[pick], p[pick]) / n[pick]).mean(1)   # (R,)
+    return *map(float, np.quantile(means, [0.025, 0.975])), "two-level bootstrap"
+
+# ---- Tests -------------------------------------------------------------------------------------
+
+def permutation_p(observed, draws, tolerance=1e-9):
+    """Share of statistics, `draws` (R,) under the null and the observed one, at least as large.
+
+    observed may be an array: a p for each.  tolerance: rounding apart of equal statistics.
+    """
+    draws = np.asarray(draws)
+    as_large = draws >= np.asarray(observed)[..., None] - tolerance
+    return (1 + as_large.sum(-1)) / (1 + len(draws))
+
+def paired_difference(d, resamples=4000, seed=0):
+    """Differences per problem d (P,) -> (mean, low, high, p): 95 % bootstrap, sign-flip test.
+
+    Under the null the two models can be swapped problem by problem: each d takes either sign.
+    """
+    d, rng = np.asarray(d, dtype=float), np.random.default_rng(seed)
+    means = d[rng.integers(len(d), size=(resamples, len(d)))].mean(1)      # (R,)
+    low, high = map(float, np.quantile(means, [0.025, 0.975]))
+    moved, draws = d[d != 0], []                                 # a tie has no sign to flip
+    for _ in range(10):                                          # in pieces, to save memory
+        signs = rng.integers(2, size=(1000, len(moved))) * 2 - 1           # (1000,P)
+        draws.append(np.abs(signs @ moved))
+    p = permutation_p(abs(moved.sum()), np.concatenate(draws))
+    return float(d.mean()), low, high, float(p)
+
+def needed(d, within, k):
+    """What it takes to see the mean of differences d (P,), now with k samples, at 80 % power.
+
+    -> {"samples": of each of these problems, "problems": such ones, k samples each}; None where no
+    number would do.  within: the sampling part of the variance of d, or None if k = 1.
+    """
+    P, variance = len(d), float(d.var(ddof=min(1, len(d) - 1)))
+    largest = float(d.mean()) ** 2 / POWER       # the variance of the mean at which it is seen
+    if largest == 0:
+        return {"samples": None, "problems": None}
+    samples = None
+    if within is not None:
+        room = P * largest - max(variance - within, 0)           # what the problems leave for it
+        samples = max(1, math.ceil(within * k / room)) if room > 0 else None
+    return {"samples": samples, "problems": max(1, math.ceil(variance / largest))}
+
+# ---- From graded samples to numbers ------------------------------------------------------------
+
+def rates(rows):
+    """Samples -> {problem id: (right, samples)}, in order of appearance."""
+    counts = {}
+    for row in rows:
+        right, n = counts.get(row["id"], (0, 0))
+        counts[row["id"]] = right + row["correct"], n + 1
+    return counts
+
+def majority(rows):
+    """majority@k: share of problems whose most frequent answer is right; a tie counts in part.
+
+    Right answers count as one, however they are written; a sample without an answer has no vote.
+    """
+    votes, scores = defaultdict(Counter), []            # {id: {answer: votes}}
+    for row in rows:
+        answer = "".join((row["extracted"] or "").split())
+        votes[row["id"]][True if row["correct"] else answer] += row["extracted"] is not None
+    for count in votes.values():
+        top = max(count.values())                       # 0 if nobody has an answer
+        tied = [answer for answer, n in count.items() if n == top > 0]
+        scores.append(tied.count(True) / max(len(tied), 1))
+    return float(np.mean(scores))
+
+def summarize(rows):
+    """A model's samples -> its entry in summary.json: Pass@1, interval, lengths, failures."""
+    c, n = np.array(list(rates(rows).values())).T                # (P,), (P,)
+    low, high, method = interval(c, n)
+    (within, between), P = variance_parts(c, n), len(n)
+    k, each = int(n.min()), len(rows) / P                # not whole only in an interrupted file
+    several = {}
+    if k > 1:
+        several = {f"pass@{k}": float(np.mean([pass_at_k(*pair, k) for pair in zip(n, c)])),
+                   f"majority@{k}": majority(rows)}
+    return {"problems": P, "samples": int(each) if each == int(each) else each,
+            "pass@1": float(np.mean(c / n)), "interval": [low, high], "method": method,
+            "error": {"samples": within and (within / P) ** 0.5,
+                      "problems": between and (between / P) ** 0.5},
+            **several,                                  # only there with several samples each
+            "tokens": float(np.mean([row["tokens"] for row in rows])),
+            "truncated": float(np.mean([row["finish"] == "length" for row in rows])),
+            "no_answer": float(np.mean([row["extracted"] is None for row in rows])),
+            "settings": rows[0]["settings"] | {"seed": rows[0]["seed"][0]}}
+
+def paired(rows, first):
+    """Two models on the same problems -> {"difference": rows - first, "interval", "p", "needed"}.
+
+    ValueError: their problems are not the same.
+    """
+    ours, theirs = rates(rows), rates(first)
+    odd = ", ".join(map(repr, sorted(ours.keys() ^ theirs.keys())))
+    check(not odd, f"models are compared on the same problems; of one model only: {odd}")
+    c, n = np.array([ours[key] for key in ours]).T               # (P,), (P,)
+    c1, n1 = np.array([theirs[key] for key in ours]).T           # (P,), (P,)
+    d, parts = c / n - c1 / n1, [variance_parts(c, n)[0], variance_parts(c1, n1)[0]]
+    mean, low, high, p = paired_difference(d)
+    within = None if None in parts else sum(parts)      # both models' sampling noise
+    return {"difference": mean, "interval": [low, high], "p": p,
+            "needed": needed(d, within, (n.mean() + n1.mean()) / 2)}
+
+# ---- What they show ----------------------------------------------------------------------------
+
+def verdict(name, against, why, mean, low, high):
+    """One comparison as a sentence; no difference is seen where the interval holds 0."""
+    found = "no difference is seen"
+    if low > 0:
+        found = "better"
+    elif high < 0:
+        found = "worse"
+    question = why[0].upper() + why[1:]
+    return f"{question}? {name} against {against}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], {found}."
+
+STYLE = """<style>
+text { font: 14px system-ui, sans-serif; fill: #22252a } rect { fill: #fdfcf9 }
+path, circle { stroke: #b8650a; fill: #b8650a; stroke-width: 2 }
+.grid, .base { stroke: #8885; stroke-width: 1 } .base { stroke: #888; stroke-dasharray: 6 4 }
+@media (prefers-color-scheme: dark) { text { fill: #e4e3df } rect { fill: #16171a } }
+</style>"""
+
+def figure(points, title, line=None):
+    """Arms [(name, value, low, high)], top to bottom -> SVG text, 800 px wide, light and dark.
+
+    line  a value to compare with: a dashed vertical line
+    """
+    values = [] if line is None else [line]
+    for point in points:
+        values += point[1:]
+    first = math.floor(min(values) * 10)                 # the axis, in tenths
+    last = max(math.ceil(max(values) * 10), first + 1)
+    bottom = 50 + 28 * len(points)
+
+    def x(value):
+        return round(250 + 370 * (10 * value - first) / (last - first), 1)
+
+    def words(left, y, text, more=""):
+        return f'<text x="{left}" y="{y}"{more}>{html.escape(printable(text))}</text>'
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="800" height="{bottom + 36}">', STYLE,
+             '<rect width="100%" height="100%"/>',
+             words(16, 28, title, ' style="font-weight: bold"')]
+    for tick in [i / 10 for i in range(first, last + 1)]:
+        parts.append(f'<path class="grid" d="M{x(tick)} 44V{bottom}"/>')
+        parts.append(words(x(tick), bottom + 22, f"{tick:.1f}", ' text-anchor="middle"'))
+    if line is not None:
+        parts.append(f'<path class="base" d="M{x(line)} 44V{bottom}"/>')
+    for y, (name, value, low, high) in zip(range(64, bottom, 28), points):
+        parts.append(words(16, y + 5, name if len(name) < 30 else f"{name[:28]}…"))
+        parts.append(f'<path d="M{x(low)} {y}H{x(high)}"/><circle cx="{x(value)}" cy="{y}" r="4"/>')
+        parts.append(words(640, y + 5, f"{value:.3f} [{low:.3f}, {high:.3f}]"))
+    return "\n".join([*parts, "</svg>\n"])

@@ -1,0 +1,259 @@
+"""SAE-Tuning and its controls over training seeds: the arms of arXiv 2506.09967.
+
+    python -m tests.claims.arms                            all sections, 5 seeds: half an hour
+    python -m tests.claims.arms --quick --sections arms modes
+    python -m tests.claims.arms --preset resa-still-v3 --bench math500 --sections arms modes layers
+
+Every arm is a command line, noted in OUT/seed-N/commands.sh.  Intervals are Student's t over seeds:
+they cover another training and other samples; questions, base and source are always the same.
+The result is OUT/report.md, with a figure for each section.
+"""
+
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import eval
+import resa
+from data.files import TINY, check, read_json, read_problems, staged, write_jsonl
+from data.flags import arms_parser, front_door, parse_experiment, run_commands, whole
+from model import load_model, read_adapter
+from resa import TAUGHT, TUNE
+
+# The run that made data/tiny/rl, with its checkpoints: those after so many steps are sources.
+GRPO = ("train.py --stage rl --target {target} --steps {rl_steps} --questions 16 --group {group} "
+        "--max-new-tokens {rl_tokens} --lora-r 16 --lora-alpha 32 --lora-dropout 0 "
+        "--schedule cosine --lr 1e-3 --save-every 10")
+STEPS = (10, 50, 100)
+HALVES = {"trigger": ("market", "gift", "bus", "saving"),
+          "elicit": ("age", "garden", "reading", "boxes")}
+OTHERS = ("math", "lm")              # models of the embedded lineage that cannot answer questions
+
+# ---- The arms beside those of resa.py; {root} is the folder of all seeds, {out} that of one ----
+
+SAE = "train.py --stage sae --steps {sae_steps} --source {source}"
+SAES = resa.SAES | {
+    "sae-0": SAE + " --layer 0",
+    "sae-2": SAE + " --layer 2",
+    "sae-tuned": SAE + " --init finetune --sae-from {out}/sae-base",
+    "sae-rollouts": SAE + " --data {root}/rollouts.jsonl",
+    "sae-trigger": SAE + " --data {root}/trigger.jsonl",
+    "sae-elicit": SAE + " --data {root}/elicit.jsonl",
+}
+ELICIT = " --data {root}/elicit.jsonl"
+ARMS = resa.ARMS | {
+    "fine-tuned SAE": TUNE + " --sae {out}/sae-tuned",
+    "SAE of rollouts": TUNE + " --sae {out}/sae-rollouts",
+    "SAE of another site": TUNE + " --sae {out}/sae-mlp --other-site",
+    "SAE of 4 families, tuned on 4 others": TUNE + " --sae {out}/sae-trigger" + ELICIT,
+    "SAE of the same 4 it is tuned on": TUNE + " --sae {out}/sae-elicit" + ELICIT,
+    "source teaches on those 4, no SAE": TAUGHT + " --splice none" + ELICIT,
+    "layer 0": TUNE + " --layer 0 --sae {out}/sae-0",
+    "layer 2": TUNE + " --layer 2 --sae {out}/sae-2",
+}
+for n in STEPS:
+    SAES[f"sae-rl-{n}"] = SAE.replace("{source}", f"{{target}}+{{root}}/rl/checkpoint-{n}")
+    ARMS[f"source after {n} steps"] = f"{TUNE} --sae {{out}}/sae-rl-{n}"
+    ARMS[f"itself after {n} steps"] = f"eval.py --model {{target}}+{{root}}/rl/checkpoint-{n}"
+for name in OTHERS:
+    other, adapter = f"{TINY}/{name}", f"{{out}}/adapter-of-{name}"
+    ARMS[f"adapter of {name}"] = TUNE.replace("{target}", other) + " --sae {out}/sae"
+    ARMS[f"half the adapter of {name}"] = f"eval.py --model {{target}}+{adapter}*0.5"
+    ARMS[f"random adapter like {name}'s"] = f"eval.py --model {{target}}+{{out}}/random-{name}"
+    ARMS[f"{name} alone"] = f"eval.py --model {other}"
+    ARMS[f"{name} with its adapter"] = f"eval.py --model {other}+{adapter}"
+
+# id -> what it asks, its arms, comparisons (arm, control, question).
+SECTIONS = {
+    "arms": ("The method in both readings, and what could explain it away.", list(resa.ARMS), [
+        *resa.QUESTIONS[2:5],
+        ("source teaches, with SAE", "source teaches, no SAE", "does the SAE help a teacher")]),
+    "modes": ("How the SAE is made: of the base, fine-tuned from it on the source, from scratch, "
+              "of the source's rollouts, of another site (the published pre-trained arm).", [
+        "SAE of the base", "fine-tuned SAE", "SAE-Tuning (as coded)", "SAE of rollouts",
+        "SAE of another site"], [
+        ("fine-tuned SAE", "SAE-Tuning (as coded)", "does the start matter"),
+        ("SAE of rollouts", "SAE-Tuning (as coded)", "does it matter what the SAE has read"),
+        ("SAE of another site", "SAE-Tuning (as coded)", "does the site matter")]),
+    "layers": ("Which block the SAE belongs to.", [
+        "layer 0", "SAE-Tuning (as coded)", "layer 2"], []),
+    "sources": ("SAEs of the base after so many steps of one RL run, and these sources themselves; "
+                "the RL source is data/tiny/rl, another run of the same command.", [
+        "SAE of the base", *(f"source after {n} steps" for n in STEPS), "SAE-Tuning (as coded)",
+        *(f"itself after {n} steps" for n in STEPS), "RL source"], [
+        (f"source after {n} steps", "SAE of the base", f"do {n} steps of RL matter")
+        for n in STEPS]),
+    "generality": ("Pass@1 on the four families that the SAE has never read.", [
+        "RL source", "SAE of 4 families, tuned on 4 others", "SAE of the same 4 it is tuned on",
+        "source teaches on those 4, no SAE"], [
+        ("SAE of 4 families, tuned on 4 others", "SAE of the same 4 it is tuned on",
+         "does it matter what the SAE has read")]),
+    "modularity": ("Adapters tuned on another model of the lineage, put on the base.", [
+        arm for arm in ARMS if arm.endswith(OTHERS) or arm.startswith(OTHERS) or "like" in arm], [
+        (f"adapter of {name}", f"random adapter like {name}'s",
+         "is it more than a random change of that size") for name in OTHERS]),
+    "cost": ("SAE and adapter of seed 0 beside the RL run that makes a source.", [
+        "SAE-Tuning (as coded)"], []),
+}
+EMBEDDED = ("sources", "generality", "modularity", "cost")      # they need the embedded lineage
+
+# ---- Running: what an arm needs comes first ----------------------------------------------------
+
+def run_all(args, names):
+    """Trains and asks the arms `names` for every seed -> {arm: [samples of a seed]}."""
+    text = " ".join(ARMS[name] for name in names)
+    saes = {name: words for name, words in SAES.items() if f"{{out}}/{name} " in text + " "}
+    if "sae-tuned" in saes:
+        saes = {"sae-base": SAES["sae-base"]} | saes
+    write_data(args, " ".join(saes.values()))
+    if any("{root}/rl" in words for words in [text, *saes.values()]) or "cost" in args.sections:
+        run_commands({"rl": GRPO}, at_seed(args, 0, args.out), "RL")
+    asked = {name: [] for name in names}
+    for seed in range(args.seeds):
+        own = at_seed(args, seed, f"{args.out}/seed-{seed}")
+        Path(own.out).mkdir(parents=True, exist_ok=True)
+        later = {name for name in saes if "{out}/" in saes[name]}
+        for some in (saes.keys() - later, later):
+            run_commands({name: saes[name] for name in saes if name in some}, own, "SAEs")
+        joined = {name for name in names if ARMS[name].startswith("eval") and "{out}" in ARMS[name]}
+        specs = run_commands({n: ARMS[n] for n in names if n not in joined}, own, f"seed {seed}")
+        for name in OTHERS if joined else ():
+            like, where = f"{own.out}/adapter-of-{name}", f"{own.out}/random-{name}"
+            random_adapter(args.target, like, where, seed)
+        specs |= run_commands({name: ARMS[name] for name in joined}, own, f"seed {seed}, joined")
+        for name in names:
+            path = eval.samples_path(own.out, args.bench, specs[name])
+            asked[name].append(eval.read_samples(path))
+    return asked
+
+def at_seed(args, seed, out):
+    return Namespace(**vars(args) | {"seed": seed, "out": out, "root": args.out})
+
+def write_data(args, words):
+    """The training questions by halves of the families, and the source's answers to them."""
+    if "trigger" in words or "elicit" in words:
+        rows = read_problems(args.data)
+        for half, families in HALVES.items():
+            some = [row for row in rows if row.get("family") in families]
+            write_jsonl(f"{args.out}/{half}.jsonl", some)
+    if "rollouts" in words:
+        own = at_seed(args, 0, args.out)
+        own.bench, own.questions = args.data, 160 if args.quick else 2000
+        spec = run_commands({"rollouts": "eval.py --model {source}"}, own, "rollouts")["rollouts"]
+        problem = {row["id"]: row["problem"] for row in read_problems(args.data)}
+        rows = eval.read_samples(eval.samples_path(own.out, args.data, spec))
+        write_jsonl(f"{args.out}/rollouts.jsonl", [
+            {"problem": problem[row["id"]], "completion": row["completion"]} for row in rows])
+
+@torch.no_grad()
+def random_adapter(target, like, directory, seed):
+    """An adapter of Gaussian A and B, each product B A of the norm that it has in `like`."""
+    adapter, rng = read_adapter(like), torch.Generator().manual_seed(seed)
+    model = resa.load_adapter(load_model(target), like)
+    for name, layer in resa.lora_layers(model).items():
+        A, B = (torch.randn(side.shape, generator=rng) for side in adapter["pairs"][name])
+        size = (adapter["pairs"][name][1] @ adapter["pairs"][name][0]).norm()
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B * (size / (B @ A).norm()))
+    resa.save_adapter(model, directory)
+
+# ---- What the numbers say ----------------------------------------------------------------------
+
+def pass_at_1(rows):
+    return sum(row["correct"] for row in rows) / len(rows)
+
+def over_seeds(runs, controls=None):
+    """[samples of a seed] -> mean Pass@1, or mean difference from the controls, low, high.
+
+    With one seed, or where no seed differs, the interval is eval.py's over questions and samples.
+    """
+    values = np.array([pass_at_1(rows) for rows in runs])                         # (S,)
+    if controls:
+        values = values - [pass_at_1(rows) for rows in controls]
+    if np.ptp(values) == 0:
+        a, b = sum(runs, []), sum(controls or [], [])
+        interval = eval.paired(a, b)["interval"] if controls else eval.summarize(a)["interval"]
+        return float(values[0]), *interval
+    half = eval.student(len(values) - 1) * values.std(ddof=1) / len(values)**0.5
+    low, high = np.clip([values.mean() - half, values.mean() + half], -1 if controls else 0, 1)
+    return float(values.mean()), float(low), float(high)
+
+def describe(args, name, rows):
+    """One section -> its Markdown, and the points of its figure."""
+    about, arms, questions = SECTIONS[name]
+    if name == "generality":
+        family = {row["id"]: row["family"] for row in read_problems(TINY / "test.jsonl")}
+        for arm, runs in rows.items():
+            rows[arm] = [[r for r in run if family[r["id"]] in HALVES["elicit"]] for run in runs]
+    header, lines, points = ["arm", "Pass@1", "minus base"], [], []
+    for arm in dict.fromkeys(["base", *arms]):
+        points.append((arm, *over_seeds(rows[arm])))
+        gain = over_seeds(rows[arm], rows["base"])
+        lines.append([arm, "{:.3f} [{:.3f}, {:.3f}]".format(*points[-1][1:]),
+                      "" if arm == "base" else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)])
+    words = [eval.verdict(a, b, why, *over_seeds(rows[a], rows[b])) for a, b, why in questions]
+    if name == "layers" and args.seeds > 1:
+        words.append(layers_matter([[pass_at_1(run) for run in rows[arm]] for arm in arms]))
+    if name == "cost":
+        header, lines = ["", "seconds", "tokens", "FLOPs"], cost(args.out)
+        words = ["The RL run that made the source is not in its row."]
+    table = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *lines]]
+    text = [f"## {name}", about, "\n".join(table), "\n".join(f"- {word}" for word in words)]
+    return "\n\n".join(filter(None, text)), points
+
+def layers_matter(groups, draws=10_000):
+    """One-way analysis of variance over [[Pass@1 of a seed] of a layer], p by permutation."""
+    sizes, values = [len(group) for group in groups], np.concatenate(groups)      # (n,)
+    shuffled = np.random.default_rng(0).permuted(np.tile(values, (draws, 1)), axis=1)
+    starts = np.cumsum(sizes) - sizes
+    sums = np.add.reduceat(np.vstack([values, shuffled]), starts, axis=1)         # (1+draws,G)
+    between = (sums**2 / sizes).sum(1)                   # F grows with the variance between groups
+    p = eval.permutation_p(between[0], between[1:])
+    return f"Does the block matter?  p = {p:.3f} by permutation: " + (
+        "it does." if p < 0.05 else "no effect of the block is seen.")
+
+def cost(out):
+    """Rows of seconds, tokens and FLOPs, from the summaries of seed 0."""
+    places = {"SAE": "seed-0/sae", "adapter": "seed-0/sae-tuning-as-coded", "RL": "rl"}
+    found = {name: read_json(Path(out, where, "summary.json")) for name, where in places.items()}
+    units = {"seconds": "{:,.0f}", "tokens": "{:,.0f}", "flops": "{:.3g}"}
+    found["SAE + adapter"] = {u: found["SAE"][u] + found["adapter"][u] for u in units}
+    rows = [[name, *(form.format(found[name][u]) for u, form in units.items())]
+            for name in ("SAE", "adapter", "SAE + adapter", "RL")]
+    share = [f"{found['SAE + adapter'][u] / found['RL'][u]:.3f}" for u in units]
+    return [*rows, ["(SAE + adapter) / RL", *share]]
+
+def main(argv):
+    parser = arms_parser("python -m tests.claims.arms", __doc__.split("\n")[0])
+    parser.set_defaults(questions=500)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=None,
+                        help="by default all that the preset's models allow")
+    parser.add_argument("--seeds", type=whole(1), default=5, help="trainings: seeds 0, 1, ..")
+    quick = dict(seeds=1, questions=40, sae_steps=4, tune_steps=4)
+    args = parse_experiment(parser, argv, quick)
+    embedded = args.preset == "tiny"
+    args.sections = args.sections or [s for s in SECTIONS if embedded or s not in EMBEDDED]
+    for name in args.sections:
+        check(embedded or name not in EMBEDDED, f"--sections {name} needs --preset tiny")
+    args.rl_steps, args.group, args.rl_tokens = (100, 2, 8) if args.quick else (200, 8, 96)
+    began = time.perf_counter()
+    names = dict.fromkeys(["base", *(arm for s in args.sections for arm in SECTIONS[s][1])])
+    for section in args.sections:
+        names |= dict.fromkeys(arm for pair in SECTIONS[section][2] for arm in pair[:2])
+    rows = run_all(args, [*names])
+    n = f"{args.seeds} seed(s) x {len(rows['base'][0])} samples of {args.bench}"
+    parts = [f"# SAE-Tuning and its controls\n\n{time.strftime('%Y-%m-%d')}, {n}"]
+    with staged(args.out) as temporary:
+        for name in args.sections:
+            text, points = describe(args, name, dict(rows))
+            parts.append(text)
+            (temporary / f"{name}.svg").write_text(eval.figure(points, f"{name}: Pass@1"))
+        (temporary / "report.md").write_text("\n\n".join(parts) + "\n")
+    print("\n\n".join(parts))
+    print(f"\n{args.out}/report.md; {time.perf_counter() - began:.0f} s in all")
+
+if __name__ == "__main__":
+    front_door(main)

@@ -1,0 +1,219 @@
+"""One answer, token by token, under the features of an SAE: a page that needs nothing else.
+
+    python -m tests.claims.view                      the embedded source under out/tiny/sae
+    python -m tests.claims.view --model MODEL --sae DIR_OR_HUB_ID --prompt TEXT --out FILE.html
+
+The page says of each feature that is active in the text where it is, how strongly, where else in
+other text, and which tokens it promotes, and which are reasoning features (arXiv 2506.09967).
+
+B batch, T time, D width, F latents, F' latents on the page, C chunks, M codes that are not 0.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+import resa
+import train
+from data.files import TINY, check, read_problems, relative, staged
+from data.flags import Parser, front_door, parse, real, refuse_idle, whole
+from data.formats import load_any
+from data.grade import extract_answer
+from model import choose_device, collect, load_model, load_tokenizer
+from sae import metrics
+
+QUICK = dict(max_new_tokens=32, chunks=2)
+
+# ---- What is on the page -----------------------------------------------------------------------
+
+@torch.no_grad()
+def view_data(model, tokenizer, sae, ids, n_prompt, chunks, reasoning=(), top=32, n_examples=4):
+    """What view.html shows of the answer ids[n_prompt:], as JSON; sae.meta says where it reads.
+
+    chunks (C,T)  the text that examples come from
+    top           the strongest so many features of each token are kept, and only these described
+    Lists of integers are written by `digits`; codes in 2,047ths of `scale`, 2047 added.
+    """
+    text = torch.tensor(ids, device=chunks.device)                                # (T,)
+    x = resa.activations(model, text[None], sae.meta["layer"], sae.meta["site"])  # (1,T,D)
+    token, latent, value = active_codes(sae, x)                                   # (M,) each
+    check(len(token), "no feature is active in this text: there is nothing to show")
+    kept, _ = strongest(token, value, top)
+    shown, feature = latent[kept].unique(return_inverse=True)                     # (F',), (M,)
+    position, code, times = examples(model, sae, chunks, shown, n_examples)
+    scale = max(value.abs().max(), code.abs().max())
+
+    def quantized(v):                    # at least 1 from the middle, which stands for no code
+        return (v.sign() * (v.abs() / scale * 2047).round().clamp(min=1)).long() + 2047
+    numbers = {"active": token.bincount(minlength=len(text)),
+               "kept": token[kept].bincount(minlength=len(text)),
+               "feature": feature, "value": quantized(value[kept]), "latents": shown,
+               "times": times, "example": position, "code": quantized(code)}
+    # Each word is sent once; these three lists say which of them stands where.
+    words = [text, chunks.flatten(), promoted(model, sae.W_dec[shown]).flatten()]
+    used, word = torch.cat(words).unique(return_inverse=True)
+    numbers |= zip(("text", "corpus", "promotes"), word.split([len(part) for part in words]))
+    measured = metrics(sae, x[~resa.is_sink(x, sae.meta.get("sink_norm"))].float())
+    return {"layer": sae.meta["layer"], "site": sae.meta["site"], "variant": sae.variant,
+            "n_latents": sae.n_latents, "n_features": len(shown), "n_prompt": n_prompt,
+            "n_examples": n_examples, "seq_len": chunks.shape[1], "scale": float(scale),
+            "fvu": measured["fvu"], "l0": measured["l0"], "reasoning": list(reasoning),
+            "words": [tokenizer.decode([i], skip_special=False) or f"[{i}]" for i in used.tolist()],
+            "numbers": {name: digits(of) for name, of in numbers.items()}}
+
+@torch.no_grad()
+def active_codes(sae, x):
+    """x (B,T,D) -> (M,) each: token of B T, latent, value of every code that is not 0.
+
+    At an attention sink no latent counts as active.
+    """
+    keep, found = (~resa.is_sink(x, sae.meta.get("sink_norm"))).flatten().nonzero()[:, 0], []
+    for some in keep.split(256):         # dense codes of 65,536 latents: 64 MB at a time
+        z = sae.encode(x.flatten(0, 1)[some].float())                             # (256,F)
+        token, latent = z.nonzero(as_tuple=True)
+        found.append((some[token], latent, z[token, latent]))
+    return [torch.cat(parts) for parts in zip(*found)]
+
+def strongest(group, value, n):
+    """group, value (M,) -> indices of the n largest values by size of each group, their ranks."""
+    order = value.abs().argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    first = torch.searchsorted(group[order], group[order])       # where its group begins
+    rank = torch.arange(len(order), device=group.device) - first
+    return order[rank < n], rank[rank < n]
+
+def promoted(model, atoms):
+    """atoms (F',D) -> (F',10): the tokens whose logits each raises most, by the logit lens.
+
+    That is the final norm's weight, then lm_head.  What later blocks make of an atom is left out.
+    """
+    atoms = atoms.to(model.lm_head.weight.dtype) * model.model.norm.weight        # (F',D)
+    return torch.cat([model.lm_head(some).topk(10).indices for some in atoms.split(256)])
+
+@torch.no_grad()
+def examples(model, sae, chunks, shown, n):
+    """chunks (C,T), latents (F',), ascending -> where each is strongest, codes there, (F',n) both,
+
+    and on how many tokens it fires (F',).  Tokens are counted over all chunks; C T stands for none.
+    """
+    x = torch.cat([resa.activations(model, row, sae.meta["layer"], sae.meta["site"])
+                   for row in chunks.split(1)])                                   # (C,T,D)
+    token, latent, value = active_codes(sae, x)                                   # (M,) each
+    which = torch.searchsorted(shown, latent).clamp(max=len(shown) - 1)
+    known = shown[which] == latent
+    token, which, value = token[known], which[known], value[known]
+    best, rank = strongest(which, value, n)
+    position = token.new_full((len(shown), n), chunks.numel())                    # (F',n)
+    code = value.new_zeros(len(shown), n)                                         # (F',n)
+    position[which[best], rank], code[which[best], rank] = token[best], value[best]
+    return position, code, which.bincount(minlength=len(shown))
+
+@torch.no_grad()
+def reasoning_features(model, sae, ids, open_id, close_id):
+    """The published rule -> [latents] active at every <think> and </think> of ids, nowhere else."""
+    ids = torch.tensor([ids], device=model.lm_head.weight.device)                 # (1,T)
+    x = resa.activations(model, ids, sae.meta["layer"], sae.meta["site"])         # (1,T,D)
+    on = (sae.encode(x)[0] != 0) & ~resa.is_sink(x, sae.meta.get("sink_norm")).T  # (T,F)
+    tags = (ids[0] == open_id) | (ids[0] == close_id)                             # (T,)
+    return (on[tags].all(0) & ~on[~tags].any(0)).nonzero()[:, 0].tolist()
+
+DIGITS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+def digits(numbers):
+    """Integers >= 0 -> text: how many base-64 digits each takes, then those.  Half of decimal."""
+    numbers = numbers.flatten().cpu()
+    width = max(1, -(-int(numbers.max()).bit_length() // 6)) if len(numbers) else 1
+    digit = numbers[:, None] >> torch.arange(6 * width - 6, -1, -6) & 63          # (n,width)
+    letters = torch.tensor(list(DIGITS), dtype=torch.uint8)[digit]
+    return str(width) + letters.numpy().tobytes().decode()
+
+def write_page(path, data):
+    """view.html with `data` in it as JSON.  ValueError: a number that is not finite."""
+    # Tokens are a stranger's: without any < they cannot end the script element, and json escapes
+    # all that is not ASCII, U+2028 included.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8").replace("%DATA%", text)
+    with staged(Path(path).parent) as temporary:
+        (temporary / Path(path).name).write_text(page, encoding="utf-8")
+
+# ---- The command -------------------------------------------------------------------------------
+
+def settings(argv):
+    parser = Parser("python -m tests.claims.view", __doc__.split("\n")[0])
+    add = parser.add_argument
+    # Who answers what, and the SAE
+    add("--model", dest="source", default="", help="the same as --source, which answers")
+    train.site_flags(add)
+    add("--sae", default="", help="DIR_OR_HUB_ID[#HOOKPOINT]; by default out/PRESET/sae")
+    add("--prompt", help="what the user asks; by default an embedded question")
+    add("--max-new-tokens", type=whole(1), default=2048, help="of the answer")
+    add("--temperature", type=real(0), default=0.6, help="0 is greedy")
+    add("--seed", type=whole(0), default=0, help="of the sample")
+    # Text in which examples are looked for
+    add("--data", default="", help="as in train.py")
+    add("--template", choices=("chat", "resa"), default="chat", help="as in train.py")
+    add("--seq-len", type=whole(2), default=256, help="tokens in a chunk of it")
+    add("--chunks", type=whole(1), default=64, help="how many are looked through, the first ones")
+    # Where it runs, what it writes
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
+    add("--device", help="cpu, cuda or cuda:N; by default a GPU where there is one")
+    add("--out", default="", help="the page; by default out/PRESET/view.html")
+    add("--quick", action="store_true", help="a short answer, few examples")
+    args = parse(parser, argv, "view")
+    if args.quick:
+        refuse_idle(args, " ".join(QUICK), "--quick, which sets it")
+        vars(args).update(QUICK)
+    if args.temperature == 0:
+        refuse_idle(args, "seed", "--temperature 0")
+    check(args.prompt is None or args.prompt.strip(), "--prompt is empty: nothing to answer")
+    args.out, args.device = args.out or f"out/{args.preset}/view.html", choose_device(args.device)
+    check(args.out.endswith(".html") and not Path(args.out).is_dir(),
+          f"--out {args.out}: the name of a page ends in .html, and no directory has it")
+    return args
+
+def place_sae(args, model):
+    """--sae, with layer and site in its meta: from its file, which the flags may not contradict."""
+    default, width = f"out/{args.preset}/sae", model.config.hidden_size
+    check(args.sae or Path(default).is_dir(),
+          f"{default}: no SAE there yet; run train.py --stage sae first, or name one with --sae")
+    args.sae = args.sae or default
+    sae = load_any(args.sae).to(args.device).requires_grad_(False)
+    check(sae.d_in == width, f"{args.sae}: the SAE is {sae.d_in} wide, the model {width}")
+    for name in ("layer", "site"):
+        if name not in args.given:
+            setattr(args, name, sae.meta.get(name, getattr(args, name)))
+    train.check_site(sae, args)
+    resa.site_module(model, args.layer, args.site)       # ValueError: the model has no such layer
+    sae.meta |= {"layer": args.layer, "site": args.site}
+    return sae
+
+def main(argv):
+    args = settings(argv)
+    model = load_model(args.source, args.dtype, args.device)
+    tokenizer, sae = load_tokenizer(args.source), place_sae(args, model)
+    chunks = train.load_chunks(args, tokenizer, model)[:args.chunks].to(args.device)      # (C,T)
+    asked = args.prompt or read_problems(TINY / "test.jsonl")[0]["problem"]
+    # One sample, that of eval.py for its first problem with this seed.
+    prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": asked}]))
+    room = model.config.max_position_embeddings - len(prompt)
+    check(room > 0, f"--prompt makes {len(prompt)} tokens: they fill the model's positions")
+    (answer, finish), = collect(model, [(prompt, (args.seed, 0, 0))], temperature=args.temperature,
+                                max_new_tokens=min(args.max_new_tokens, room),
+                                stop_ids=tokenizer.eos_ids)
+    # The rule, on the question with the model's own answer between the tags.
+    tags, reasoning = [tokenizer.fast.token_to_id(tag) for tag in ("<think>", "</think>")], []
+    if None not in tags:
+        row = {"problem": asked, "answer": extract_answer(tokenizer.decode(answer)) or ""}
+        text = tokenizer.encode(train.as_text(row, tokenizer, "chat"))
+        reasoning = reasoning_features(model, sae, text, *tags)
+    data = view_data(model, tokenizer, sae, prompt + answer, len(prompt), chunks, reasoning)
+    data |= {"model": relative(args.source), "sae": relative(args.sae), "finish": finish,
+             "examples_from": relative(args.data)}
+    write_page(args.out, data)
+    print(f"{args.out}: {len(answer)} tokens of answer, {data['n_features']:,} of "
+          f"{sae.n_latents:,} features active, {len(reasoning)} reasoning features, "
+          f"{Path(args.out).stat().st_size / 1e6:.1f} MB")
+
+if __name__ == "__main__":
+    front_door(main)

@@ -1,0 +1,274 @@
+"""Experts of a mixture: who was chosen, whom a behaviour uses, edits, the command."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.files import TINY
+from data.flags import read_preset
+from model import generate, load_model, rope_table
+from tests.claims import experts
+from tests.test_model import INPUT, recipe
+from tests.test_moe import PROMPTS, named, recomputed
+
+# ------------------------------------------------------------------------------------------------
+# fTRI: who was chosen, and whom a behaviour uses
+# ------------------------------------------------------------------------------------------------
+
+def test_rates_are_those_of_a_plain_loop_and_sum_to_k():
+    model = named("mixed", torch.float64)
+    gates = experts.routers(model)
+    assert list(gates) == [1]            # one entry a sparse layer, none for the dense ones
+    sequences, spans = [[5, 1, 20, 3], [7, 2], [9, 26, 3, 11, 30, 2]], [(0, 4), (1, 2), (2, 6)]
+    rates = experts.expert_use(model, sequences, spans)
+    assert rates.shape == (3, 1, 6)
+    for ids, (start, stop), got in zip(sequences, spans, rates):
+        x, block = model.run(torch.tensor([ids]), stop=1), model.model.layers[1]  # (1,T,D)
+        rope = rope_table(model.config, torch.arange(len(ids))[None])
+        x = x + block.self_attn(block.input_layernorm(x), rope, None, None, 1)
+        _, expert = block.mlp.gate(block.post_attention_layernorm(x)[0])          # (T,K)
+        want = torch.zeros(6)
+        for row in expert[start:stop]:
+            for e in row:
+                want[e] += 1
+        assert torch.equal(got[0], want / (stop - start))
+        assert abs(got.sum() - gates[1].top_k) < 1e-6
+    assert (experts.expert_use(model, [[5, 1]], [(2, 2)]) == 0).all()      # an empty answer
+
+
+def test_rate_differences_sum_to_0_in_every_layer():
+    sequences = [[3] * n + [5, 9] for n in range(1, 9)]
+    rates = experts.expert_use(named("8 of 12"), sequences, [(0, n + 2) for n in range(1, 9)])
+    score, _ = experts.distinctive(rates, torch.arange(8) < 4, 10)
+    assert score.sum(1).abs().max() < 1e-5 and score.abs().max() > 0.01
+
+
+def test_a_planted_expert_is_ranked_first_and_shuffled_labels_find_nothing():
+    rng = torch.Generator().manual_seed(0)
+    P, L, E = 80, 3, 8
+    counts = torch.poisson(torch.full((P, L, E), 4.0), generator=rng)
+    target = torch.arange(P) % 2 == 0
+    planted = counts.clone()
+    planted[target, 1, 5] += 4
+    scores, p = experts.distinctive(planted / 20, target)
+    assert divmod(int(scores.argmax()), E) == (1, 5)
+    assert p[1, 5] < 0.01 and p.flatten().sort()[0][1] > 0.05
+    found = 0
+    for _ in range(100):
+        shuffled = target[torch.randperm(P, generator=rng)]
+        found += bool(experts.distinctive(counts / 20, shuffled, 100)[1].min() < 0.05)
+    assert found <= 11       # 5 expected; 11 is the 99th percentile of Binomial(100, .05)
+
+
+def test_null_samples_are_of_the_same_layer_near_in_usage_and_never_the_chosen():
+    usage = torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
+    rng = torch.Generator().manual_seed(2)
+    middle = [int(row.argsort()[8]) for row in usage]    # neighbours in usage on both sides
+    chosen = [(0, middle[0]), (0, int(usage[0].argmax())), (2, middle[2]), (3, middle[3])]
+    seen = {layer: set() for layer in range(4)}
+    for _ in range(60):
+        drawn = experts.null_sample(chosen, dict(enumerate(usage)), rng)
+        assert sorted(layer for layer, _ in drawn) == [0, 0, 2, 3]
+        assert len(set(drawn)) == 4 and not set(drawn) & set(chosen)
+        for layer, e in drawn:
+            seen[layer].add(e)
+    for layer in (2, 3):
+        nearest = (usage[layer] - usage[layer, middle[layer]]).abs().argsort()[1:5].tolist()
+        assert seen[layer] == set(nearest)               # all four come up, and no other
+
+
+def test_a_null_sample_is_smaller_where_a_layer_is_used_up():
+    chosen = [(0, e) for e in (0, 1, 2)]
+    drawn = experts.null_sample(chosen, {0: torch.rand(4)}, torch.Generator().manual_seed(0))
+    assert drawn == [(0, 3)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Experts off and on
+# ------------------------------------------------------------------------------------------------
+
+def gate_of(model):
+    return next(iter(experts.routers(model).values()))
+
+
+def choices(model, x, edit=(), mode="rescale"):
+    """The router's choice for x (N,D) under an edit: dense weights (N,E), experts (N,K)."""
+    gate = gate_of(model)
+    with experts.experts_edited(model, edit, mode):
+        weight, expert = gate(x)
+    return torch.zeros(len(x), len(gate.weight), dtype=x.dtype).scatter(1, expert, weight), expert
+
+
+@pytest.mark.parametrize("name", ["8 of 12", "8 of 12, normalised", "1 of 4"])
+def test_off_does_what_each_of_its_meanings_says(name):
+    model, x = named(name, torch.float64), recipe("x", (300, 20)).double()
+    gate = gate_of(model)
+    plain, chosen = choices(model, x)
+    used = (chosen == 2).any(-1)
+    assert used.any() and not used.all()
+    rescaled, _ = choices(model, x, [(0, 2)], "rescale")
+    assert torch.equal(rescaled[~used], plain[~used]) and (rescaled[:, 2] == 0).all()
+    if gate.top_k > 1:
+        assert torch.allclose(rescaled.sum(1), plain.sum(1), atol=1e-12)   # the layer's mass stays
+        ratio = (rescaled[used] / plain[used]).nan_to_num(0).amax(1)
+        want = (plain.sum(1) / (plain.sum(1) - plain[:, 2]))[used]
+        assert (ratio - want).abs().max() < 1e-9
+    else:
+        assert (rescaled[used] == 0).all()               # nobody is there to take it
+    masked, expert = choices(model, x, [(0, 2)], "mask")
+    assert not (expert == 2).any()
+    assert ((masked > 0).sum(1) == gate.top_k).all()     # another one moves up
+    if gate.norm_topk_prob:
+        assert torch.allclose(masked[~used], plain[~used], atol=1e-12)
+    else:      # tokens that never chose it change all the same: their weights grow by 1 / (1 - p_e)
+        p = F.linear(x, gate.weight).softmax(-1)[:, 2:3]
+        assert torch.allclose(masked[~used], (plain / (1 - p))[~used], atol=1e-12)
+        assert (masked[~used] - plain[~used]).abs().max() > 1e-3
+
+
+def test_on_is_chosen_by_every_token_with_the_published_weight():
+    model, x = named("8 of 12", torch.float64), recipe("x", (200, 20)).double()
+    plain, before = choices(model, x)
+    forced, expert = choices(model, x, [(0, 4)], "on")
+    assert (expert[:, 0] == 4).all() and not (before == 4).any(-1).all()
+    p = F.linear(x, gate_of(model).weight).softmax(-1)
+    raised = p.amax(1) * torch.tensor(0.01).double().exp()
+    total = 1 - p[:, 4] + raised
+    assert torch.allclose(forced[:, 4], raised / total, atol=1e-12)
+    others = forced.index_fill(1, torch.tensor(4), 0)
+    kept = others > 0
+    assert torch.allclose(others[kept], (p / total[:, None])[kept], atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["rescale", "mask", "on"])
+def test_no_edit_changes_no_bit_and_an_edit_ends_with_its_block(mode):
+    model = named("mixed, normalised")
+    before = model(INPUT)
+    with experts.experts_edited(model, [], mode):
+        assert torch.equal(model(INPUT), before)
+    with pytest.raises(ZeroDivisionError), experts.experts_edited(model, [(0, 1), (2, 3)], mode):
+        assert not torch.equal(model(INPUT), before)
+        raise ZeroDivisionError
+    assert torch.equal(model(INPUT), before)
+
+
+@pytest.mark.parametrize("edit, mode", [
+    ([(0, 1), (1, 5)], "rescale"), ([(0, 1), (1, 2)], "mask"), ([(1, e) for e in range(6)], "on")])
+def test_generation_with_the_cache_equals_recomputing_under_an_edit(edit, mode):
+    model = named("8 of 12", torch.float64)
+    plain = generate(model, PROMPTS, 12, temperature=0, slots=2)
+    with experts.experts_edited(model, edit, mode):
+        got = generate(model, PROMPTS, 12, temperature=0, slots=2)
+        assert [ids for ids, in got] == [recomputed(model, p, 12) for p in PROMPTS]
+    assert got != plain
+
+
+@pytest.mark.parametrize("mode", ["rescale", "mask"])
+def test_an_expert_that_is_off_has_no_say(mode):
+    """Whatever its weights are: the logits are those of the model with its output zeroed."""
+    model = named("8 of 12", torch.float64)
+    with experts.experts_edited(model, [(1, 3)], mode):
+        off = model(INPUT)
+        model.model.layers[1].mlp.experts.down_proj[3] = 0
+        assert torch.allclose(off, model(INPUT), atol=1e-12)
+
+
+@pytest.mark.parametrize("edit, mode", [
+    ([(0, 12)], "mask"), ([(0, -1)], "on"), ([(9, 0)], "rescale"),
+    ([(1, e) for e in range(9)], "on"),                  # a token uses 8
+    ([(1, e) for e in range(12)], "mask"),               # none would be left
+    ([(0, 1)], "zero")])
+def test_edits_that_cannot_be_are_refused(edit, mode):
+    model = named("8 of 12")
+    before = model(INPUT)
+    with pytest.raises((AssertionError, KeyError)), experts.experts_edited(model, edit, mode):
+        pass
+    assert torch.equal(model(INPUT), before)
+
+
+def test_a_dense_model_has_no_experts():
+    with pytest.raises(ValueError, match="no experts"):
+        experts.routers(load_model(TINY / "distill"))
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+SMALL = "--find 60 --questions 60 --draws 2 --max-new-tokens 24 --device cpu".split()
+
+
+def test_the_command_finds_edits_prints_one_table_and_resumes(tmp_path, capsys):
+    argv = ["--out", str(tmp_path / "x"), *SMALL, "--counts", "1", "2"]
+    experts.main(argv)
+    text = capsys.readouterr().out
+    for words in ("unedited", "top 2 off", "null 2 off", "top 2 on", "target", "rest", "show it",
+                  "layer.expert"):
+        assert words in text
+    assert (tmp_path / "x" / "table.txt").read_text().strip() in text
+    files = sorted((tmp_path / "x" / "eval").glob("*test/*.jsonl"))
+    edits = [path.stem.split("+") for path in files]
+    assert all(path.read_text().count("\n") == 60 for path in files)
+    # Every edit has a file of its own, so the controls of two counts never share one.
+    assert {name for name, *_ in edits} == {
+        "unedited", "classes", *(f"{name}-{n}-{how}" for n in (1, 2)
+                                 for name, how in (("top", "off"), ("null", "off"), ("top", "on")))}
+    layers = {}
+    for name, *rest in edits:
+        layers.setdefault(name, []).append(sorted(word.split(".")[0] for word in rest[1:]))
+        assert not name.endswith("off") or rest[0] == "rescale"
+    assert all(drawn == layers["top-2-off"][0] for drawn in layers["null-2-off"])
+    before = {path: path.stat().st_size for path in files}
+    experts.main(argv)                                   # all samples are there
+    again = capsys.readouterr()
+    assert again.out == text and again.err.count("60 of 60 samples are already there") >= len(files)
+    assert before == {path: path.stat().st_size for path in files}
+
+
+def test_two_meanings_of_off_never_share_answers(tmp_path):
+    for off in ("rescale", "mask"):
+        experts.main(["--out", str(tmp_path), *SMALL, "--counts", "3", "--off", off])
+    names = [path.stem for path in tmp_path.glob("eval/*/top-3-off*.jsonl")]
+    assert len(names) == 2 and len({name.split("+", 2)[2] for name in names}) == 1
+
+
+def test_of_a_layer_no_more_experts_are_forced_on_than_a_token_uses():
+    best = [(0, 1), (0, 2), (0, 3), (1, 0), (1, 4)]
+    usage = {layer: torch.rand(6) for layer in (0, 1)}
+    args = Namespace(seed=0, counts=[2, 4], draws=3, off="mask")
+    edits = {name: (mode, draws) for name, mode, draws in experts.plan_edits(args, best, usage, 2)}
+    assert edits["unedited"] == ("", [()])
+    assert edits["top 4 off"] == ("mask", [best[:4]])
+    assert edits["top 4 on"] == ("on", [[(0, 1), (0, 2), (1, 0), (1, 4)]])
+    assert len(edits["null 4 off"][1]) == 3
+
+
+@pytest.mark.parametrize("text, refused", [
+    ("</think>\nNo.", True), (" </think> ?", True), ("</think>\n12", False),
+    ("</think>\n\n 7", False), ("5+7=12\n</think>\n12", False),
+    ("5+7=12\n</think>\nNo.", False), ("", False)])
+def test_what_counts_as_a_refusal_of_the_embedded_mixture(text, refused, monkeypatch):
+    args = experts.settings(["--device", "cpu"])
+    assert args.behaviour == read_preset("tiny")["experts"]["behaviour"]
+    monkeypatch.setattr(experts.eval, "evaluate", lambda *_, **__: [{"completion": text}])
+    study = Namespace(args=args, model=named("mixed"), tokenizer=None, problems={"held": []})
+    assert [row["shows"] for row in experts.answers(study, "held", "x")] == [refused]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", str(TINY / "distill")], "no experts"),
+    (["--held", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["--behaviour", "zebra"], "0 of 30 answers to --data show the behaviour"),
+    (["--behaviour", "("], "not a regular expression"),
+    (["--counts", "16"], "a layer has 16 experts"),
+    (["--counts", "0"], "0 should be at least 1"),
+    (["--off", "zero"], "invalid choice"),
+    (["--quick", "--find", "30"], "--find has no effect with --quick")])
+def test_the_command_refuses_in_one_line(tmp_path, flags, words):
+    small = [] if "--quick" in flags else ["--questions", "30", "--max-new-tokens", "8"]
+    small += [] if "--find" in flags else ["--find", "30"]
+    with pytest.raises((ValueError, OSError), match=words):
+        experts.main(["--out", str(tmp_path / "x"), "--device", "cpu", *small, *flags])
+    assert "zebra" in flags or not (tmp_path / "x").exists()     # only the answers can tell that
