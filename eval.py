@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data import prepare
 from data.files import (
     REQUIRED, TINY, check, parse_json, printable, read_fields, read_json, read_problems, read_text,
-    relative, shorten, staged, write_json)
+    relative, shorten, write_json, write_text)
 from data.flags import Parser, front_door, open_run, parse, read_preset, real, refuse_idle, whole
 from data.grade import extract_answer, grade, grade_answer       # noqa: F401  (for importers)
 from data.stats import (                                         # noqa: F401  (for importers)
@@ -53,9 +53,8 @@ CHOICE_PROMPT = (
     "Answer the following multiple choice question. The last line of your response should be of "
     "the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think "
     "step by step before answering.\n\n{problem}")
-PUBLISHED = dict.fromkeys("aime24 aime25 amc23 math500 minerva gpqa olympiadbench".split(),
-                          MATHS_PROMPT)
-PUBLISHED["gpqa"] = CHOICE_PROMPT                # multiple choice
+NAMES = "aime24 aime25 amc23 math500 minerva gpqa olympiadbench".split()
+PUBLISHED = dict.fromkeys(NAMES, MATHS_PROMPT) | {"gpqa": CHOICE_PROMPT}
 BENCHES = {"tiny": "{problem}"} | PUBLISHED      # name -> prompt
 MAX_NEW_TOKENS = 32768                           # per completion, as published
 
@@ -80,25 +79,21 @@ def evaluate(model, tokenizer, problems, path, *, samples=1, temperature=0.6, to
              max_new_tokens=MAX_NEW_TOKENS, seed=0, slots=64, label="", fresh=False,
              prompt="{problem}", system=""):
     """Samples every problem, grades, writes path (.jsonl) -> its rows, by problem and sample.
-
     A sample depends on its problem, its seed (seed, row, sample) and the settings, not on batch,
     order or number of processes: an interrupted run generates what is missing and leaves the same
     bytes, and a finished one can be given more samples.  Under torchrun every process calls this.
-    ValueError: path holds other settings, weights or problems (fresh=True deletes it instead).
-    """
+    ValueError: path holds other settings, weights or problems (fresh=True deletes it instead)."""
     path, weight, was_training = Path(path), next(model.parameters()), model.training
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
                 "top_k": top_k}
     settings = {"label": label, **sampling, "weights": fingerprint(model),
                 "device": weight.device.type, "dtype": str(weight.dtype).removeprefix("torch.")}
-    # Plan.
     plan, ids_of = make_plan(model, tokenizer, problems, samples, seed, settings, prompt, system)
-    # Resume.
     done = gather(path, plan, fresh)
     missing, (rank, processes) = my_share(plan, done), world()
     if done and rank == 0:
         print(f"{path}: {len(done)} of {len(plan)} samples are already there", file=sys.stderr)
-    # Sample and grade.  Every sample is on disk the moment it ends: kill -9 loses nothing else.
+    # Every sample is on disk the moment it ends: kill -9 loses nothing else.
     model.eval()                                         # an adapter in training has dropout
     own = path if processes == 1 else f"{path}.{rank}"   # no two processes write one file
     with open(own, "a", encoding="utf-8") as file, torch.no_grad():
@@ -108,8 +103,7 @@ def evaluate(model, tokenizer, problems, path, *, samples=1, temperature=0.6, to
             file.write(json.dumps(row) + "\n")
             file.flush()
     model.train(was_training)
-    # Write, in the order of the plan.
-    return list(gather(path, plan).values())
+    return list(gather(path, plan).values())             # written in the order of the plan
 
 def fingerprint(model):
     """12 hex digits that change with the weights, so that old samples cannot pass for new ones."""
@@ -129,9 +123,9 @@ def make_plan(model, tokenizer, problems, samples, seed, settings, prompt="{prob
         # Resa: the published runs put a second begin token before the template's own.
         ids_of[text] = tokenizer.encode(text)
         for j in range(samples):                        # sample j has its own seed
-            key = problem["id"], j
-            plan[key] = {"id": problem["id"], "sample": j, "seed": [seed, i, j], "prompt": text,
-                         "gold": problem["answer"], "settings": settings}
+            plan[problem["id"], j] = {
+                "id": problem["id"], "sample": j, "seed": [seed, i, j], "prompt": text,
+                "gold": problem["answer"], "settings": settings}
     positions = model.config.max_position_embeddings
     room = [max(positions - len(ids), 0) for ids in ids_of.values()]  # new tokens, per prompt
     check(max(room) > 0, f"the shortest prompt fills all {positions} positions of this model")
@@ -143,18 +137,17 @@ def make_plan(model, tokenizer, problems, samples, seed, settings, prompt="{prob
 
 def generate_rows(model, tokenizer, planned, ids_of, *, max_new_tokens, **sampling):
     """Samples the planned rows and yields each, graded, as it ends.
-
     A completion also ends where the model's positions do; a prompt that fills them all gets none.
     """
-    room = [model.config.max_position_embeddings - len(ids_of[row["prompt"]]) for row in planned]
-    for row, left in zip(planned, room):
-        if left <= 0:
+    fits = []                                            # (row, new tokens it has room for)
+    for row in planned:
+        left = model.config.max_position_embeddings - len(ids_of[row["prompt"]])
+        if left > 0:
+            fits.append((row, left))
+        else:
             yield mark(row | {"completion": "", "tokens": 0, "finish": "length"})
-    fits = [(row, left) for row, left in zip(planned, room) if left > 0]  # left: new tokens
-    if not fits:
-        return
     # One limit serves the whole batch; each completion is then cut to its own room.
-    limit = min(max_new_tokens, max(room))
+    limit = min(max_new_tokens, max((left for _, left in fits), default=1))
     requests = [(ids_of[row["prompt"]], tuple(row["seed"])) for row, _ in fits]
     for i, ids, why in stream(model, requests, stop_ids=tokenizer.eos_ids, max_new_tokens=limit,
                               **sampling):
@@ -178,8 +171,8 @@ def read_samples(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     rows = {}
-    lines = Path(path).read_bytes().split(b"\n")[:-1]    # a last line without newline was cut off
-    for n, line in enumerate(lines, start=1):
+    lines = Path(path).read_bytes().split(b"\n")
+    for n, line in enumerate(lines[:-1], start=1):       # a last one without newline was cut off
         row = parse_json(line, f"{path}:{n}")
         check(isinstance(row, dict), f"{path}:{n}: a JSON object was expected")
         read_fields(row, FIELDS, f"{path}:{n}: not a sample of eval.py")       # row stays whole
@@ -190,11 +183,9 @@ def read_samples(path):
 
 def gather(path, plan, fresh=False):
     """Samples on disk, checked against the plan, graded -> {(id, sample): row} in its order.
-
     path, and path.0, path.1, ... of processes, become one file without torn lines.
-    ValueError if a file holds anything else: mixed settings give a number that belongs to none.
-    """
-    rank, done = world()[0], {}
+    ValueError if a file holds anything else: mixed settings give a number that belongs to none."""
+    done = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     wait_for_all()                                       # until every process has written
     parts = sorted(path.parent.glob(f"{path.name}.[0-9]*"))
@@ -203,10 +194,8 @@ def gather(path, plan, fresh=False):
             done |= accept(file, plan)
     done = {key: done[key] for key in plan if key in done}   # in its order
     wait_for_all()                                       # until every process has read
-    if rank == 0:
-        with staged(path.parent) as temporary:          # whole or not at all
-            text = "".join(json.dumps(row) + "\n" for row in done.values())
-            (temporary / path.name).write_text(text, encoding="utf-8")
+    if world()[0] == 0:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in done.values()))
         for file in parts:                              # their rows are in path now
             file.unlink()
     wait_for_all()                                       # nobody appends before this
@@ -221,9 +210,8 @@ def accept(path, plan):
               f"{path}: has sample {key[1]} of problem {key[0]!r}, not asked for; {hint}")
         old, new = row["settings"] | row, plan[key]["settings"] | plan[key]
         for name in [*plan[key]["settings"], "seed", "prompt"]:
-            if old.get(name) != new[name]:
-                raise ValueError(f"{path}: was made with {name} {shorten(old.get(name))}, this run "
-                                 f"has {shorten(new[name])}; {hint}")
+            check(old.get(name) == new[name], f"{path}: was made with {name} "
+                  f"{shorten(old.get(name))}, this run has {shorten(new[name])}; {hint}")
         done[key] = mark(row | {"gold": plan[key]["gold"]})      # a corrected gold counts at once
     return done
 
@@ -267,9 +255,8 @@ def report(results):
             words += unresolved(label, summary)
         lines.append(cells_of(label, summary))
     # A column that is empty in every line is left out.
-    filled = [i for i in range(len(HEADER)) if any(line[i] for line in lines)]
-    lines = [[line[i] for i in filled] for line in lines]
-    return "\n\n".join([table(lines, [HEADER[i] for i in filled]), *words]), summaries
+    header, *lines = zip(*(column for column in zip(HEADER, *lines) if any(column[1:])))
+    return "\n\n".join([table(lines, header), *words]), summaries
 
 def cells_of(label, s):
     """A model's line of the table, from its summary s: a cell for each name in HEADER."""
@@ -317,10 +304,8 @@ def samples_path(out, bench, spec):
 
 def conclude(out, bench, asked, questions, note):
     """What an experiment found, printed and in OUT/BENCH.txt, with a figure in OUT/BENCH.svg.
-
     asked      {arm: the model spec that was asked}; every arm is paired with the first
-    questions  [(arm, its control, question)], each answered in words
-    """
+    questions  [(arm, its control, question)], each answered in words"""
     rows = {name: read_samples(samples_path(out, bench, spec)) for name, spec in asked.items()}
     text, summaries = report(rows)
     text, words = text.split("\n\n")[0], []             # the table alone
@@ -329,10 +314,9 @@ def conclude(out, bench, asked, questions, note):
         words.append(verdict(arm, control, why, pair["difference"], *pair["interval"]))
     text = "\n\n".join([text, note, "\n".join(words)])
     points = [(name, s["pass@1"], *s["interval"]) for name, s in summaries.items()]
-    with staged(out) as temporary:
-        (temporary / f"{label_of(bench)}.txt").write_text(text + "\n", encoding="utf-8")
-        drawing = figure(points, f"Pass@1 on {bench}", line=points[0][1])
-        (temporary / f"{label_of(bench)}.svg").write_text(drawing, encoding="utf-8")
+    write_text(f"{out}/{label_of(bench)}.txt", text + "\n")
+    drawing = figure(points, f"Pass@1 on {bench}", line=points[0][1])
+    write_text(f"{out}/{label_of(bench)}.svg", drawing)
     print(f"\n{bench}\n\n{text}\n\n{out}: samples, adapters, table, figure, commands")
 
 def regrade(paths):
@@ -356,9 +340,8 @@ def show(argv):
     parser.add_argument("--id", help="only those of this problem, at full length")
     args = parse(parser, argv)
     rows = [mark(row) | row for row in read_samples(args.file)]      # a grade in the file stays
-    picked = [row for row in rows if args.id in (None, row["id"])]
-    if args.wrong:
-        picked = [row for row in picked if not row["correct"]]
+    picked = [row for row in rows
+              if args.id in (None, row["id"]) and not (args.wrong and row["correct"])]
     check(picked, f"{args.file}: no such sample among its {len(rows)}")
     for row in picked:
         print(as_page(row, whole=args.id is not None), end="\n\n")
@@ -371,13 +354,12 @@ def as_page(row, whole):
     lines = wrap(row["completion"], width - 4)
     if len(lines) > 24 and not whole:                   # only the two ends of a long one
         lines[12:-12] = [f"[{len(lines) - 24} more lines: --id {row['id']}]"]
-    grade = "right" if row["correct"] else "WRONG"
+    word = "right" if row["correct"] else "WRONG"
     cut = ", then cut off" if row["finish"] == "length" else ""
-    title = f"problem {row['id']}, sample {row['sample']}: {grade}, {row['tokens']} tokens{cut}"
-    page = [f"==== {title} ====", *wrap(row["prompt"], width), ""]
-    page += [f"  | {line}" for line in lines]
-    page += ["", f"extracted: {row['extracted']}", f"gold:      {row['gold']}"]
-    return printable("\n".join(page))
+    title = f"problem {row['id']}, sample {row['sample']}: {word}, {row['tokens']} tokens{cut}"
+    return printable("\n".join([
+        f"==== {title} ====", *wrap(row["prompt"], width), "", *(f"  | {line}" for line in lines),
+        "", f"extracted: {row['extracted']}", f"gold:      {row['gold']}"]))
 
 def wrap(text, width):
     """Lines of at most `width` columns; the line breaks of the text are kept."""
@@ -398,7 +380,6 @@ def settings(argv):
     add("--limit", type=whole(0), default=0, help="only the first so many questions; 0: all")
     add("--system", default="", help="a system prompt; published: none")
     add("--prompt-file", metavar="FILE", help="text with {problem} in it, instead of the published")
-
     add = parser.add_argument_group("sampling").add_argument
     add("--samples", type=whole(1), default=1, help="samples per problem")
     add("--temperature", type=real(0), default=0.6, help="0 is greedy")
@@ -407,17 +388,14 @@ def settings(argv):
     add("--top-k", type=whole(0), default=0, help="likeliest tokens kept; 0: all")
     add("--max-new-tokens", type=whole(1), default=MAX_NEW_TOKENS, help="then it is truncated")
     add("--seed", type=whole(0), default=0, help="a sample is seeded by (seed, problem, sample)")
-
     add = parser.add_argument_group("machine").add_argument
     add("--slots", type=whole(1), default=64, help="samples decoded at a time: speed and memory")
     add("--dtype", choices=DTYPES, help="of the weights; else the checkpoint's")
     add("--device", help="cpu, cuda or cuda:N; else cuda where there is one")
-
     add = parser.add_argument_group("results").add_argument
     add("--out", help="run directory, samples go to OUT/eval/BENCH; else out/PRESET")
     add("--fresh", action="store_true", help="delete earlier samples instead of resuming")
     add("--regrade", nargs="+", metavar="FILE", help="only grade these again and print the table")
-
     args = parse(parser, argv, "eval")
     args.out = args.out or f"out/{args.preset}"
     check_flags(args)
@@ -430,14 +408,10 @@ def check_flags(args):
         refuse_idle(args, idle, "--regrade, which generates nothing")
     models = args.model or []
     check(len(set(models)) == len(models), "--model names the same model twice")
-    if args.greedy and args.temperature > 0:
-        refuse_idle(args, "temperature", "greedy decoding")
-        args.temperature = 0.0
-    if args.temperature == 0:                           # samples would all be equal
-        refuse_idle(args, "top_p top_k", "greedy decoding")
-        if args.samples > 1:
-            refuse_idle(args, "samples", "greedy decoding")
-        args.samples, args.top_p, args.top_k = 1, 1.0, 0
+    if args.greedy or args.temperature == 0:            # samples would all be equal
+        idle = "temperature " * (args.temperature > 0) + "top_p top_k"
+        refuse_idle(args, idle + " samples" * (args.samples > 1), "greedy decoding")
+        args.temperature, args.samples, args.top_p, args.top_k = 0.0, 1, 1.0, 0
 
 def read_benches(args):
     """--bench -> {name: (problems, source, prompt)}.  The first process fetches."""
@@ -472,17 +446,9 @@ def save_report(args, name, source, results):
     open_run(folder, args)
     path = folder / "summary.json"
     merged = read_json(path) if path.exists() else {}    # keep earlier labels
-    for label, summary in summaries.items():
-        merged[label] = summary | {"data": source}
-    write_json(path, merged)
+    new = {label: summary | {"data": source} for label, summary in summaries.items()}
+    write_json(path, merged | new)
     print(f"\n{name}, samples in {folder}\n\n{text}")
-
-def tuned_model(preset):
-    """The spec of what tuning wrote: the preset's target with the adapter."""
-    adapter = f"out/{preset}/adapter"
-    check(Path(adapter).is_dir(),
-          f"{adapter}: no adapter there; run train.py --stage tune, or name models: --model")
-    return f"{read_preset(preset)['target']}+{adapter}"
 
 def main(argv):
     if argv[:1] == ["show"]:
@@ -498,7 +464,10 @@ def main(argv):
     # All files are read before the first model is loaded: a mistake shows at once.
     benches = read_benches(args)
     results = {name: {} for name in benches}
-    for spec in args.model or [tuned_model(args.preset)]:
+    adapter = f"out/{args.preset}/adapter"              # what tuning wrote
+    check(args.model or Path(adapter).is_dir(), f"{adapter}: no adapter there; run train.py "
+          "--stage tune, or name models: --model")
+    for spec in args.model or [f"{read_preset(args.preset)['target']}+{adapter}"]:
         model, tokenizer = load_model(spec, args.dtype, args.device), load_tokenizer(spec)
         for name, (problems, _, prompt) in benches.items():
             results[name][label_of(spec)] = evaluate(

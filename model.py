@@ -5,16 +5,13 @@
     ids = generate(model, [tokenizer.encode(prompt)], max_new_tokens=96)[0][0]
 
 A model is named by a spec:
-
     PATH_OR_HUB_ID[@REVISION][#SUBFOLDER][+ADAPTER[*FACTOR] ...]    adapters are merged on loading
     random:CONFIG.json[@SEED]                                       seeded random weights
-
 FACTOR multiplies an adapter's own scale, alpha / r: 0.5 goes half of the way, -1 goes back.
 
 Qwen2 (arXiv 2407.10671) is a pre-norm decoder: grouped-query attention with biases on q, k and v,
 rotary positions (arXiv 2104.09864), SwiGLU, RMSNorm.  A block of Qwen2-MoE has many small MLPs, of
-which a token uses a few.  R1-Distill-Qwen (arXiv 2501.12948) has this architecture.  Parameter
-names are those of the checkpoints.
+which a token uses a few.  Parameter names are those of the checkpoints.
 
 B batch, T time, D width, V vocabulary, H query heads, G key/value heads, C head width, L cached
 positions, S rows of the sampler, N tokens (B*T), E experts, K of them used by a token, M hidden
@@ -35,9 +32,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from data.files import (
-    REQUIRED, check, check_tensors, locate, open_tensors, read_fields, read_json, read_text,
-    read_value, shorten, staged, write_json)
+from data.files import (REQUIRED, check, check_tensors, locate, open_tensors, read_fields,
+                        read_json, read_text, read_value, shorten, staged, write_json)
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -48,11 +44,9 @@ def at_least_fp32(x):
 def choose_device(name=None):
     """"cpu", "cuda" or "cuda:N"; None picks a GPU where there is one.  ValueError: not there."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    name = name or ("cuda" if count else "cpu")
-    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
-    check(match, f"device {shorten(name)} is not one of cpu, cuda, cuda:N")
-    check(name == "cpu" or int(match[1] or 0) < count,
-          f"device {name}: {count} GPUs are visible here")
+    known = ["cuda", *(f"cuda:{i}" for i in range(count)), "cpu"] if count else ["cpu"]
+    name = name or known[0]
+    check(name in known, f"device {shorten(name)} is not one of those here: {', '.join(known)}")
     return name
 
 # ---- Config: every field of config.json is used, known to be harmless, or refused by name ------
@@ -60,14 +54,13 @@ def choose_device(name=None):
 SIZE, MAYBE_SIZE = (int, 1, None, REQUIRED), (int, 1, None, None)
 TOKEN_ID, TOKEN_IDS = (int, None, None, None), ((int, list), None, None, None)
 DTYPE, DEFAULT = (tuple(DTYPES), None, None, None), (("default",), None, None, None)
-ABOVE_0 = math.ulp(0.0)                      # the smallest number above 0
+POSITIVE = (int, float), 1e-30, 1e30
 
 DENSE_FIELDS = {                             # names, order and defaults of Hugging Face
     "vocab_size": SIZE, "hidden_size": SIZE, "intermediate_size": SIZE,
     "num_hidden_layers": SIZE, "num_attention_heads": SIZE,
     "num_key_value_heads": MAYBE_SIZE, "head_dim": MAYBE_SIZE,
-    "rms_norm_eps": ((int, float), ABOVE_0, 1e30, 1e-6),
-    "rope_theta": ((int, float), ABOVE_0, 1e30, 1e4),
+    "rms_norm_eps": (*POSITIVE, 1e-6), "rope_theta": (*POSITIVE, 1e4),
     "max_position_embeddings": (int, 1, None, 32768),    # kept, not used: angles are computed
     "tie_word_embeddings": (bool, None, None, False),    # head and embedding are one matrix
     "bos_token_id": TOKEN_ID, "eos_token_id": TOKEN_IDS, "pad_token_id": TOKEN_ID,
@@ -87,10 +80,9 @@ OTHER_FIELDS = {                             # choices of which we compute one, 
     "rope_scaling": (dict, None, None, {}), "rope_parameters": (dict, None, None, {}),
     "torch_dtype": DTYPE,                    # dtype, before transformers 5
 }
-ROPE_FIELDS = {"rope_theta": ((int, float), ABOVE_0, 1e30, None),
-               "rope_type": DEFAULT, "type": DEFAULT}    # others change every position
-# Not used by the forward pass.  Sizes of a sliding window stand in every published config, but
-# matter only with use_sliding_window, which is refused.
+# Another type changes every position
+ROPE_FIELDS = {"rope_theta": (*POSITIVE, None), "rope_type": DEFAULT, "type": DEFAULT}
+# Not used by the forward pass; sliding_window only with use_sliding_window, which is refused.
 HARMLESS = """architectures transformers_version use_cache initializer_range return_dict
     _name_or_path _attn_implementation_autoset sliding_window max_window_layers
     output_router_logits router_aux_loss_coef""".split()
@@ -110,9 +102,6 @@ class Config:
         self.dtype = self.dtype or "float32"
         self.mlp_only_layers = list(self.mlp_only_layers)
 
-    def __eq__(self, other):
-        return vars(self) == vars(other)
-
     @classmethod
     def from_dict(cls, raw, where="config.json"):
         """The Config of a parsed config.json.  ValueError names what is missing or unsupported."""
@@ -122,8 +111,8 @@ class Config:
         for name, value in raw.items():      # anything else may be there if it is switched off
             known = name in {*ours, *OTHER_FIELDS, *HARMLESS}
             check(known or not value, f"{where}: {name!r} = {shorten(value)} is not supported")
-        read_fields(other["rope_scaling"], ROPE_FIELDS, f"{where}: rope_scaling")
-        rope = read_fields(other["rope_parameters"], ROPE_FIELDS, f"{where}: rope_parameters")
+        rope = other["rope_parameters"] | other["rope_scaling"]
+        rope = read_fields(rope, ROPE_FIELDS, f"{where}: rope_parameters or rope_scaling")
         found["rope_theta"] = rope["rope_theta"] or found["rope_theta"]
         found["dtype"] = found["dtype"] or other["torch_dtype"]
         config = cls(**found)
@@ -309,7 +298,6 @@ class Transformer(nn.Module):
         self.tie()
 
     def tie(self):
-        """Makes head and embedding one matrix if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -322,11 +310,9 @@ class Transformer(nn.Module):
 
     def run(self, x, start=0, stop=None, cache=None):
         """Blocks start .. stop-1, by default all -> hidden states (B,T,D) after the last one run.
-
         x      ids (B,T) if start is 0, else the hidden states (B,T,D) that block `start` would see
         cache  a Cache after `seek`: x continues the tokens in it
-        With stop an SAE does not pay for the layers above it, with start a teacher and a student
-        compute the blocks they share once.
+        stop spares an SAE the blocks above it; start lets teacher and student share the lower ones.
         """
         h = self.model.embed_tokens(x) if start == 0 else x                   # (B,T,D)
         if cache is None:
@@ -353,23 +339,13 @@ def init_weights(model, seed=0, std=0.02):
 
 def split_spec(spec):
     """'base@rev#sub+adapter*0.5' -> ('base@rev#sub', [('adapter', 0.5)]); a factor not given is 1.
-
-    A path that exists is taken as it is.  ValueError: no name after +, no finite number after *.
-    """
+    A path that exists is taken as it is.  ValueError: no adapter after +."""
     base, *words = [str(spec)] if Path(spec).exists() else str(spec).split("+")
     adapters = []
     for word in words:
-        name, star, factor = word.rpartition("*")
-        if not star or Path(word).exists():
-            name, factor = word, "1"
-        check(name, f"+{word}: no adapter is named after '+'")
-        try:
-            value = float(factor)
-        except ValueError:
-            value = math.nan
-        check(math.isfinite(value),
-              f"{word}: a finite number was expected after '*', not {factor!r}")
-        adapters.append((name, value))
+        match = re.fullmatch(r"(.+?)(?:\*([-+]?[\d.]{1,30}(?:e[-+]?\d)?))?", word)
+        check(match, f"{spec}: no adapter is named after '+'")
+        adapters.append((match[1], float(match[2] or 1)))
     return base, adapters
 
 def config_path(spec):
@@ -381,10 +357,8 @@ def config_path(spec):
 
 def load_model(spec, dtype=None, device=None):
     """The Transformer that a spec names: in eval mode, without gradients, adapters merged.
-
     dtype   a torch dtype or its name; None: the checkpoint's.  device: None is the CPU
-    FileNotFoundError: nothing there.  ValueError names the field or tensor that does not fit.
-    """
+    FileNotFoundError: nothing there.  ValueError names the field or tensor that does not fit."""
     base, adapters = split_spec(spec)
     config = Config.from_pretrained(base)
     config.dtype = str(dtype or config.dtype).removeprefix("torch.")
@@ -407,18 +381,14 @@ def load_model(spec, dtype=None, device=None):
 def load_weights(model, directory, dtype, device=None):
     """Fills a model on the meta device from a checkpoint, one memory-mapped tensor at a time."""
     with open_tensors(weight_files(directory)) as files:
-        # Old releases saved the rotary angles, and a tied head a second time.
-        old = "rotary_emb.inv_freq"
-        found = {name: file for name, file in files.items() if not name.endswith(old)}
-        tied = found.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-        check_tensors(found, as_stored(model, found), directory)
+        found = dict(files)
+        if model.config.tie_word_embeddings:
+            found.pop("lm_head.weight", None)            # some files hold the embedding twice
+        check_tensors(found, as_stored(model), directory)
         model.to(dtype).to_empty(device=device or "cpu")             # only now memory is taken
         model.tie()
-        for name, view in as_stored(model, found).items():
+        for name, view in as_stored(model).items():
             view.copy_(found[name][:])
-        head = model.lm_head.weight
-        check(tied is None or torch.equal(tied[:].to(head), head),
-              f"{directory}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
 
 def weight_files(directory):
     """The paths of a checkpoint's safetensors files: a single one, or those its index names."""
@@ -430,21 +400,15 @@ def weight_files(directory):
     for name in names:
         check(Path(name).name == name, f"{index}: file name {name!r} leads out of the directory")
         if not (directory / name).exists():
-            pickles = [path.name for path in directory.glob("*.bin")]
-            hint = f"; {pickles[0]} is a pickle, never loaded: convert it" if pickles else ""
-            raise FileNotFoundError(f"{directory / name}: no such file{hint}")
+            raise FileNotFoundError(f"{directory / name}: no such file; a pickle is never loaded")
     return [directory / name for name in names]
 
-def as_stored(model, found=()):
-    """{name of a tensor in a file: view of the model}; `found`, the names there, decides the form.
-
-    A published checkpoint has three matrices an expert.  transformers writes them like this and
-    reads them like this or stacked; so do we.
-    """
+def as_stored(model):
+    """{name of a tensor in a file: view of the model}.  Files have three matrices an expert."""
     views = {}
     for name, p in model.named_parameters():             # a tied head is listed as the embedding
         stem, _, leaf = name.rpartition(".")
-        if name in found or not stem.endswith(".experts"):
+        if not stem.endswith(".experts"):
             views[name] = p
             continue
         parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
@@ -471,48 +435,37 @@ def save_model(model, directory):
 # ---- PEFT adapters: read, check, merge ---------------------------------------------------------
 
 ADAPTER_FIELDS = {
-    "peft_type": (("LORA",), None, None, REQUIRED),
-    "r": (int, 1, None, REQUIRED),
+    "peft_type": (("LORA",), None, None, REQUIRED), "r": (int, 1, None, REQUIRED),
     "lora_alpha": ((int, float), -1e30, 1e30, REQUIRED),
-    "lora_dropout": ((int, float), 0, 1, 0.0),
-    "bias": (("none",), None, None, "none"),
+    "lora_dropout": ((int, float), 0, 1, 0.0), "bias": (("none",), None, None, "none"),
     # Those left out (PiSSA, OLoRA, LoftQ, CorDA) change the base weights too.
     "init_lora_weights": ((True, False, "gaussian", "eva", "orthogonal"), None, None, True),
 }
-# What PEFT can write there and we do not compute.  Each would silently change the result.
+# What PEFT can write there and we do not compute.
 PEFT_REFUSED = """use_dora use_rslora fan_in_fan_out modules_to_save lora_bias rank_pattern
-    alpha_pattern layer_replication trainable_token_indices target_parameters
-    alora_invocation_tokens use_qalora use_bdlora velora_config monteclora_config kasa_config
-    arrow_config""".split()
+    alpha_pattern layer_replication trainable_token_indices target_parameters use_qalora use_bdlora
+    alora_invocation_tokens velora_config monteclora_config kasa_config arrow_config""".split()
 
 def read_adapter(spec):
     """A PEFT LoRA adapter (arXiv 2106.09685) -> dict of r, lora_alpha, lora_dropout, scale, pairs.
-
-    pairs {module: (A (r,in), B (out,r))}.  ValueError names a setting that we do not compute.
-    """
-    directory = locate(spec)
-    path = directory / "adapter_config.json"
+    pairs {module: [A (r,in), B (out,r)]}.  ValueError names a setting that we do not compute."""
+    path = locate(spec) / "adapter_config.json"
     raw = read_json(path)
     adapter = read_fields(raw, ADAPTER_FIELDS, path)
     for name in PEFT_REFUSED:
         check(not raw.get(name), f"{path}: {name} = {shorten(raw.get(name))} is not supported")
-    adapter["scale"] = adapter["lora_alpha"] / adapter["r"]                   # of B A
-    adapter["pairs"] = read_pairs(directory / "adapter_model.safetensors", adapter["r"])
-    return adapter
-
-def read_pairs(path, r):
-    """The matrices of an adapter of rank r -> {module name: (A (r,in), B (out,r))}."""
-    pairs = {}
+    r, pairs = adapter["r"], {}
+    path = path.with_name("adapter_model.safetensors")
     with open_tensors([path]) as found:
-        for name, file in found.items():
+        for name in sorted(found):           # A of a module, then its B
             match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
-            shape = file.get_shape()
+            shape = found[name].get_shape()
             check(match and len(shape) == 2 and shape["AB".index(match[2])] == r,
                   f"{path}: {name} of shape {shape} is not a LoRA matrix of rank {r}")
-            pairs.setdefault(match[1], {})[match[2]] = file[:]  # {module: {side: matrix}}
+            pairs.setdefault(match[1], []).append(found[name][:])
     for module, pair in pairs.items():
-        check(len(pair) == 2, f"{path}: {module} has only lora_{''.join(pair)}")
-    return {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}
+        check(len(pair) == 2, f"{path}: {module} has only one of lora_A and lora_B")
+    return adapter | {"scale": adapter["lora_alpha"] / r, "pairs": pairs}     # scale: of B A
 
 def check_adapter(model, adapter, where):
     """ValueError: an adapter changes a layer that the model has not, or has in another size."""
@@ -541,48 +494,44 @@ def merge_tensors(model, adapter, where="adapter", factor=1.0):
 
 # ---- Tokenizer and chat ------------------------------------------------------------------------
 
-TEXT = (str, None, None, REQUIRED)
-TOKENIZER_FIELDS = {"chat_template": ((str, list), None, None, None)}
-TOKENIZER_FIELDS |= dict.fromkeys(               # as text, or {"content": "<s>", "lstrip": false}
-    ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
-    ((str, dict), None, None, None))
-NAMED_TEMPLATE = {"name": TEXT, "template": TEXT}
+TOKENIZER_FIELDS = dict.fromkeys(            # as text, or {"content": "<s>", "lstrip": false}
+    ("bos_token", "eos_token", "unk_token", "pad_token"), ((str, dict), None, None, None))
+TOKENIZER_FIELDS |= {"chat_template": (str, None, None, None),
+                     "eos_token_id": ((int, list), None, None, [])}
+CONTENT = {"content": (str, None, None, REQUIRED)}
 
 class Tokenizer:
     """tokenizer.json, with the checkpoint's own chat template and end tokens.
-
     special  {"bos_token": "<s>", ...}: what chat templates may ask for
     eos_ids  the union of what three files call the end: those of published base models disagree,
-             and a sampler that knows only one of them never stops
-    """
+             and a sampler that knows only one of them never stops"""
 
     def __init__(self, directory):
         from tokenizers import Tokenizer as Fast
         directory = Path(directory)
         path = directory / "tokenizer.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file, so {directory} has no tokenizer")
         try:
             self.fast = Fast.from_file(str(path))
         except Exception as error:           # the library raises plain Exception
             raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
         self.fast.no_truncation()            # limits that a trainer left there must not cut texts
-        self.fast.no_padding()           # nor add to them
-        path = directory / "tokenizer_config.json"
-        settings = read_optional(path, TOKENIZER_FIELDS)
-        self.template = choose_template(directory, settings.pop("chat_template"))
-        self.special = {}
-        for name, token in settings.items():
-            if isinstance(token, dict):
-                token = read_fields(token, {"content": TEXT}, f"{path}: {name}")["content"]
-            if token is not None:
-                self.special[name] = token
-        self.own_eos_id = self.fast.token_to_id(self.special.get("eos_token", ""))
-        self.eos_ids = {self.own_eos_id} - {None}        # token_to_id gives None for unknown ones
-        for path in (directory / "config.json", directory / "generation_config.json"):
-            ids = read_optional(path, {"eos_token_id": TOKEN_IDS[:3] + ([],)})["eos_token_id"]
+        self.fast.no_padding()               # nor add to them
+        self.special, self.eos_ids = {}, set()
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+            path = directory / name
+            found = read_fields(read_json(path) if path.exists() else {}, TOKENIZER_FIELDS, path)
+            ids = found.pop("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             self.eos_ids |= set(read_value(ids, [int], where=f"{path}: eos_token_id"))
+            for field, token in found.items():
+                if isinstance(token, dict):
+                    token = read_fields(token, CONTENT, f"{path}: {field}")["content"]
+                if token is not None:
+                    self.special[field] = token
+        own, jinja = self.special.pop("chat_template", None), directory / "chat_template.jinja"
+        self.template = read_text(jinja) if jinja.exists() else own
+        self.own_eos_id = self.fast.token_to_id(self.special.get("eos_token", ""))
+        self.eos_ids |= {self.own_eos_id} - {None}       # token_to_id gives None for unknown ones
 
     @property
     def eos_id(self):
@@ -612,21 +561,6 @@ def load_tokenizer(spec):
     """The Tokenizer of a model spec; adapters do not change it."""
     return Tokenizer(config_path(spec).parent)
 
-def read_optional(path, table):
-    """read_fields of a JSON file that need not be there."""
-    return read_fields(read_json(path) if path.exists() else {}, table, path)
-
-def choose_template(directory, template):
-    """chat_template.jinja, else tokenizer_config's: a text, or of several the one named default."""
-    if (directory / "chat_template.jinja").exists():
-        return read_text(directory / "chat_template.jinja")
-    if not isinstance(template, list):
-        return template
-    where = f"{directory}/tokenizer_config.json: chat_template"
-    entries = [read_fields(entry, NAMED_TEMPLATE, where)
-               for entry in read_value(template, [dict], where=where)]
-    return {entry["name"]: entry["template"] for entry in entries}.get("default")
-
 def think_prefix(prompt):
     """"<think>" if a chat template ended the prompt with it: the completion then lacks it."""
     return "<think>" if prompt.rstrip().endswith("<think>") else ""
@@ -652,7 +586,6 @@ def compiled(template):
 
 def sample(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     """logits (B,V), u (B,) uniform in [0,1) -> token ids (B,).  Temperature 0 is argmax.
-
     Inverse CDF of the sorted, truncated distribution: the token of a row depends on its own
     logits and its own u alone.  Top-p (arXiv 1904.09751) keeps the token that crosses p, and sees
     the whole distribution; in transformers it sees what top-k left, which differs when both bind.
@@ -671,30 +604,23 @@ def sample(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     last = keep.sum(-1, keepdim=True) - 1                # rounding must not lead out of the set
     return ids.gather(-1, torch.minimum(rank, last))[:, 0]
 
-def check_sampling(requests, max_new_tokens, temperature, top_p, top_k, slots=1,
-                   vocab_size=math.inf):
-    """ValueError: a setting out of range, or a prompt or seed key that cannot be run."""
-    check(max_new_tokens >= 1, f"sampling: max_new_tokens {max_new_tokens} should be at least 1")
-    check(math.isfinite(temperature) and temperature >= 0,
-          f"sampling: temperature {temperature} should be finite and at least 0")
-    check(0 < top_p <= 1, f"sampling: top_p {top_p} should be above 0 and at most 1")
-    check(top_k >= 0, f"sampling: top_k {top_k} should be at least 0")
-    check(slots >= 1, f"sampling: slots {slots} should be at least 1")
-    for i, (prompt, key) in enumerate(requests):
-        check(len(prompt) > 0, f"sampling: prompt {i} is empty")
-        check(min(prompt) >= 0 and max(prompt) < vocab_size,
-              f"sampling: prompt {i} has token ids {min(prompt)} .. {max(prompt)}, the model knows "
-              f"0 .. {vocab_size - 1}: is the tokenizer another model's?")
-        check(min(key) >= 0, f"sampling: the seed {key} of prompt {i} should be at least 0")
+def check_sampling(model, requests, max_new_tokens, temperature, top_p, top_k, slots):
+    """ValueError: a setting out of range, or a prompt that the model cannot read."""
+    check(min(max_new_tokens, slots) >= 1 and 0 <= temperature < math.inf and 0 < top_p <= 1
+          and top_k >= 0, f"sampling: {max_new_tokens=}, {slots=}, {temperature=}, {top_p=} or "
+          f"{top_k=} is out of range")
+    V = model.config.vocab_size
+    for i, (prompt, _) in enumerate(requests):
+        check(len(prompt) and min(prompt) >= 0 and max(prompt) < V,
+              f"sampling: prompt {i} is empty or has token ids outside 0 .. {V - 1}: "
+              "is the tokenizer another model's?")
 
 # ---- Generate: many requests through the few rows of a cache -----------------------------------
 
 class Cache:
     """Keys and values of S rows, each row with its own length: one (2,S,G,L,C) per layer.
-
     L grows by BUCKET: attention reads up to the longest row in use, not the longest possible.
-    Use: `seek`, then one pass of the model, which calls `put`.
-    """
+    Use: `seek`, then one pass of the model, which calls `put`."""
     BUCKET = 64
 
     def __init__(self, model, rows):
@@ -731,15 +657,10 @@ class Cache:
         return keys[:, :, :self.used], values[:, :, :self.used]
 
     def take(self, rows, other, other_rows):
-        """Copies rows of another cache, a prefilled prompt to several samples, into rows here."""
+        """Copies rows of another cache, maybe one prompt to several samples, into rows here."""
         self.grow(other.used)
         for mine, theirs in zip(self.kv, other.kv):
             mine[:, rows, :, :other.used] = theirs[:, other_rows, :, :other.used]
-
-    def keep(self, rows):
-        """Drops all rows but these."""
-        self.kv = [kv[:, rows] for kv in self.kv]
-        self.rows = self.rows[:len(rows)]                # renumbered from 0
 
 def right_pad(rows, fill=0, device=None):
     """Lists of ids -> ids (B,T), lengths (B,).  Causal attention never looks to the right."""
@@ -757,62 +678,52 @@ def prefill(model, prompts, cache, slots):
     fresh.seek(torch.arange(ids.shape[1], device=device).expand_as(ids))
     h = model.run(ids, cache=fresh)                      # (P,T,D)
     last = h[torch.arange(len(ids), device=device), lengths - 1]              # (P,D)
-    which = torch.tensor(which, device=device)
-    cache.take(torch.tensor(slots, device=device), fresh, which)
+    cache.take(slots, fresh, which)
     return model.head(last)[which]       # (len(slots),V)
-
-def decode_step(model, rows, cache):
-    """Runs the last token of every row -> logits (S,V)."""
-    device = model.lm_head.weight.device
-    cache.seek(torch.tensor([[row.length] for row in rows], device=device))   # (S,1)
-    ids = torch.tensor([[row.token] for row in rows], device=device)          # (S,1)
-    for row in rows:
-        row.length += 1
-    return model.head(model.run(ids, cache=cache))[:, 0]
 
 def stream(model, requests, *, max_new_tokens, temperature=0.6, top_p=0.95, top_k=0, stop_ids=(),
            slots=64):
     """Samples every request; yields (its index, token ids, "stop" | "length") as each one ends.
-
     requests   [(prompt ids, seed key)]: the key, a tuple of ints >= 0, seeds this request alone, so
                its text does not depend on batch, order or resume
     token ids  what was generated, the stop token included
-    slots      how many run at once; equal prompts that start together are prefilled once
-    ValueError: an empty prompt, or settings out of range.
-    """
-    check_sampling(requests, max_new_tokens, temperature, top_p, top_k, slots,
-                   model.config.vocab_size)
+    slots      how many run at once; equal prompts that start together are prefilled once"""
+    check_sampling(model, requests, max_new_tokens, temperature, top_p, top_k, slots)
     waiting = list(enumerate(requests))[::-1]            # popped from the end: first come first
-    rows = [SimpleNamespace(ended=True) for _ in requests[:slots]]
+    idle = SimpleNamespace(ids=[0], start=1, u=np.zeros(1, np.float32))   # what it draws is dropped
+    rows = [idle for _ in requests[:slots]]
     cache = Cache(model, len(rows))
-    while waiting or not all(row.ended for row in rows):
-        idle = [s for s, row in enumerate(rows) if row.ended]
-        if waiting and len(idle) >= max(1, len(rows) // 8):      # one prefill for several requests
-            picked = idle[:len(waiting)]
+    while waiting or not all(row is idle for row in rows):
+        free = [s for s, row in enumerate(rows) if row is idle]
+        if waiting and len(free) >= max(1, len(rows) // 8):      # one prefill for several requests
+            picked = free[:len(waiting)]
             for s in picked:
                 index, (prompt, key) = waiting.pop()
                 u = np.random.default_rng(list(key)).random(max_new_tokens, dtype=np.float32)
-                rows[s] = SimpleNamespace(request=index, prompt=prompt, u=u, out=[],
-                                          length=len(prompt), ended=False)
-            logits = prefill(model, [rows[s].prompt for s in picked], cache, picked)  # (picked,V)
+                rows[s] = SimpleNamespace(request=index, ids=list(prompt), start=len(prompt), u=u)
+            logits = prefill(model, [rows[s].ids for s in picked], cache, picked)     # (picked,V)
         else:
-            if not waiting and len(idle) > len(rows) // 2:       # the tail runs at its own size
-                cache.keep([s for s, row in enumerate(rows) if not row.ended])
-                rows = [row for row in rows if not row.ended]
-            picked = range(len(rows))    # ended rows too: one batch
-            logits = decode_step(model, rows, cache)                          # (S,V)
-        u = torch.tensor(np.array([rows[s].u[len(rows[s].out)] for s in picked]))
-        tokens = sample(logits, u.to(logits.device), temperature, top_p, top_k).tolist()
+            if not waiting and len(free) > len(rows) // 2:       # the tail runs at its own size
+                busy = [s for s, row in enumerate(rows) if row is not idle]
+                rows, larger, cache = [rows[s] for s in busy], cache, Cache(model, len(busy))
+                cache.take(slice(None), larger, busy)
+            picked = range(len(rows))                    # idle rows too: one batch
+            last = [[row.ids[-1], len(row.ids) - 1] for row in rows]
+            last = torch.tensor(last, device=model.lm_head.weight.device)     # (S,2)
+            cache.seek(last[:, 1:])
+            logits = model.head(model.run(last[:, :1], cache=cache))[:, 0]    # (S,V)
+        u = np.array([rows[s].u[len(rows[s].ids) - rows[s].start] for s in picked])
+        u = torch.from_numpy(u).to(logits.device)
+        tokens = sample(logits, u, temperature, top_p, top_k).tolist()
         for s, token in zip(picked, tokens):
             row = rows[s]
-            row.token = token            # what the next step reads
-            if row.ended:
-                continue                                 # what it draws is dropped
-            row.out.append(token)
-            stopped = token in stop_ids  # the stop token stays in the text
-            if stopped or len(row.out) == max_new_tokens:
-                yield row.request, row.out, "stop" if stopped else "length"
-                row.ended, row.length, row.out = True, 0, []     # idles from position 0 on
+            if row is idle:
+                continue
+            row.ids.append(token)
+            stopped = token in stop_ids                  # the stop token stays in the text
+            if stopped or len(row.ids) == row.start + max_new_tokens:
+                yield row.request, row.ids[row.start:], "stop" if stopped else "length"
+                rows[s] = idle
 
 @torch.no_grad()
 def collect(model, requests, **settings):

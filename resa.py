@@ -1,17 +1,22 @@
 """SAE-Tuning (Resa, arXiv 2506.09967): from one model to another through a sparse autoencoder.
 
+The source is a model that RL taught to reason, the target its base.  All that the target gets of
+the source is an SAE: LoRA learns to undo what the SAE does to the target's activations.
+
 Stage I    an SAE learns x, the output of block `layer` of a source model     train.py --stage sae
 Stage II   freeze it, put SAE(x) in the place of x in the target, train LoRA   train.py --stage tune
-               argmin over LoRA of  KL( target || target + LoRA, through the SAE )         (eq. 8)
+               argmin over LoRA of  KL( target || target with LoRA and SAE )               (eq. 8)
 Test       take the SAE out, keep LoRA                                         eval.py --bench NAME
 
     python resa.py [--quick]                                every arm and its controls: one table
+    python resa.py --target MODEL --source MODEL            on other models, both of one width D
     python resa.py merge --model BASE+ADAPTER --out DIR     fold an adapter into its base
 
 Read from the top: the objective, the splice and what can stand in for the SAE, LoRA, the KL in
-chunks.  At the foot, the experiment: each arm is a command line (it alone imports eval.py).
+chunks.  At the foot, the experiment: each arm is a command line (that alone imports eval.py).
 
-B batch, T time, D width, V vocabulary, N = B T tokens, r rank of an adapter.
+B batch, T time, D width, V vocabulary, N = B T tokens, r rank of an adapter; x is the activation at
+the hook, h = model.run(ids) what leaves the last block, before the final norm.
 """
 
 import json
@@ -32,33 +37,32 @@ from sae import Chosen, build
 # ---- The objective -----------------------------------------------------------------------------
 
 def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="token", teacher=None):
-    """ids (B,T) -> KL(teacher || student), a scalar in nats (arXiv 2506.09967, eq. 8).
+    """ids (B,T), text without padding -> KL(teacher || student), a scalar in nats (eq. 8).
 
     model      the target with LoRA attached: the student, with SAE(x) for x at block `layer`
     sae        any module (B,T,D) -> (B,T,D); None: no splice, plain distillation
-    grad       whether the gradient passes the SAE, to the blocks below it: see `splice`
+    grad       whether the gradient also passes through the SAE: see `splice`
     reduction  "token" or "sequence": see `kl_loss`
     teacher    None: the target itself, without adapters and SAE.  Else another model
-    As published, every position counts, the first too, and there is no cross-entropy term.
-    """
+    As in Resa's text and code, every position counts, even the first; there is no cross-entropy."""
     if shares_prefix(model, sae, layer, site, grad, teacher):
-        return shared_prefix_loss(model, sae, layer, ids, reduction)       # the same, faster
+        return shared_prefix_loss(model, sae, layer, ids, reduction)       # the same value, faster
     teacher = model if teacher is None else teacher
-    with torch.no_grad(), adapters_off(teacher):         # teacher: the model as it is
+    with torch.no_grad(), adapters_off(teacher):         # teacher: no adapters, no SAE
         h_teacher = teacher.run(ids)                                              # (B,T,D)
     with splice(model, sae, layer, site, grad):          # student: SAE(x) for x, adapters on
         h_student = model.run(ids)                                                # (B,T,D)
     return kl_loss(model, teacher, h_student, h_teacher, reduction)
 
 def shares_prefix(model, sae, layer, site, grad, teacher):
-    """Whether teacher and student are the same up to the hook, and nothing there can learn.
+    """Whether teacher and student agree up to the hook, so that blocks 0 .. layer can run once.
 
-    So it is when a model teaches itself, no gradient passes the SAE, the whole output of the block
-    is replaced, and the adapters below are still zero, as nothing ever moves them.
-    """
+    Four conditions: the model teaches itself; the gradient stops at the SAE; the SAE replaces the
+    block's whole output; the adapters of these blocks are still zero (then nothing moves them)."""
     if sae is None or grad or site != "resid" or teacher is not None:
         return False
-    below = [m.lora_B for name, m in lora_layers(model).items() if int(name.split(".")[2]) <= layer]
+    below = [m.lora_B for name, m in lora_layers(model).items()
+             if int(name.split(".")[2]) <= layer]        # a name: model.layers.3.mlp.up_proj
     return not any(B.any() for B in below)
 
 def shared_prefix_loss(model, sae, layer, ids, reduction="token"):
@@ -76,8 +80,7 @@ def shared_prefix_loss(model, sae, layer, ids, reduction="token"):
 def site_module(model, layer, site):
     """The module whose output is the site: block `layer`, from 0 ("resid"), or its MLP ("mlp").
 
-    Resa: the text puts the SAE on the MLP's output, the released code on the block's: --site.
-    """
+    Resa: the text puts the SAE on the MLP's output, the released code on the block's: --site."""
     count = len(model.model.layers)
     check(0 <= layer < count, f"layer {layer}: this model has blocks 0 .. {count - 1}")
     check(site in ("resid", "mlp"), f"site {site!r} is not one of resid, mlp")
@@ -87,13 +90,13 @@ def check_hook(model, layer, site, grad):
     """ValueError: no such site, or no adapter could learn with the SAE spliced in there."""
     site_module(model, layer, site)
     last = layer == len(model.model.layers) - 1
-    check(site != "resid" or grad or not last or not torch.is_grad_enabled(),
+    check(not (site == "resid" and last and not grad and torch.is_grad_enabled()),
           f"layer {layer} is the last block: nothing above it can learn; with --sae-grad on, the "
           "blocks below it can")
 
 @contextmanager
 def hooked(model, layer, site, function):
-    """Inside, function(x), unless it is None, takes the place of the activation x (B,T,D)."""
+    """Inside, what function(x) returns replaces the activation x (B,T,D); None leaves x alone."""
     hook = lambda module, inputs, x: function(x)
     handle = site_module(model, layer, site).register_forward_hook(hook)
     try:
@@ -105,13 +108,14 @@ def hooked(model, layer, site, function):
 def splice(model, sae, layer, site="resid", grad=False):
     """Inside, x_hat = sae(x) stands in for the activation x at the site.  sae None: nothing does.
 
-    grad=False is the published code: the SAE runs under no_grad, so that only the blocks above the
-    hook learn.  grad=True is the published text: the gradient passes the SAE and all blocks learn.
+    grad=False is the published code: the SAE runs under no_grad.  At "resid" only the blocks above
+    then learn; at "mlp" the residual stream still carries the gradient to the blocks below.
+    grad=True is the published text: the gradient passes through the SAE too, and all blocks learn.
     """
     def swap(x):
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             return insert(sae, x)
-    with nullcontext() if sae is None else hooked(model, layer, site, swap):
+    with (nullcontext() if sae is None else hooked(model, layer, site, swap)):
         yield
 
 @torch.no_grad()
@@ -123,29 +127,28 @@ def activations(model, ids, layer, site="resid"):
     return caught[0]
 
 def insert(sae, x):
-    """x (B,T,D) -> what takes its place: sae(x), but x itself at tokens its training left out."""
+    """x (B,T,D) -> what takes its place: sae(x), but x itself at attention sinks, see `is_sink`."""
     limit = getattr(sae, "meta", {}).get("sink_norm")
     return sae(x) if limit is None else torch.where(is_sink(x, limit)[..., None], x, sae(x))
 
 def is_sink(x, limit):
     """x (B,T,D) -> (B,T) bool: position 0, and every token whose norm exceeds `limit`.
 
-    These attention sinks have norms hundreds of times the median: an SAE would be about them alone.
-    limit None: no token is one.
-    """
+    Attention sinks, tokens that soak up attention, have norms hundreds of times the median: an SAE
+    trained on them would fit little else.  limit None: no token is one."""
     if limit is None:
         return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     sink = x.float().norm(dim=-1) > limit                                         # (B,T)
-    if x.shape[1] > 1:               # a lone token is being generated: it is not the first one
+    if x.shape[1] > 1:               # T = 1 is a step of cached generation, not position 0
         sink[:, 0] = True
     return sink
 
 # ---- controls: what can stand in for the SAE ----------------------------------------------------
 
 def random_sae(sae, seed):
-    """An untrained SAE like `sae`: only the dictionary is random, centre and input scale stay."""
+    """`sae` untrained: encoder and decoder are random, b_dec and the input scale stay."""
     check(isinstance(sae, Chosen) and sae.per_token,
-          f"--splice random: a random {sae.variant} SAE has another L0 than a trained one")
+          f"--splice random: {sae.variant} sets no number of active latents that could be matched")
     control = build(sae.variant, sae.d_in, sae.n_latents, **sae.hyper | {"seed": seed})
     control.requires_grad_(False)
     control.b_dec.copy_(sae.b_dec)
@@ -157,8 +160,7 @@ def random_sae(sae, seed):
 class MatchedNoise(nn.Module):
     """x plus Gaussian noise whose norm at each token is that of the SAE's own error.
 
-    Drawn from torch's global generator, which checkpoints save: a resumed run draws on.
-    """
+    From torch's global generator, whose state checkpoints keep: a resumed run goes on with it."""
 
     def __init__(self, sae):
         super().__init__()
@@ -177,11 +179,10 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class LoRALinear(nn.Linear):
     """A frozen Linear plus scale * B A, with A (r,in), B (out,r).  Takes over the Linear's tensors.
 
-    A and B stay in fp32, whatever the base is: at a rate of 1e-6 bf16 would never move.
-    """
+    A and B stay in fp32, whatever the base is: at a rate of 1e-6 bf16 would never move."""
 
     def __init__(self, base, r, alpha, dropout=0.0):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)         # not nn.Linear's, which would allocate another weight
         check(r >= 1, f"a LoRA rank must be at least 1, it is {r}")
         self.training = base.training
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -189,7 +190,8 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))     # as PEFT; B = 0: no change yet
-        self.r, self.alpha, self.scale, self.dropout, self.on = r, alpha, alpha / r, dropout, True
+        self.r, self.alpha, self.scale = r, alpha, alpha / r
+        self.dropout, self.on = dropout, True                     # on: see adapters_off
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -197,7 +199,7 @@ class LoRALinear(nn.Linear):
             return y
         x = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
         low = x @ self.lora_A.T                                                   # (...,r)
-        return (y + low @ self.lora_B.T * self.scale).to(y.dtype)   # rounded once, as PEFT does
+        return (y + low @ self.lora_B.T * self.scale).to(y.dtype)   # the sum in fp32, as PEFT does
 
     def folded(self):
         """The weight (out,in) with B A in it, frozen."""
@@ -208,13 +210,12 @@ def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 def add_lora(model, r=32, alpha=128, dropout=0.05, targets=TARGETS):
-    """Freezes the model and adds an adapter to every Linear whose last name is in `targets`.
+    """Freezes the model and adds an adapter to every Linear whose name ends in one of `targets`.
 
-    Defaults are the paper's (Table 7), on the seven projections of the released code.
-    """
+    Defaults are the paper's (Table 7), on the seven projections of the released code."""
     check(not lora_layers(model), "the model has an adapter already: merge_adapter(model) first")
     found = []
-    for name, module in model.model.named_modules(prefix="model"):   # the KL reads lm_head bare
+    for name, module in model.model.named_modules(prefix="model"):   # without lm_head: see kl_loss
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
             found.append(name)
     missing = set(targets) - {name.rpartition(".")[2] for name in found}
@@ -264,8 +265,7 @@ def merge_adapter(model):
 def save_adapter(model, directory, base=None):
     """Writes adapter_model.safetensors and the smallest adapter_config.json that PEFT reads.
 
-    Fields of newer PEFT releases make older ones fail, so only what is needed is written.
-    """
+    Fields of newer PEFT releases make older ones fail, so only what is needed is written."""
     layers = lora_layers(model)
     check(layers, "the model has no adapters to save")
     tensors = {}
@@ -302,9 +302,8 @@ def kl_loss(student, teacher, h_s, h_t, reduction="token", chunk=256):
     """h_s, h_t (B,T,D), outputs of the last blocks -> KL(teacher || student), a scalar in nats.
 
     reduction  "token": the mean over B*T tokens.
-               Resa: --kl-reduction sequence sums over T and averages over B, as published, which
-               makes the gradient T times larger before it is clipped at norm 1.
-    """
+               Resa: "sequence" (--kl-reduction) sums over T and averages over B, as the released
+               code does.  Its gradient is T times larger before train.py clips it at norm 1."""
     check(reduction in ("token", "sequence"), f"reduction {reduction!r} is not token or sequence")
     B, T, _ = h_s.shape
     h_s = student.model.norm(h_s).flatten(0, 1)                                   # (N,D)
@@ -315,7 +314,7 @@ def kl_loss(student, teacher, h_s, h_t, reduction="token", chunk=256):
 class ChunkedKL(torch.autograd.Function):
     """Sum over tokens of KL(teacher || student) in nats, without ever holding an (N,V) tensor.
 
-    h_s, h_t (N,D) are final-normed hidden states, W_s, W_t (V,D) frozen heads, p = softmax(h W'):
+    h_s, h_t (N,D) are final-normed, W_s, W_t (V,D) frozen heads, p = softmax(h W.T):
 
         loss = sum_n sum_v p_t (log p_t - log p_s)          d loss / d h_s = (p_s - p_t) W_s
 
@@ -343,16 +342,17 @@ class ChunkedKL(torch.autograd.Function):
 
 # ---- The experiment: every arm is a command line -----------------------------------------------
 
-# {target} and {source} are models, {out} is the folder of the experiment.
+# {target} and {source} are models, {out} is the folder of the experiment; these, steps and rate
+# are flags of resa.py (data/flags.py).  Layer, width of the SAE and data are those of --preset.
 SAES = {
     "sae": "train.py --stage sae --source {source} --steps {sae_steps}",
     "sae-mlp": "train.py --stage sae --source {source} --steps {sae_steps} --site mlp",
     "sae-base": "train.py --stage sae --source {target} --steps {sae_steps}",
 }
-# One budget for all, looked for on training questions and by the FVU of SAEs, never on the test.
+# One budget for all, chosen on training questions and by the SAE's error, never on the test.
 BUDGET = "--target {target} --steps {tune_steps} --batch 4 --lr {lr}"
-TUNE = f"train.py --stage tune {BUDGET}"
-TAUGHT = f"{TUNE} --teacher source --source {{source}}"
+TUNE = "train.py --stage tune " + BUDGET
+TAUGHT = TUNE + " --teacher source --source {source}"
 ARMS = {
     "base": "eval.py --model {target}",
     "RL source": "eval.py --model {source}",
@@ -362,12 +362,13 @@ ARMS = {
     "SAE of the base": TUNE + " --sae {out}/sae-base",
     "random SAE": TUNE + " --sae {out}/sae --splice random",
     "noise of the SAE's size": TUNE + " --sae {out}/sae --splice noise",
-    "trace-free SFT": f"train.py --stage sft {BUDGET}",
+    "trace-free SFT": "train.py --stage sft " + BUDGET,      # answers without reasoning
     "source teaches, with SAE": TAUGHT + " --sae {out}/sae",
     "source teaches, all learn": TAUGHT + " --sae {out}/sae --sae-grad on",
     "source teaches, no SAE": TAUGHT + " --splice none",
 }
-# What the controls are for: (arm, its control, question), answered in words under the table.
+# (arm, its control, question), answered in words under the table; the other arms are for scale.
+# There is no arm without SAE and other teacher: student and teacher would be equal, the KL 0.
 QUESTIONS = [
     ("SAE-Tuning (as coded)", "base", "is it better than doing nothing"),
     ("SAE-Tuning (as written)", "base", "is it better than doing nothing"),
@@ -378,9 +379,10 @@ QUESTIONS = [
 ]
 NOTE = """\
 Temperature 0.6, top-p 0.95.  One training seed ({seed}): intervals cover questions and samples, not
-another training.  Adapters are those after the last of {tune_steps} steps; none was chosen.
+another training.  Adapters are those after the last of {tune_steps} steps, not the best seen.
 As coded: SAE under no_grad, block output.  As written: gradient through the SAE, MLP output, cosine
-rate.  The comparisons are not corrected for their number."""
+rate.  No correction for multiple comparisons.  A random SAE also does more damage than a trained
+one: noise of the trained one's size is the control for that."""
 QUICK = "\nThis was --quick: after 4 steps an SAE is hardly one.  It shows that everything runs."
 
 def experiment(argv):

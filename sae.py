@@ -1,7 +1,6 @@
 """Sparse autoencoders (SAEs): fourteen variants, one loss, one training step, metrics, files.
 
-    python train.py --stage sae --variant topk      trains one on a model's activations
-    python train.py --stage sae --variant help      lists the variants and their settings
+    python train.py --stage sae --variant topk      trains one; help lists variants and settings
 
     sae = build("topk", d_in=1536, n_latents=65536, k=32)
     init_b_dec(sae, x)                              x (N,D): the first activations
@@ -10,20 +9,16 @@
 
 The rows of W_dec, called atoms, are a dictionary; the code z says how much of each atom is in x.
 Variants differ in how they get from pre to few codes, and in what they add to the loss:
-
     pre = (x - b_dec) W_enc^T + b_enc    z = select(pre)    x_hat = z W_dec + b_dec    e = x - x_hat
 
 Read `plain_topk`, `SAE`, `TopK` in this order, then any other variant alone.
-
 Dimensions: N tokens, D width (d_in), F latents (n_latents), K active latents of a token (k),
 M selected pairs of a token and a latent.
 """
 
-import difflib
 import json
 import math
 import re
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +29,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as fn
 
-from data.files import (
-    REQUIRED, check, check_tensors, locate, open_tensors, read_fields, read_json, read_value,
-    staged)
+from data.files import (REQUIRED, check, check_tensors, locate, open_tensors, read_fields,
+                        read_json, read_value, staged)
 
 CHUNK = 2**26      # entries of pre held at a time where tokens do not compete: 256 MB in fp32
 
@@ -44,10 +38,8 @@ CHUNK = 2**26      # entries of pre held at a time where tokens do not compete: 
 
 def plain_topk(sae, x):
     """TopK (arXiv 2406.04093), the SAE of SAE-Tuning (arXiv 2506.09967, eq. 3-5), as on paper.
-
     x (N,D) -> FVU, which is the training loss; x_hat (N,D); z (N,F).
-    The class `TopK` computes the same without a dense z; tests hold loss and gradients equal.
-    """
+    The class `TopK` computes the same, loss and gradients, without a dense z."""
     pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc                  # (N,F)
     value, latent = pre.topk(sae.k, dim=-1)                          # (N,K), the largest
     z = torch.zeros_like(pre).scatter(-1, latent, value.relu())      # (N,F)
@@ -74,22 +66,19 @@ class Batch:
     cache: dict = field(default_factory=dict)      # what `codes` leaves for `extra`, by name
 
 BASE = dict(normalize="none", dead_after=10**7, seed=0)
-AUX = dict(aux="dead", aux_coef=0.0, k_aux=None, tau=0.5)
+AUX = dict(aux_coef=0.0, k_aux=None)
 
 class SAE(nn.Module):
     """What all variants share; made by `build` or `load_sae`.
-
-    A variant overrides up to three methods: `codes` selects latents, `extra` adds loss terms,
-    `observe` updates state without a gradient.
-
+    A variant has `codes`: Batch -> z (N,F), dense or `Codes`, of training or inference as b.train
+    says.  It may override `extra` (loss terms) and `observe` (state that has no gradient).
     hyper    {name: value} of the variant's settings; each is an attribute, too
     meta     where the SAE belongs: site, layer, model, data, sink_norm, ...
     Tensors  W_enc (F,D), b_enc (F,), W_dec (F,D), b_dec (D,), and what a variant adds, in fp32 or
-             fp64: sae.to(torch.bfloat16) is not supported, `batch` refuses such weights
-    """
+             fp64: sae.to(torch.bfloat16) is not supported, `batch` refuses such weights"""
     variant = ""             # its name in VARIANTS
     defaults = {}            # name -> default of every setting
-    error_unit = "fvu"       # loss: sum e^2 by variance ("fvu"), by N ("token"), by N D ("entry")
+    error_unit = "token"     # loss: sum e^2 by variance ("fvu"), by N ("token"), by N D ("entry")
     per_token = True         # in training, the code of a token depends on that token alone
     unit_rows = True         # atoms are kept at norm 1
     betas = (0.9, 0.999)     # of Adam
@@ -107,9 +96,7 @@ class SAE(nn.Module):
         self.add_tensors()
         if self.normalize == "scale":
             self.register_buffer("input_scale", torch.ones(()))
-        self.add_counters(tokens_since_fired=torch.zeros(n_latents, dtype=torch.int64),
-                          density=torch.zeros(n_latents),
-                          observed=torch.zeros((), dtype=torch.int64))      # micro-batches
+        self.add_counters(tokens_since_fired=torch.zeros(n_latents, dtype=torch.int64))
 
     def add_counters(self, **tensors):
         """Buffers that only training reads: they are in checkpoints, not in the SAE's files."""
@@ -133,9 +120,7 @@ class SAE(nn.Module):
 
     def batch(self, x, g=None, position=None, progress=1.0, train=False):
         """x (..., D) -> Batch in the dtype of the weights; g and position are laid out like x.
-
-        ValueError: another width, weights below fp32, on a CPU also NaN or infinite activations.
-        """
+        ValueError: another width, weights below fp32, on a CPU also NaN or infinite activations."""
         dtype = self.W_dec.dtype
         check(dtype.itemsize >= 4, f"an SAE computes in fp32 or fp64, its weights are {dtype}")
         check(x.shape[-1] == self.d_in,
@@ -150,10 +135,8 @@ class SAE(nn.Module):
 
     def normalized(self, x):
         """x (N,D) -> normalized x, shift, scale, where x is normalized x * scale + shift.
-
         By `normalize`:  none, as it is;  scale, times a constant that makes the mean of ||x||^2 1;
-        unit, x / ||x||;  token, (x - mean over D) / standard deviation over D.
-        """
+        unit, x / ||x||;  token, (x - mean over D) / standard deviation over D."""
         if self.normalize == "scale":
             return x * self.input_scale, 0.0, 1 / self.input_scale
         if self.normalize == "unit":
@@ -197,9 +180,7 @@ class SAE(nn.Module):
 
     def loss(self, x, g=None, position=None, progress=1.0):
         """x (..., D) -> (total, parts): the training loss of a micro-batch of 2 tokens or more.
-
-        parts, detached: fvu, l0, each further term before its weight, fired (F,) bool.
-        """
+        parts, detached: fvu, l0, each further term before its weight, fired (F,) bool."""
         return self.batch_loss(self.batch(x, g, position, progress, train=True))
 
     def batch_loss(self, b):
@@ -224,25 +205,16 @@ class SAE(nn.Module):
         """Squared error of some reconstruction (N,D), in the unit of the loss."""
         return (b.x - x_hat).pow(2).sum() / b.denominator
 
-    def codes(self, b):
-        """Batch -> z (N,F), dense or `Codes`, of training or of inference as b.train says."""
-        raise TypeError("SAE is what the variants share: build one of VARIANTS")
-
     def extra(self, b):
         """Batch -> {name: (weight, value)}: loss terms beside the reconstruction."""
         return {}
 
-    @torch.no_grad()
     def observe(self, b):
-        """Runs after the backward pass of each micro-batch.  Here: counts who fires."""
-        fired = counts(b.z)                                              # (F,)
-        rate = (1 / (self.observed + 1.0)).clamp(min=1e-3)      # a mean, later a running one
-        self.density.lerp_((fired / len(b.x)).to(self.density), rate)
-        self.tokens_since_fired.add_(len(b.x)).masked_fill_(fired > 0, 0)
-        self.observed += 1
+        """Without a gradient, after each backward pass.  Here: counts who fires."""
+        self.tokens_since_fired.add_(len(b.x)).masked_fill_(counts(b.z) > 0, 0)
 
     def ramp(self, b):
-        """Rises from 0 to 1 over the first `warmup` of training: for penalties and for k."""
+        """The weight of a penalty: rises from 0 to 1 over the first `warmup` of training."""
         return min(1.0, b.progress / self.warmup) if self.warmup else 1.0
 
     @property
@@ -250,31 +222,20 @@ class SAE(nn.Module):
         """(F,) bool: latents that have not fired for more than `dead_after` training tokens."""
         return self.tokens_since_fired > self.dead_after
 
-    def rare(self):
-        """(F,) bool: the dead; with aux="zipf" also who fires below `tau` of its Zipf share."""
-        if self.aux == "zipf":
-            return self.dead | (self.density < self.tau * zipf(self.density))      # (F,)
-        return self.dead
-
-    def score(self, pre):
-        """What is compared when latents are selected."""
-        return pre.abs() if self.signed else pre
+    rare = dead              # what AuxK revives
 
     def choose_aux(self, b):
         """Flat indices of the k_aux strongest rare latents of each token, of all if fewer."""
-        rare = self.rare().nonzero()[:, 0]      # waits for the device: cheaper than ranking nobody
-        best = self.score(b.pre[:, rare]).topk(min(self.k_aux, len(rare)), dim=-1, sorted=False)
-        return flat_indices(rare[best.indices], self.n_latents)
+        rare = self.rare.nonzero()[:, 0]      # waits for the device: cheaper than ranking nobody
+        score = b.pre[:, rare].abs() if self.signed else b.pre[:, rare]
+        best = score.topk(min(self.k_aux, len(rare)), dim=-1, sorted=False).indices
+        return flat_indices(rare[best], self.n_latents)
 
     def aux_loss(self, b):
         """AuxK (arXiv 2406.04093): how well rare latents explain the error -> {"aux": ...} or {}.
-
             e_hat = z_rare W_dec        aux = sum (e - e_hat)^2 / sum (e - mean e)^2
-
         e is detached.  Divided by the variance of e as in that paper's code (sparsify: of x), times
-        min(n_rare / k_aux, 1) as in sparsify.  aux="zipf" is aux_zipf_loss of arXiv 2411.02124:
-        the purpose is that paper's, the definition of rare is ours.  tau=0 makes it AuxK.
-        """
+        min(n_rare / k_aux, 1) as in sparsify."""
         if not getattr(self, "aux_coef", 0):
             return {}
         if "aux" not in b.cache:      # pre is dense and has a graph; `Chosen` has done this before
@@ -319,10 +280,6 @@ class Codes(NamedTuple):
     flat_index: torch.Tensor      # (M,) int64
     shape: tuple                  # (N,F)
 
-    def dense(self):
-        z = self.value.new_zeros(self.shape[0] * self.shape[1])
-        return z.index_put((self.flat_index,), self.value).view(self.shape)      # (N,F)
-
     def transpose(self):
         rows, columns = self.shape
         row, column = self.flat_index // columns, self.flat_index % columns
@@ -338,30 +295,22 @@ class Codes(NamedTuple):
                                 per_sample_weights=self.value)
 
 def dense(z):
-    return z.dense() if isinstance(z, Codes) else z
-
-def column(z, i):
-    """Column i of codes (N,F) -> (N,)."""
     if not isinstance(z, Codes):
-        return z[:, i]
-    rows, columns = z.shape
-    mine = z.flat_index % columns == i                                   # (M,) bool
-    return z.value.new_zeros(rows).index_put((z.flat_index[mine] // columns,), z.value[mine])
+        return z
+    full = z.value.new_zeros(z.shape[0] * z.shape[1])
+    return full.index_put((z.flat_index,), z.value).view(z.shape)        # (N,F)
 
 def counts(z):
-    """Codes (N,F) -> (F,) fp64: on how many tokens each latent fires."""
+    """Codes (N,F), dense ones also (..., F) -> (F,) fp64: on how many tokens each latent fires."""
     if not isinstance(z, Codes):
-        return (z != 0).sum(0).double()
+        return (z != 0).flatten(0, -2).sum(0).double()
     fired, columns = (z.value != 0).to(torch.float64), z.shape[1]
     return fired.new_zeros(columns).index_add_(0, z.flat_index % columns, fired)
 
 class Selected(torch.autograd.Function):
     """Selected entries of pre = x W^T + b; their backward pass touches selected latents alone.
-
         d W[i] = sum over n that selected i of d pre[n,i] x[n]     d x[n] = sum_i d pre[n,i] W[i]
-
-    Exact for any selection, also AuxK's (sparsify's fused encoder drops that part).
-    """
+    Exact for any selection, also AuxK's (sparsify's fused encoder drops that part)."""
 
     @staticmethod
     def forward(ctx, x, W, b, value, flat_index):
@@ -386,45 +335,38 @@ def largest_per_token(score, k):
     return flat_indices(score.topk(k, dim=-1, sorted=False).indices, score.shape[1])
 
 def largest(score, n):
-    """score (M,) -> indices of the n largest, exactly n even on ties.
-
-    `topk` is slow on millions.  The n-th largest of the maxima of blocks bounds the n largest
-    scores from below: `topk` is run only on those above the bound.
-    """
+    """score (M,) -> indices of the n largest, exactly n even on ties.  (`topk` alone is slow.)"""
     block = len(score) // max(1, 4 * n)
     if block < 2:
         return score.topk(n, sorted=False).indices
     maxima = score[:len(score) // block * block].view(-1, block).amax(1)
-    bound = maxima.topk(n, sorted=False).values.amin()
+    bound = maxima.topk(n, sorted=False).values.amin()      # n scores or more reach this
     left = (score < bound).logical_not_().nonzero()[:, 0]      # NaN stays in, to be seen
     return left[score[left].topk(n, sorted=False).indices]
 
 class Chosen(SAE):
     """The TopK family: `choose` takes a batch with pre, returns the flat indices (M,) to keep.
-
     Codes are ReLU(pre) there, or pre where `signed`.  pre (N,F) is made some tokens at a time,
-    without a graph: autograd sees the selected entries alone.
-    """
-    defaults = BASE | AUX | dict(k=32, k_start=None, warmup=0.1)
+    without a graph: autograd sees the selected entries alone."""
+    defaults = BASE | AUX | dict(k=32)
+    error_unit = "fvu"
 
     def codes(self, b):
-        selections, found = {"z": self.choose}, {}
+        selections, rows = {"z": self.choose}, max(1, CHUNK // self.n_latents)
         if b.train and self.aux_coef:
             selections["aux"] = self.choose_aux
-        if b.train and getattr(self, "multi_topk", False):
-            selections["wider"] = self.choose_wider
-        rows = max(1, CHUNK // self.n_latents)
         if b.train and not self.per_token:      # tokens compete: all of them at once
             rows = len(b.x)
+        found = {name: [] for name in selections}
         with torch.no_grad():
             for start in range(0, max(1, len(b.x)), rows):      # no tokens: one empty part
-                part = Batch(b.x[start:start + rows], train=b.train, progress=b.progress)
+                part = Batch(b.x[start:start + rows], train=b.train)
                 part.g = None if b.g is None else b.g[start:start + rows]
                 part.pre = self.preacts(part.x)                          # (rows,F)
                 for name, choose in selections.items():
                     index = choose(part).sort().values
-                    pair = part.pre.flatten()[index], index + start * self.n_latents
-                    found.setdefault(name, []).append(pair)
+                    value = part.pre.flatten()[index]                    # (M,)
+                    found[name].append((value, index + start * self.n_latents))
         for name, pairs in found.items():
             value, index = map(torch.cat, zip(*pairs))                   # (M,)
             value = Selected.apply(b.x - self.b_dec, self.W_enc, self.b_enc, value, index)
@@ -432,42 +374,20 @@ class Chosen(SAE):
             b.cache[name] = Codes(value, index, (len(b.x), self.n_latents))
         return b.cache["z"]
 
-    def current_k(self, b):
-        """k; where there is a k_start, it goes from there to k as penalties elsewhere ramp up."""
-        if self.k_start is None:
-            return self.k
-        return round(self.k_start + (self.k - self.k_start) * self.ramp(b))
-
 class TopK(Chosen):
     """TopK (arXiv 2406.04093), as SAE-Tuning uses it (arXiv 2506.09967, eq. 3-5).
-
         z = TopK(ReLU(pre)), the k largest of each token         loss = FVU + aux_coef AuxK
-
-    In training and at inference.  Ranks pre and rectifies after: the same codes, and no pass over
-    (N,F).  multi_topk adds 1/8 of the loss at 4 k, so that k can be changed later.
-    """
-    defaults = Chosen.defaults | dict(multi_topk=False)
+    In training and at inference.  Ranks pre and rectifies after: same codes, no pass over (N,F)."""
 
     def choose(self, b):
-        return largest_per_token(b.pre, self.current_k(b))
-
-    def choose_wider(self, b):
-        return largest_per_token(b.pre, 4 * self.k)
-
-    def extra(self, b):
-        if not self.multi_topk:
-            return {}
-        return {"multi": (1 / 8, self.error(b, self.decode_normalized(b.cache["wider"])))}
+        return largest_per_token(b.pre, self.k)
 
 # ---- The other variants that select: how many latents, and by which score ----------------------
 
 class BatchTopK(Chosen):
     """BatchTopK (arXiv 2412.06410): k latents a token on average, more where a token needs more.
-
         training:  the k N largest of the micro-batch       inference:  z = pre 1[pre > threshold]
-
-    threshold: running mean of each batch's smallest active value, 1 % a step.  It depends on N.
-    """
+    threshold: running mean of each batch's smallest active value, 1 % a step.  It depends on N."""
     per_token = False
 
     def add_tensors(self):
@@ -475,17 +395,14 @@ class BatchTopK(Chosen):
         self.register_buffer("threshold", torch.zeros(()))      # until trained: ReLU at inference
 
     def choose(self, b):
-        score = self.score(b.pre)                                        # (N,F)
         if not b.train:
-            return (score > self.threshold).flatten().nonzero()[:, 0]
-        return largest(score.flatten(), int(self.current_k(b) * len(b.pre)))
+            return (b.pre > self.threshold).flatten().nonzero()[:, 0]
+        return largest(b.pre.flatten(), int(self.k * len(b.pre)))
 
     def smallest_active(self, z):
         """Codes -> the smallest |z| above 0, inf if there is none."""
-        size = z.value.abs()
-        return torch.where(size > 0, size, math.inf).amin()
+        return torch.where(z.value.abs() > 0, z.value.abs(), math.inf).amin()
 
-    @torch.no_grad()
     def observe(self, b):
         super().observe(b)
         low = self.smallest_active(b.z)
@@ -502,12 +419,9 @@ class BatchTopK(Chosen):
 
 class Matryoshka(BatchTopK):
     """Matryoshka BatchTopK (arXiv 2503.17547): the first latents must also reconstruct alone.
-
         loss = sum over levels of ||x - z[:, :m] W_dec[:m] - b_dec||^2 + AuxK,   m_1 < .. < m_G = F
-
     levels: shares of F.  weighting: "sum", the paper's;  "mean" over G + 1 levels, the empty one
-    included, the authors' code;  "squared", 1/G^2, dictionary_learning.
-    """
+    included, the authors' code."""
     defaults = BatchTopK.defaults | dict(levels=[1/32, 1/16, 1/8, 1/4, 17/32], weighting="sum")
 
     def widths(self):
@@ -523,51 +437,64 @@ class Matryoshka(BatchTopK):
             group = b.z.value * ((latent >= low) & (latent < high))      # (M,)
             x_hat, low = x_hat + b.z._replace(value=group).times(self.W_dec), high
             total = total + self.error(b, x_hat)
-        divisor = {"sum": 1, "mean": len(widths) + 1, "squared": len(widths)**2}
-        return total / divisor[self.weighting]
+        return total / (len(widths) + 1) if self.weighting == "mean" else total
 
 class MutualChoice(BatchTopK):
-    """Mutual Choice (arXiv 2411.02124): BatchTopK found independently, with aux="zipf".
+    """Mutual Choice (arXiv 2411.02124): BatchTopK found independently, with aux_zipf_loss.
+    That loss is AuxK for latents that are dead or fire below `tau` of their Zipf share.  Its aim is
+    the paper's; this definition, aux_coef and the inference threshold are ours."""
+    defaults = BatchTopK.defaults | dict(aux_coef=1 / 32)
+    tau = 0.5                # 0 makes it AuxK
 
-    The inference threshold, aux_coef and the definition of "zipf" are ours.
-    """
-    defaults = BatchTopK.defaults | dict(aux="zipf", aux_coef=1 / 32)
+    def add_tensors(self):
+        super().add_tensors()
+        self.add_counters(density=torch.zeros(self.n_latents),
+                          observed=torch.zeros((), dtype=torch.int64))      # micro-batches
+
+    @property
+    def rare(self):
+        return self.dead | (self.density < self.tau * zipf(self.density))      # (F,)
+
+    def observe(self, b):
+        super().observe(b)
+        rate = (1 / (self.observed + 1.0)).clamp(min=1e-3)      # a mean, later a running one
+        self.density.lerp_((counts(b.z) / len(b.x)).to(self.density), rate)
+        self.observed += 1
+
+def zipf(density, head=0.001, tail=0.5):
+    """density (F,) -> what Zipf's law expects at each latent's rank, (F,).  The fit is ours.
+    log d = c - a log rank by least squares on ranks head F .. tail F: the rarest do not count."""
+    d, order = density.sort(descending=True)                             # (F,)
+    rank = torch.arange(1, len(d) + 1, device=d.device).double()
+    used = (rank >= head * len(d)) & (rank <= tail * len(d)) & (d > 0)
+    x, y = rank.log(), d.double().log()
+    x, y0 = x - x[used].mean(), y[used].mean()
+    slope = (x * (y - y0))[used].sum() / x[used].pow(2).sum()      # NaN where no two make a line:
+    expected = (y0 + slope * x).exp()                              # nothing is below that
+    return torch.empty_like(d).scatter_(0, order, expected.to(d.dtype))
 
 class FeatureChoice(BatchTopK):
     """Feature Choice (arXiv 2411.02124): each latent i selects its m_i tokens; none is ever idle.
-
         training:   latent i keeps the m_i largest of its column,  sum_i m_i = k N
         inference:  z = pre 1[pre > threshold_i], thresholds as in BatchTopK
-
-    budget="uniform": m_i = k N / F;  "zipf": m_i ~ (rank + q)^-alpha, from m_min to N, by rank of
-    how often i fired, taken anew every `rerank` batches.  Formula and threshold are ours.
+    m_i = k N / F, that paper's even budget; the first latents take what is left.  Threshold: ours.
     """
-    defaults = BatchTopK.defaults | dict(budget="uniform", alpha=1.0, q=0.0, m_min=1, rerank=1000)
 
     def add_tensors(self):
         super().add_tensors()
         self.threshold = torch.zeros(self.n_latents)
-        self.add_counters(rank=torch.arange(self.n_latents))      # by density, at the last look
-
-    def budgets(self, n, k):
-        """m (F,) int64: sums to k n, each from m_min to n, falling with rank."""
-        total, least = int(k * n), self.m_min * self.n_latents
-        check(total >= least, f"feature_choice: {n} tokens x k={k} leave less than m_min="
-              f"{self.m_min} for each of {self.n_latents} latents; it needs {math.ceil(least / k)} "
-              "tokens a micro-batch: raise --micro-batch, or lower --latents")
-        rank = torch.arange(1, self.n_latents + 1, dtype=torch.float64)
-        share = (rank + self.q) ** -(self.alpha if self.budget == "zipf" else 0.0)
-        share = share.clamp_min(1e-300)      # a share of 0 could take nothing, whatever is left
-        by_rank = allocate(total - least, share, n - self.m_min) + self.m_min
-        return by_rank.to(self.rank.device)[self.rank]
 
     def choose(self, b):
         if not b.train:
             return super().choose(b)
-        m = self.budgets(len(b.pre), self.current_k(b))                  # (F,)
-        tokens = b.pre.T.topk(int(m.max()), dim=1).indices               # (F, max m), best first
-        within = torch.arange(tokens.shape[1], device=m.device) < m[:, None]
-        latent = torch.arange(self.n_latents, device=m.device)[:, None]
+        total = int(self.k * len(b.pre))
+        check(total >= self.n_latents, f"feature_choice: {len(b.pre)} tokens x k={self.k} leave "
+              f"some of {self.n_latents} latents without: raise --micro-batch, or lower --latents")
+        latent = torch.arange(self.n_latents, device=b.pre.device)[:, None]
+        m = total // self.n_latents + (latent < total % self.n_latents).long()      # (F,1)
+        most = math.ceil(total / self.n_latents)
+        tokens = b.pre.T.topk(most, dim=1).indices                       # (F,most), best first
+        within = torch.arange(most, device=m.device) < m                 # (F,most)
         return (tokens * self.n_latents + latent)[within]                # (k N,)
 
     def smallest_active(self, z):
@@ -575,94 +502,40 @@ class FeatureChoice(BatchTopK):
         size = torch.where(z.value > 0, z.value, math.inf).to(low.dtype)
         return low.scatter_reduce_(0, z.flat_index % self.n_latents, size, "amin")
 
-    @torch.no_grad()
-    def observe(self, b):
-        super().observe(b)
-        if int(self.observed) % self.rerank == 0:      # if ranks changed at each step, none learned
-            order = self.density.argsort(descending=True, stable=True)
-            self.rank.scatter_(0, order, torch.arange(self.n_latents, device=order.device))
-
-def allocate(total, share, cap):
-    """share (F,), falling -> whole numbers (F,) in proportion, at most cap, that sum to total."""
-    given = torch.zeros(len(share), dtype=torch.float64)
-    while (left := total - given.sum()) > 1e-6:      # what the cap cuts off goes to the others
-        below = given < cap
-        given = (given + below * share * left / (below * share).sum()).clamp(max=cap)
-    whole = (given + 1e-9).floor()                   # of what is given, up to rounding errors
-    order = (whole - given).argsort(stable=True)     # largest remainders first, ties by rank
-    whole[order[:total - int(whole.sum())]] += 1
-    return whole.long()
-
-def zipf(density, head=0.001, tail=0.5):
-    """density (F,) -> what Zipf's law expects at each latent's rank, (F,).  The fit is ours.
-
-    log d = c - a log rank by least squares on ranks head F .. tail F: the rarest do not count.
-    """
-    d, order = density.sort(descending=True)                             # (F,)
-    rank = torch.arange(1, len(d) + 1, device=d.device, dtype=torch.float64)
-    used = ((rank >= head * len(d)) & (rank <= tail * len(d)) & (d > 0)).double()
-    n = used.sum().clamp_min(1)
-    x, y = rank.log(), d.double().clamp_min(1e-300).log()
-    x0, y0 = (x * used).sum() / n, (y * used).sum() / n                  # means
-    variance = ((x - x0).pow(2) * used).sum().clamp_min(1e-300)
-    slope = ((x - x0) * (y - y0) * used).sum() / variance
-    expected = (y0 + slope * (x - x0)).exp() * (n > 1)      # one point makes no line: expect 0
-    return torch.empty_like(d).scatter_(0, order, expected.to(d.dtype))
-
 class AbsTopK(BatchTopK):
-    """AbsTopK (arXiv 2510.00404): the k largest |pre|, signs kept: an atom serves two directions.
-
-        over="token":  k of each token, in training and at inference (the paper)
-        over="batch":  k N of the micro-batch (the authors' code), then |pre| > threshold (ours)
-
-    F signed latents can do what 2 F of TopK can.  b_enc is the paper's; its code has none.
-    """
-    defaults = BatchTopK.defaults | dict(over="token")
+    """AbsTopK (arXiv 2510.00404): the k largest |pre| of each token, signs kept.
+    An atom serves two directions: F signed latents can do what 2 F of TopK can.  Per token and with
+    b_enc as in the paper; its code takes the k N largest of a batch, without b_enc."""
     signed = True
-
-    @property
-    def per_token(self):
-        return self.over == "token"
+    per_token = True         # so that nothing reads the threshold
 
     def choose(self, b):
-        if self.per_token:
-            return largest_per_token(b.pre.abs(), self.current_k(b))
-        return super().choose(b)
+        return largest_per_token(b.pre.abs(), self.k)
 
 class GSAE(TopK):
     """g-SAE (arXiv 2411.10397): prefers latents whose atoms move the model's loss.
-
         score = ReLU(pre) (1 + beta a)     a[n,i] = |W_dec[i] . g[n]|     g = d(model's loss) / dx
-
         training: ReLU(pre) at the k largest scores of each token     inference: TopK, without g
-
     No gradient flows through a.  Ours: the score's form, next-token cross-entropy as the loss, g in
-    units of its mean norm over a micro-batch, and inference without g.
-    """
+    units of its mean norm over a micro-batch, and inference without g."""
     defaults = TopK.defaults | dict(beta=1.0)
-
-    @property
-    def needs_gradient(self):
-        return self.beta > 0
+    needs_gradient = True
 
     def choose(self, b):
-        if not b.train or not self.beta:
+        if not b.train:
             return super().choose(b)
         check(b.g is not None, "gsae: training needs the gradient of the model's loss (g)")
         a = (b.g @ self.W_dec.T).abs()                                   # (N,F)
-        return largest_per_token(b.pre.relu() * (1 + self.beta * a), self.current_k(b))
+        return largest_per_token(b.pre.relu() * (1 + self.beta * a), self.k)
 
 class TopAFA(Chosen):
     """top-AFA (arXiv 2503.24277): as many latents as make the code as long as the input.
-
         q = (ReLU(pre) ||w||)^2, falling
         keep the first j, for which |sqrt(q_1 + .. + q_j) - ||x - b_dec||| is least
         loss = mean e^2 + afa mean_n (||z|| - ||x||)^2
-
     No b_enc.  The authors' code ends the sum with 1e8, which large activations exceed; here j < F.
-    k_max, a cap on j, is ours.  L0 is not controlled: in the authors' runs it ends above D.
-    """
-    defaults = BASE | AUX | dict(normalize="token", afa=1 / 32, k_max=None)
+    L0 is not controlled: in the authors' runs it ends above D."""
+    defaults = BASE | AUX | dict(normalize="token", afa=1 / 32)
     error_unit = "entry"     # mean e^2
     betas = (0.9, 0.99)
 
@@ -671,7 +544,7 @@ class TopAFA(Chosen):
         self.b_enc.requires_grad_(False)
 
     def choose(self, b):
-        cap = self.k_max or max(1, self.n_latents - 1)
+        cap = max(1, self.n_latents - 1)
         size, latents = (b.pre.relu() * self.W_dec.norm(dim=1)).topk(cap, dim=1)       # (N,cap)
         goal = (b.x - self.b_dec).norm(dim=1, keepdim=True)                            # (N,1)
         last = (size.pow(2).cumsum(1).sqrt() - goal).abs().argmin(1, keepdim=True)
@@ -686,57 +559,35 @@ class TopAFA(Chosen):
 
 class VSAE(Chosen):
     """TopK-vSAE (arXiv 2509.22994): codes are means of Gaussians, drawn to the standard one.
-
-        mu = ReLU(pre)    z = the k largest |mu + sigma noise|    loss = mean_n ||e||^2 + beta KL
-        KL = mean_n 1/2 sum_i (mu^2 + sigma^2 - 1 - log sigma^2), over all F latents, ramped up
-
-    sample="none" (the authors' code, all published results): no noise and sigma 1, an L2 penalty;
-    "unit" (the text): sigma 1;  "learned": sigma from a second encoder.  At inference z is mu.
-    Ours: atoms have norm 1, or long ones undo beta; b_dec is subtracted; the KL clamps no mu.
-    """
-    defaults = Chosen.defaults | dict(normalize="scale", beta=0.01, sample="none")
+        mu = ReLU(pre)    z = the k largest |mu + noise|    loss = mean_n ||e||^2 + beta KL
+        KL = mean_n 1/2 sum_i mu^2, over all F latents, ramped up
+    sample="none" (the authors' code, all published results): no noise, an L2 penalty;  "unit" (the
+    text): noise of size 1.  At inference z is mu.  Ours: atoms have norm 1, or long ones undo beta;
+    b_dec is subtracted; the KL clamps no mu."""
+    defaults = Chosen.defaults | dict(warmup=0.1, normalize="scale", beta=0.01, sample="none")
     error_unit = "token"     # mean_n ||e||^2
-
-    def add_tensors(self):
-        super().add_tensors()
-        if self.sample == "learned":
-            self.W_var = nn.Parameter(torch.empty(self.n_latents, self.d_in))
-            self.b_var = nn.Parameter(torch.full((self.n_latents,), -2.0))
-
-    def init_weights(self, rng):
-        super().init_weights(rng)
-        if self.sample == "learned":
-            nn.init.kaiming_uniform_(self.W_var, a=0.01, generator=rng)
 
     def codes(self, b):
         b.pre = self.preacts(b.x)      # dense, with its graph: the KL reads all of it
-        z, log_var = b.pre.relu(), b.x.new_zeros(())      # sigma is 1
-        if b.train and self.sample == "learned":
-            log_var = fn.linear(b.x - self.b_dec, self.W_var, self.b_var).clamp(-6, 2)      # (N,F)
-        if b.train and self.sample != "none":
-            z = z + (log_var / 2).exp() * torch.randn_like(z)
-        b.cache["log_var"] = log_var
-        index = largest_per_token(z.detach().abs(), self.current_k(b)).sort().values      # (N k,)
+        z = b.pre.relu()
+        if b.train and self.sample == "unit":
+            z = z + torch.randn_like(z)
+        index = largest_per_token(z.detach().abs(), self.k).sort().values      # (N k,)
         return Codes(z.flatten()[index], index, z.shape)
 
     def extra(self, b):
-        mu, log_var = b.pre.relu(), b.cache["log_var"]
-        kl = 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum(-1).mean()
+        kl = 0.5 * b.pre.relu().pow(2).sum(-1).mean()
         return {"kl": (self.beta * self.ramp(b), kl)}
 
 # ---- Variants with a penalty: z is dense, and a term of the loss makes it sparse ---------------
 
 class ReLU(SAE):
     """ReLU with an L1 penalty: the first SAEs (arXiv 2309.08600; transformer-circuits.pub 2023).
-
         z = ReLU(pre)         loss = mean_n ||e||^2 + l1 sum_i z_i ||w_i||
-
     rows="unit": atoms have norm 1;  "free": any norm, folded into the encoder at the end
     (transformer-circuits.pub/2024/april-update).  l1 ramps up; with ||x||^2 = 1 on average it
-    shrinks the code of a lone atom by l1 / 2.  AuxK instead of resampling revives dead latents.
-    """
+    shrinks the code of a lone atom by l1 / 2.  AuxK instead of resampling revives dead latents."""
     defaults = BASE | AUX | dict(normalize="scale", l1=0.05, rows="unit", warmup=0.1)
-    error_unit = "token"     # mean_n ||e||^2
 
     @property
     def unit_rows(self):
@@ -752,15 +603,11 @@ class ReLU(SAE):
 
 class Gated(SAE):
     """Gated SAE (arXiv 2404.16014): one encoder says whether a latent fires, a copy how strongly.
-
         gate = 1[pre > 0]       z = gate ReLU(exp(r_mag) (x - b_dec) W_enc^T + b_mag)
         loss = mean_n ||e||^2 + l1 sum_i ReLU(pre)_i + mean_n ||x - (ReLU(pre) W_dec' + b_dec')||^2
-
     W_dec' and b_dec' are detached: the last term trains the gate alone, whose bias is b_enc.
-    Equals JumpReLU of that magnitude with threshold b_mag - exp(r_mag) b_enc.
-    """
+    Equals JumpReLU of that magnitude with threshold b_mag - exp(r_mag) b_enc."""
     defaults = BASE | AUX | dict(normalize="scale", l1=0.05, warmup=0.1)
-    error_unit = "token"     # mean_n ||e||^2
     betas = (0.0, 0.999)
     encoder_names = ("W_enc", "b_enc", "b_mag")
 
@@ -781,17 +628,15 @@ class Gated(SAE):
 
 class JumpReLU(SAE):
     """JumpReLU (arXiv 2407.14435; Gemma Scope, 2408.05147): a learned threshold for each latent.
-
-        z = pre 1[pre > threshold]        loss = mean_n ||e||^2 + penalty(L0), which ramps up
-
-    penalty="target": coef (L0 / k - 1)^2, as in dictionary_learning;  "l0": coef L0, the paper's.
-    The gradient is clipped at norm 1, as in the former: the penalty starts near (F / 2k)^2, whose
-    trace in Adam's second moment would hold thresholds back for long.  The threshold is learned,
-    not its logarithm.  bandwidth 0.001, the paper's, suits ||x||^2 ~ 1 and billions of tokens.
-    """
-    defaults = BASE | AUX | dict(k=32, normalize="scale", penalty="target", coef=1.0,
-                                 bandwidth=0.001, threshold_init=0.001, warmup=0.1)
-    error_unit = "token"     # mean_n ||e||^2
+        z = pre step        step = 1[pre > theta]        loss = mean_n ||e||^2 + coef (L0 / k - 1)^2
+        dz / dtheta = -theta / bandwidth near            near = 1[|pre - theta| < bandwidth / 2]
+        dstep / dtheta = -1 / bandwidth near             dz / dpre = step
+    The penalty, which ramps up, is dictionary_learning's; the paper's is coef L0.  The gradient is
+    clipped at norm 1, as there: the penalty starts near (F / 2k)^2, whose trace in Adam's second
+    moment would hold thresholds back for long.  The threshold is learned, not its logarithm.
+    bandwidth 0.001, the paper's, suits ||x||^2 ~ 1 and billions of tokens."""
+    defaults = BASE | AUX | dict(k=32, normalize="scale", coef=1.0, bandwidth=0.001,
+                                 threshold_init=0.001, warmup=0.1)
     betas = (0.0, 0.999)
     clip = 1.0
     encoder_names = ("W_enc", "b_enc", "threshold")
@@ -801,59 +646,34 @@ class JumpReLU(SAE):
         self.threshold = nn.Parameter(torch.full((self.n_latents,), self.threshold_init))
 
     def codes(self, b):
-        b.pre = self.preacts(b.x)
-        z, b.cache["step"] = Jump.apply(b.pre, self.threshold, self.bandwidth)      # (N,F) both
-        return z
+        b.pre, theta = self.preacts(b.x), self.threshold.detach()
+        step, near = b.pre > theta, (b.pre - theta).abs() < self.bandwidth / 2       # (N,F)
+        zero = theta - self.threshold      # (F,): its gradient by the threshold is -1
+        b.cache["step"] = step + near * (zero / self.bandwidth)
+        return b.pre * step + near * (zero / self.bandwidth * theta)
 
     def extra(self, b):
         l0 = b.cache["step"].sum(-1).mean()
-        value = (l0 / self.k - 1) ** 2 if self.penalty == "target" else l0
-        return {"l0_penalty": (self.coef * self.ramp(b), value)}
+        return {"l0_penalty": (self.coef * self.ramp(b), (l0 / self.k - 1) ** 2)}
 
     def constrain_(self):
         super().constrain_()
         self.threshold.data.clamp_(min=0)
 
-class Jump(torch.autograd.Function):
-    """pre -> z = pre step and step = 1[pre > theta], with pseudo-derivatives for theta.
-
-        near = 1[|pre - theta| < width / 2]
-        dz / dpre = step     dz / dtheta = -theta / width near     dstep / dtheta = -1 / width near
-    """
-
-    @staticmethod
-    def forward(ctx, pre, theta, width):
-        ctx.save_for_backward(pre, theta)
-        ctx.width = width
-        step = (pre > theta).to(pre.dtype)                               # (N,F)
-        return pre * step, step
-
-    @staticmethod
-    def backward(ctx, d_z, d_step):
-        pre, theta = ctx.saved_tensors
-        near = (pre - theta).abs() < ctx.width / 2                       # (N,F)
-        by_z, by_step = -(d_z * near).sum(0) * theta, -(d_step * near).sum(0)      # (F,)
-        return d_z * (pre > theta), by_z / ctx.width + by_step / ctx.width, None
-
 # ---- Variants with a state of their own: controlled biases, a collected dictionary -------------
 
 class GBA(SAE):
     """Group bias adaptation (arXiv 2506.14002): biases keep each group below a firing frequency.
-
         ||x|| = 1     u = W_dec (x - b_dec)     pre = u + b_enc     z = scale_out u 1[pre > 0]
-
         every adapt_tokens tokens; f_i: frequency of latent i on them, r_i: its largest pre above 0
             f_i > p of its group:   b_i <- max(b_i - gamma r_i, -1)
             f_i < 1e-6:             b_i <- min(b_i + gamma (mean r of its firing group), 0)
-
     p, a ceiling, falls geometrically over `groups`, by p_ratio in all, so that it sums to k active
     latents (p_max > 0 sets the first instead).  adapt_tokens=None: 3 firings at the lowest p.  20
     adaptations make a dense start sparse; the paper's gamma 0.01 and 25,600 tokens suit runs of
-    1e8.  The JumpReLU, unit rows and inputs, init, scale_out >= 0, defaults, p by k are ours.
-    """
+    1e8.  The JumpReLU, unit rows and inputs, init, scale_out >= 0, defaults, p by k are ours."""
     defaults = BASE | dict(k=32, normalize="unit", groups=10, p_max=0.0, p_ratio=100.0,
                            gamma=0.05, adapt_tokens=None)
-    error_unit = "token"     # mean_n ||e||^2
 
     def add_tensors(self):
         self.W_dec = nn.Parameter(torch.empty(self.n_latents, self.d_in))      # W_enc, too
@@ -888,7 +708,6 @@ class GBA(SAE):
         b.pre = self.preacts(b.x)
         return self.scale_out * (b.pre - self.b_enc) * (b.pre > 0)
 
-    @torch.no_grad()
     def observe(self, b):
         super().observe(b)
         self.fired += (b.pre > 0).sum(0)
@@ -916,16 +735,14 @@ class GBA(SAE):
 
 class ITDA(SAE):
     """ITDA (arXiv 2505.17769): the dictionary is a set of activations, collected in one pass.
-
         encode: matching pursuit.  r = x; k times:  i = argmax |W_dec r|,  c = W_dec[i] r,
                 z_i += c,  r -= c W_dec[i]
         learn:  x becomes an atom, x / ||x||, if cos(x, x_hat) < cosine, until F are there
-
     cosine is the paper's tau as 1 - tau D / 2.  The first D atoms are distinct rows, most frequent
     first.  label[i], the position of atom i in the data, compares dictionaries over one text.  No
-    gradients; no centring, as published.  Atoms beyond n_atoms are 0.
-    """
+    gradients; no centring, as published.  Atoms beyond n_atoms are 0."""
     defaults = BASE | dict(k=40, cosine=0.8)
+    error_unit = "fvu"
     signed = True
     centred = False
 
@@ -941,23 +758,18 @@ class ITDA(SAE):
 
     @torch.no_grad()
     def codes(self, b):
-        rows, atoms = max(1, CHUNK // self.n_latents), self.W_dec[:max(1, int(self.n_atoms))]
-        values, indices = [], []
-        for n, x in enumerate(b.x.split(rows)):
-            r, token = x.clone(), torch.arange(len(x), device=x.device)      # r: not explained yet
-            z = r.new_zeros(len(r), self.n_latents)                          # (rows,F)
-            for _ in range(self.k):
-                dots = r @ atoms.T                                           # (rows,n_atoms)
-                i = dots.abs().argmax(1)
-                c = dots[token, i]
-                z[token, i] += c
-                r -= c[:, None] * atoms[i]
-            index = z.flatten().nonzero()[:, 0]
-            values.append(z.flatten()[index])
-            indices.append(index + n * rows * self.n_latents)
-        return Codes(torch.cat(values), torch.cat(indices), (len(b.x), self.n_latents))
+        atoms = self.W_dec[:max(1, int(self.n_atoms))]
+        token = torch.arange(len(b.x), device=b.x.device)
+        r, z = b.x.clone(), b.x.new_zeros(len(b.x), self.n_latents)      # (N,D), (N,F)
+        for _ in range(self.k):
+            dots = r @ atoms.T                                           # (N,n_atoms)
+            i = dots.abs().argmax(1)                                     # (N,)
+            c = dots[token, i]
+            z[token, i] += c
+            r -= c[:, None] * atoms[i]
+        index = z.flatten().nonzero()[:, 0]                              # (M,)
+        return Codes(z.flatten()[index], index, z.shape)
 
-    @torch.no_grad()
     def observe(self, b):
         position = b.position
         if position is None:
@@ -1007,62 +819,42 @@ SETTINGS = {
     # All variants
     "normalize": (("none", "scale", "unit", "token"), None, None),
     "dead_after": (int, 1, WHOLE), "seed": (int, 0, WHOLE),
-    # AuxK: who is rare, weight, latents a token (None: half of D), share of the Zipf density
-    "aux": (("dead", "zipf"), None, None), "aux_coef": (float, 0, None),
-    "k_aux": (int, 1, None), "tau": (float, 0, None),
-    # The TopK family: latents a token (k_start: at the first step), loss at 4 k too
-    "k": (int, 1, None), "k_start": (int, 1, None), "multi_topk": (bool, None, None),
-    # Fraction of training over which penalties rise to their weight and k_start falls to k
-    "warmup": (float, 0, 1),
-    # Matryoshka, AbsTopK
-    "levels": ([float], 1, None), "weighting": (("sum", "mean", "squared"), None, None),
-    "over": (("token", "batch"), None, None),
-    # Feature Choice
-    "budget": (("uniform", "zipf"), None, None), "alpha": (float, 0, None), "q": (float, 0, None),
-    "m_min": (int, 0, WHOLE), "rerank": (int, 1, WHOLE),
+    # AuxK: weight, latents a token (None: half of D)
+    "aux_coef": (float, 0, None), "k_aux": (int, 1, None),
+    # Active latents a token; fraction of training over which penalties rise to their weight
+    "k": (int, 1, None), "warmup": (float, 0, 1),
+    # Matryoshka
+    "levels": ([float], 1, None), "weighting": (("sum", "mean"), None, None),
     # g-SAE and vSAE, top-AFA
-    "beta": (float, 0, None), "sample": (("none", "unit", "learned"), None, None),
-    "afa": (float, 0, None), "k_max": (int, 1, None),
+    "beta": (float, 0, None), "sample": (("none", "unit"), None, None), "afa": (float, 0, None),
     # ReLU and Gated, JumpReLU
     "l1": (float, 0, None), "rows": (("unit", "free"), None, None),
-    "penalty": (("target", "l0"), None, None), "coef": (float, 0, None),
-    "bandwidth": (float, 1e-12, None), "threshold_init": (float, 0, None),
+    "coef": (float, 0, None), "bandwidth": (float, 1e-12, None), "threshold_init": (float, 0, None),
     # GBA, ITDA
     "groups": (int, 1, None), "p_max": (float, 0, 1), "p_ratio": (float, 1, None),
     "gamma": (float, 0, 1), "adapt_tokens": (int, 1, WHOLE), "cosine": (float, -1, 1)}
 
-def check_known(name, names, what):
-    """ValueError that suggests the nearest of `names`, unless `name` is one of them."""
-    if name not in names:
-        near = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown {what} {name!r}; the nearest is {near!r}")
-
-def resolve_hyper(variant, d_in, n_latents, given):
+def resolve_hyper(variant, d_in, n_latents, given, where=""):
     """Defaults of a variant, overridden by `given`; ValueError names what SETTINGS refuses."""
-    check_known(variant, VARIANTS, "variant")
-    defaults = VARIANTS[variant].defaults
+    check(variant in VARIANTS, f"no variant {variant!r}, only {', '.join(VARIANTS)}")
+    defaults, where = VARIANTS[variant].defaults, where or variant
     for name, value in given.items():
-        check_known(name, defaults, f"setting of {variant}")
-        check(value is not None or defaults[name] is None, f"{variant}: {name}=None is no number")
-    read_value(d_in, int, 1, None, "d_in")
-    read_value(n_latents, int, 1, None, "n_latents")
+        check(name in defaults, f"{where}: no setting {name!r}, only {', '.join(defaults)}")
+        check(value is not None or defaults[name] is None, f"{where}: {name}=None is no number")
+    read_value(d_in, int, 1, None, f"{where}: d_in")
+    read_value(n_latents, int, 1, None, f"{where}: n_latents")
     table = {name: (*SETTINGS[name], default) for name, default in defaults.items()}
-    hyper = read_fields(given, table, variant)
+    hyper = read_fields(given, table, where)
     if "k_aux" in hyper and hyper["k_aux"] is None:      # arXiv 2406.04093, appendix B.1
         hyper["k_aux"] = max(1, min(d_in // 2, n_latents))
-    for name in ("k", "k_start", "k_aux", "k_max", "groups"):
+    for name in ("k", "k_aux", "groups"):
         check((hyper.get(name) or 1) <= n_latents,
-              f"{variant}: {name}={hyper.get(name)} is above n_latents={n_latents}")
-    check(all(share > 0 for share in hyper.get("levels", [])), f"{variant}: levels are not above 0")
-    check(not hyper.get("multi_topk") or 4 * hyper["k"] <= n_latents,
-          f"multi_topk keeps 4 k = {4 * hyper.get('k', 0)} latents of {n_latents}: lower k")
+              f"{where}: {name}={hyper.get(name)} is above n_latents={n_latents}")
+    check(all(share > 0 for share in hyper.get("levels", [])), f"{where}: levels are not above 0")
     return hyper
 
 def build(variant, d_in, n_latents, **hyper):
-    """A fresh SAE in fp32 on the CPU, to be shown some activations, once, by `init_b_dec`.
-
-    hyper: settings of the variant; `VARIANTS[variant].defaults` lists them.
-    """
+    """A fresh SAE in fp32 on the CPU, for `init_b_dec`.  hyper: see its variant's `defaults`."""
     hyper = resolve_hyper(variant, d_in, n_latents, hyper)
     sae = VARIANTS[variant](d_in, n_latents, hyper)
     with torch.no_grad():
@@ -1071,10 +863,7 @@ def build(variant, d_in, n_latents, **hyper):
 
 @torch.no_grad()
 def init_b_dec(sae, x):
-    """From the first activations x (..., D): the input scale where there is one, b_dec their mean.
-
-    So the first codes say what differs between tokens.  Resa: does this even when it fine-tunes.
-    """
+    """From the first activations x (..., D): the input scale, if any, and b_dec, their mean."""
     x = x.reshape(-1, x.shape[-1]).to(sae.W_dec.dtype)                   # (N,D)
     square = x.pow(2).sum(1).mean()                                      # of no tokens it is NaN
     check(0 < square < math.inf, "no SAE can start from these activations: "
@@ -1090,20 +879,15 @@ BASE_LR = {"signum": 5e-3, "adam": 2e-4}
 
 def default_lr(name, n_latents):
     """The base rate holds at 2^14 latents and falls with their square root, as in sparsify.
-
-    At 65,536 latents signum's is 2.5e-3: what the published code runs; its text says 2.5e-4.
-    """
+    At 65,536 latents signum's is 2.5e-3: what the published code runs; its text says 2.5e-4."""
     return BASE_LR[name] / math.sqrt(n_latents / 2**14)
 
 class Signum(torch.optim.Optimizer):
     """Sign descent in a schedule-free average (arXiv 2405.15682): the published runs' optimizer.
-
         y = (1 - b) z + b x       the parameters of the SAE: the gradient is taken here
         z <- z - lr sign(g)
         x <- running mean of z    what is evaluated and saved: see `averaged`
-
-    Only z is stored.  x is read back from y and z: normalizing atoms moves it, as published.
-    """
+    Only z is stored.  x is read back from y and z: normalizing atoms moves it, as published."""
 
     def __init__(self, sae, lr, momentum=0.95):
         super().__init__(sae.parameters(), dict(lr=lr, momentum=momentum, steps=0))
@@ -1126,9 +910,7 @@ class Signum(torch.optim.Optimizer):
     @contextmanager
     def averaged(self, unit_rows=True):
         """Inside, the SAE holds x, its weights to evaluate and save; afterwards y, to the bit.
-
-        Resa: saves x with atoms of any norm; unit_rows=False restores that.
-        """
+        Resa: saves x with atoms of any norm; unit_rows=False restores that."""
         group, = self.param_groups
         training = {y: y.detach().clone() for y in group["params"]}
         try:
@@ -1144,7 +926,7 @@ class Signum(torch.optim.Optimizer):
 
 def make_optimizer(sae, name, lr=None):
     """name: "signum" or "adam"; lr None means `default_lr`."""
-    check_known(name, BASE_LR, "optimizer")
+    check(name in BASE_LR, f"no optimizer {name!r}, only {', '.join(BASE_LR)}")
     lr = default_lr(name, sae.n_latents) if lr is None else lr
     check(0 < lr < math.inf, f"lr={lr!r} must be a positive number")
     if name == "signum":
@@ -1153,7 +935,6 @@ def make_optimizer(sae, name, lr=None):
 
 def train_step(sae, optimizer, xs, progress=1.0):
     """One step of any variant on micro-batches, averaged with equal weight -> parts.
-
     xs        list of x (N_i, D), or of (x, g, position) as `SAE.loss` takes them
     progress  fraction of training completed, 0 to 1
     parts     those of `SAE.loss`, averaged over xs (fired: in any of them), and "loss"
@@ -1166,7 +947,8 @@ def train_step(sae, optimizer, xs, progress=1.0):
         total, parts = sae.batch_loss(b)
         if total.requires_grad:      # a collected dictionary has no gradient
             (total / len(xs)).backward()
-        sae.observe(b)
+        with torch.no_grad():
+            sae.observe(b)
         seen.append({"loss": total.detach(), **parts})
     if sae.unit_rows and sae.W_dec.requires_grad:
         sae.project_grad_()
@@ -1191,32 +973,25 @@ class Metrics:
     def update(self, x, x_hat, z):
         """x, x_hat (..., D), z (..., F) or `Codes`, without the tokens that should not count."""
         x, x_hat = (t.reshape(-1, t.shape[-1]).double() for t in (x, x_hat))      # (N,D)
-        z = z if isinstance(z, Codes) else z.reshape(-1, z.shape[-1])             # (N,F)
         tiny = torch.finfo(torch.float64).tiny      # a token of zeros: 0, or a visible absurdity
-        xx, hh, xh = (x * x).sum(1), (x_hat * x_hat).sum(1), (x * x_hat).sum(1)      # (N,)
-        ee = (x - x_hat).pow(2).sum(1)
-        cosine = xh / (xx * hh).sqrt().clamp_min(tiny)
-        l2_ratio = (hh / xx.clamp_min(tiny)).sqrt()
-        per_token = torch.stack([ee, xx, ee / xx.clamp_min(tiny), cosine, l2_ratio])      # (5,N)
-        self.sums = self.sums + per_token.sum(1)                         # (5,)
+        ee, xx, hh = ((t * t).sum(1) for t in (x - x_hat, x, x_hat))              # (N,)
+        cosine = (x * x_hat).sum(1) / (xx * hh).sqrt().clamp_min(tiny)
+        self.sums = self.sums + torch.stack([ee, xx, cosine]).sum(1)     # (3,)
         self.sum_x = self.sum_x + x.sum(0)                               # (D,)
         self.count = self.count + counts(z)                              # (F,)
         self.n_tokens += len(x)
 
     def result(self):
         """{name: number}.  ValueError when no tokens were shown.
-
         fvu    sum e^2 / sum (x - mean x)^2, over the whole set: the mean has 1, a perfect fit 0
-        nmse, cosine, l2_ratio = ||x_hat|| / ||x||: means over tokens, not centred
+        cosine of x and x_hat, not centred: mean over tokens
         l0     active latents of a token;  density (F,): fraction of tokens a latent fires on
-        dead   fraction of latents that never fired on these n_tokens
-        """
+        dead   fraction of latents that never fired on these n_tokens"""
         check(self.n_tokens, "no tokens to measure the SAE on")
-        n, (ee, xx, *ratios) = self.n_tokens, self.sums
+        n, (ee, xx, cosine) = self.n_tokens, self.sums
         variance = xx - self.sum_x.pow(2).sum() / n
-        nmse, cosine, l2_ratio = (float(total) / n for total in ratios)
-        return {"fvu": float(ee / variance), "nmse": nmse, "l0": float(self.count.sum()) / n,
-                "cosine": cosine, "l2_ratio": l2_ratio, "density": self.count / n,
+        return {"fvu": float(ee / variance), "l0": float(self.count.sum()) / n,
+                "cosine": float(cosine) / n, "density": self.count / n,
                 "dead": float((self.count == 0).double().mean()), "n_tokens": n}
 
 @torch.no_grad()
@@ -1227,35 +1002,14 @@ def metrics(sae, x, batch=4096):
         total.update(part, *sae.reconstruct(part))
     return total.result()
 
-@torch.no_grad()
-def afa(sae, x):
-    """x (..., D) -> how long codes are, against how long they should be (arXiv 2503.24277).
-
-    Nearly orthogonal atoms give ||f|| ~ ||x||, with f = [z_i ||w_i||, ||b_dec||] and x normalized.
-    length_ratio      mean of ||f|| / ||x||; 1 is expected
-    coherence         largest | ||x_hat||^2 - ||f||^2 | / ((n - 1) ||f||^2), a lower bound of the
-                      largest |cosine| of two of the n atoms, b_dec being one.  The authors' code
-                      has x for x_hat, which bounds nothing unless the fit is exact
-    coherence_active  the same with n the active atoms of the token: valid, tighter, and ours
-    """
-    b = sae.batch(x)
-    z, bias = dense(sae.codes(b)), sae.b_dec.norm()
-    f2 = (z * sae.W_dec.norm(dim=1)).pow(2).sum(1) + bias**2             # (N,)
-    gap = (sae.decode_normalized(z).pow(2).sum(1) - f2).abs() / f2.clamp_min(1e-30)
-    others = sae.n_latents + (bias > 0) - 1                              # n - 1
-    others_active = (z != 0).sum(1) + (bias > 0) - 1                     # (N,)
-    return {"length_ratio": float((f2 / b.x.pow(2).sum(1).clamp_min(1e-30)).sqrt().mean()),
-            "coherence": float((gap / others.clamp(min=1)).amax()),
-            "coherence_active": float((gap / others_active.clamp(min=1)).amax())}
-
 # ---- Files: sparsify's layout, with more fields.  Those of other projects: data/formats.py -----
 
 LAYOUT = {                               # cfg.json, which also holds the settings of the variant
     "d_in": (int, 1, None, REQUIRED), "expansion_factor": (int, 0, None, 0),
     "num_latents": (int, 0, None, 0),    # 0, as in older files: d_in * expansion_factor
     "activation": (str, None, None, "topk"), "variant": (tuple(VARIANTS), None, None, "topk"),
-    "normalize_decoder": (bool, None, None, True), "multi_topk": (bool, None, None, False),
-    "meta": (dict, None, None, None)
+    "meta": (dict, None, None, None),
+    "over": (("token",), None, None, "token")      # of AbsTopK, once: "batch" computes otherwise
 } | dict.fromkeys(("skip_connection", "transcode", "signed"), ((False,), None, None, False))
 META = {"layer": (int, 0, None, None), "site": (str, None, None, None),
         "model": (str, None, None, None), "sink_norm": (float, 0, None, None)}
@@ -1271,9 +1025,9 @@ def save_sae(sae, directory):
     """Writes cfg.json and sae.safetensors.  sparsify itself loads TopK and g-SAE, unscaled."""
     activation, names = sparsify_names(sae.variant, sae.normalize)
     cfg = {"activation": activation, "expansion_factor": max(1, sae.n_latents // sae.d_in),
-           "normalize_decoder": True, "num_latents": sae.n_latents, "skip_connection": False,
-           "transcode": False, "d_in": sae.d_in, "variant": sae.variant, **sae.hyper,
-           "meta": sae.meta}
+           "normalize_decoder": True, "num_latents": sae.n_latents, "multi_topk": False,
+           "skip_connection": False, "transcode": False, "d_in": sae.d_in,
+           "variant": sae.variant, **sae.hyper, "meta": sae.meta}
     tensors = {names.get(name, name): tensor for name, tensor in sae.state_dict().items()}
     write_sae(directory, "sae.safetensors", cfg, tensors)
 
@@ -1288,19 +1042,14 @@ def write_sae(directory, weights, cfg, tensors):
         (temporary / "cfg.json").write_text(json.dumps(cfg, indent=2) + "\n", encoding="utf-8")
 
 def load_sae(directory_or_hub_id, hookpoint=None):
-    """Reads our layout or sparsify's: an SAE on the CPU, in at least fp32.
-
-    hookpoint: the subfolder that holds it; DIRECTORY_OR_HUB_ID#HOOKPOINT means the same.
-    ValueError or FileNotFoundError names the file and what is wrong.
-    """
+    """Our layout or sparsify's -> an SAE on the CPU, in at least fp32; errors name the file.
+    hookpoint: the subfolder that holds it; DIRECTORY_OR_HUB_ID#HOOKPOINT means the same."""
     spec = f"{directory_or_hub_id}#{hookpoint}" if hookpoint else str(directory_or_hub_id)
     config = locate(spec) / "cfg.json"
     cfg = read_json(config)
     fields = read_fields(cfg, LAYOUT, config)
     variant, activation, d_in = fields["variant"], fields["activation"], fields["d_in"]
     known = VARIANTS[variant].defaults
-    if unknown := sorted(cfg.keys() - LAYOUT.keys() - known.keys()):
-        warnings.warn(f"{config}: ignored unknown keys {', '.join(unknown)}")
     if "k" in known:                     # our default need not be what it was trained with
         read_fields(cfg, {"k": (int, 1, None, REQUIRED)}, config)
     hyper = {name: cfg[name] for name in known if name in cfg}
@@ -1321,14 +1070,9 @@ def complete_meta(meta, spec):
 @torch.no_grad()
 def read_sae(weights, variant, d_in, n_latents, hyper, names, ignored=()):
     """An SAE with the tensors of a file.  Sizes are checked before memory is taken for them.
-
     names    {our name: name in the file, and .T behind it where it is stored transposed}
-    ignored  names in the file that codes do not depend on
-    """
-    try:
-        hyper = resolve_hyper(variant, d_in, n_latents, hyper)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{weights.parent}: {error}") from None
+    ignored  names in the file that codes do not depend on"""
+    hyper = resolve_hyper(variant, d_in, n_latents, hyper, f"{weights.parent}: {variant}")
     with open_tensors([weights]) as found:
         found = {name: part for name, part in found.items() if name not in ignored}
         check(2 * d_in * n_latents <= weights.stat().st_size,      # 2 bytes a number at least

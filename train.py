@@ -7,10 +7,9 @@
     python train.py --stage pretrain   all weights of a model                    -> .../pretrain
     python train.py --stage sae --variant help        --help lists the flags of a stage
 
-Every stage is data -> batches -> steps -> checkpoints.  A run directory holds config.json
-(settings, versions), metrics.jsonl (an object per logged step), checkpoint.safetensors (until the
-run is done), summary.json and what was trained.  --resume continues an interrupted run, on a CPU
-to the same bits.
+A run directory holds config.json (settings, versions), metrics.jsonl (an object per logged step),
+checkpoint.safetensors (until the run is done), summary.json and what was trained.  --resume
+continues an interrupted run, on a CPU to the same bits.
 
 B batch, T time, D width, V vocabulary, F latents, K active, N tokens, n chunks in the data,
 Q questions in a step, G samples of each, S = Q G.
@@ -42,7 +41,7 @@ from data.grade import grade
 from data.prepare import TRAINING, training_set
 from model import (choose_device, collect, load_model, load_tokenizer, right_pad, save_model,
                    split_spec, think_prefix)
-from sae import (VARIANTS, Chosen, Metrics, afa, build, default_lr, init_b_dec, make_optimizer,
+from sae import (VARIANTS, Chosen, Metrics, build, default_lr, init_b_dec, make_optimizer,
                  save_sae, train_step)
 
 # ---- Data: rows -> text -> packed chunks -------------------------------------------------------
@@ -51,7 +50,6 @@ from sae import (VARIANTS, Chosen, Metrics, afa, build, default_lr, init_b_dec, 
 # reasoning.  Resa: a system paragraph (arXiv 2501.12948, Table 1) comes first: a row's "system".
 RESA_TEMPLATE = ("{system}User:\n {problem}\n\nAssistant:\n <think> {answer} </think>\n"
                  "<answer> Answer: {answer}</answer>")
-TEXT = (str, None, None, REQUIRED)
 
 def as_text(row, tokenizer, template):
     """One row of a data file -> the document a model reads.  template: "chat" or "resa"."""
@@ -70,8 +68,7 @@ def data_file(name):
     check(name, "no --data given, and this preset has none")
     if name in TRAINING and not Path(name).exists():
         return training_set(name)
-    names = ", ".join(TRAINING)
-    check(Path(name).is_file(), f"{name}: no such file, and not one of the sets {names}")
+    check(Path(name).is_file(), f"--data {name}: no such file, nor one of {', '.join(TRAINING)}")
     return name
 
 def read_rows(path):
@@ -82,27 +79,21 @@ def read_rows(path):
     rows = []
     for number, row in read_jsonl(path):
         names = ["text"] if "text" in row else ["problem", "completion"]
-        rows.append(read_fields(row, dict.fromkeys(names, TEXT), f"{path}:{number}"))
+        table = dict.fromkeys(names, (str, None, None, REQUIRED))
+        rows.append(read_fields(row, table, f"{path}:{number}"))
     return rows
 
-def pack(rows, tokenizer, template, seq_len):
-    """Rows -> chunks (n,T) int64: documents joined by the end token, which also comes first.
-
-    Only whole chunks are kept.  Resa: the released code drops a remainder every 2,048 documents.
-    """
+def load_chunks(args, tokenizer, model):
+    """--data -> chunks (n,T) int64: documents joined by the end token, which also comes first.
+    Only whole chunks are kept.  Resa: the released code drops a remainder every 2,048 documents."""
+    rows, T = read_rows(data_file(args.data)), args.seq_len
     ids = [tokenizer.eos_id]            # of all documents, in a row
     for row in tqdm(rows, desc="tokenize", unit="row", disable=None, leave=False):
-        ids += tokenizer.encode(as_text(row, tokenizer, template)) + [tokenizer.eos_id]
-    n = len(ids) // seq_len             # chunks that are full
-    check(n > 0, f"{len(ids)} tokens are fewer than one chunk of --seq-len {seq_len}")
-    return torch.tensor(ids[:n * seq_len]).view(n, seq_len)                       # (n,T)
-
-def load_chunks(args, tokenizer, model):
-    """--data -> packed chunks (n,T) that this model can read."""
-    chunks = pack(read_rows(data_file(args.data)), tokenizer, args.template, args.seq_len)
-    last, size = int(chunks.max()), model.config.vocab_size
+        ids += tokenizer.encode(as_text(row, tokenizer, args.template)) + [tokenizer.eos_id]
+    n, last, size = len(ids) // T, max(ids), model.config.vocab_size
+    check(n > 0, f"{len(ids)} tokens are fewer than one chunk of --seq-len {T}")
     check(last < size, f"the tokenizer makes id {last}, the model knows {size}: of two models?")
-    return chunks
+    return torch.tensor(ids[:n * T]).view(n, T)                                   # (n,T)
 
 def hold_out(chunks):
     """chunks (n,T) -> those to train on; the last 5 %, at most 65,536 tokens, to measure on."""
@@ -123,28 +114,24 @@ def chunk_indices(step, n, args):
         indices.append(order(n, args.seed + epoch)[j] if args.shuffle else j)
     return indices
 
-def batch_at(step, chunks, args):
-    """The chunks (B,T) of an optimizer step, on the device."""
-    return chunks[chunk_indices(step, len(chunks), args)].to(args.device)         # (B,T)
-
 def micro_batches(ids, args):
     """ids (B,...) -> the parts of one forward pass each."""
     return ids.split(args.micro_batch or args.batch)        # equal sizes: settings checks
 
 # ---- Steps: at which rate, on which gradient ---------------------------------------------------
 
-def learning_rate(step, args, warmup=0):
-    """The rate at `step`, by args.lr, .schedule and .steps, after `warmup` linear steps."""
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
+def learning_rate(step, args):
+    """The rate at `step`, by args.lr, .schedule and .steps, after .warmup linear steps."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
     if args.schedule == "constant":
         return args.lr
     if args.schedule == "linear":        # to 0 over the last fifth
         return args.lr * min(1, (args.steps - step) / max(1, args.steps / 5))
-    progress = (step - warmup) / max(1, args.steps - warmup)     # cosine to a tenth; 0 to 1
-    return args.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)            # 0 to 1
+    return args.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)         # to a tenth
 
-def optimizer_step(loss_of, parts, optimizer, rate, clip):
+def optimizer_step(loss_of, parts, optimizer, rate):
     """One step on the mean of loss_of(part) -> that mean, the gradient's norm before clipping."""
     total = 0.0
     for part in parts:                   # the graph of one is freed before the next is built
@@ -152,7 +139,7 @@ def optimizer_step(loss_of, parts, optimizer, rate, clip):
         loss.backward()
         total = total + loss.detach()
     group, = optimizer.param_groups          # one learning rate for all
-    norm = nn.utils.clip_grad_norm_(group["params"], clip)
+    norm = nn.utils.clip_grad_norm_(group["params"], 1.0)       # as published
     group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)                   # frees memory until the next step
@@ -164,28 +151,23 @@ def run_sae(args):
     """Stage I: an SAE learns the activations of the source model (arXiv 2506.09967)."""
     check((args.init == "scratch") != bool(args.sae_from),
           "--sae-from goes with --init finetune and --init pretrained")
-    if args.init == "pretrained":
-        refuse_idle(args, "optimizer lr warmup schedule aux_coef dead_after steps epochs shuffle "
-                    "resume", "--init pretrained: nothing is trained")
     if args.init != "scratch":
-        refuse_idle(args, "latents k variant set", f"--init {args.init}: the loaded SAE decides")
-    data_file(args.data)            # fetched before the model is loaded: a failure shows early
+        idle = "latents k variant set"
+        idle += " optimizer lr steps epochs" if args.init == "pretrained" else ""
+        refuse_idle(args, idle, f"--init {args.init}: the loaded SAE decides")
     model, tokenizer = load_model(args.source, args.dtype, args.device), load_tokenizer(args.source)
-    resa.site_module(model, args.layer, args.site)                # ValueError: no such site
     torch.manual_seed(args.seed)    # for variants that draw noise
     sae = make_sae(args, model.config.hidden_size).to(args.device)
     chunks, held = hold_out(load_chunks(args, tokenizer, model))                  # (n,T) each
     prepare_sae(model, sae, chunks, args)
-
     optimizer = make_optimizer(sae, args.optimizer, args.lr)
     tokens = args.batch * args.seq_len       # of a step, sinks included
-    flops = tokens * sum(training_flops("sae", args, model, sae).values())
-    run = Run("sae", args, sae, optimizer)
+    run = Run("sae", args, sae, optimizer, training_flops("sae", args, model, sae))
     batches = (harvest_batch(model, sae, chunks, step, args)
                for step in range(run.start, args.steps))
     for step, parts in train_sae(sae, batches, optimizer, args, run.start):
         dead = sae.dead.float().mean()       # as training counts them
-        run.end_step(step, {"fvu": parts["fvu"], "l0": parts["l0"], "dead": dead}, tokens, flops)
+        run.end_step(step, {"fvu": parts["fvu"], "l0": parts["l0"], "dead": dead}, tokens)
 
     # signum saves its running mean, so this is what is finished and measured
     with getattr(optimizer, "averaged", nullcontext)():
@@ -198,15 +180,12 @@ def run_sae(args):
 
 def train_sae(sae, batches, optimizer, args, start=0):
     """The training loop of any SAE, on activations or other targets: yields (step, parts).
-
     batches  one item per step: a list of micro-batches x (N,D), or (x, g, at) as in SAE.loss
     args     anything with lr, schedule, warmup and steps
-    start    the step that the first item belongs to, in a resumed run
-    Nothing is trained until it is iterated over; parts are those of sae.train_step.
-    """
+    start    the step that the first item belongs to, in a resumed run"""
     for step, xs in enumerate(batches, start):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args, args.warmup)
+            group["lr"] = learning_rate(step, args)
         yield step, train_step(sae, optimizer, xs, progress=step / args.steps)
 
 def make_sae(args, width):
@@ -228,8 +207,8 @@ def hyper_of(args):
     """Flags and --set -> the hyper-parameters of the variant."""
     has = VARIANTS[args.variant].defaults
     refuse_idle(args, " ".join({"k", "aux_coef"} - has.keys()), f"--variant {args.variant}")
-    names = ("k", "aux_coef", "dead_after", "seed")
-    hyper = {name: getattr(args, name) for name in names if name in has}
+    flags = ("k", "aux_coef", "dead_after", "seed")
+    hyper = {name: getattr(args, name) for name in flags if name in has}
     for word in args.set:
         name, equals, value = word.partition("=")
         check(equals, f"--set {word}: NAME=VALUE was expected; --variant help lists the settings")
@@ -243,29 +222,26 @@ def check_site(sae, args):
     """ValueError if the SAE was trained at another site or layer: here it reconstructs nothing."""
     for name in ("site", "layer"):
         trained, used = sae.meta.get(name, getattr(args, name)), getattr(args, name)
-        if trained != used:
-            where = f"the SAE was trained at {name} {trained}, not at {used}"
-            # Resa: the released `pretrained` arm used one so; --other-site restores that.
-            check(args.other_site, f"{where}: pass --{name} {trained}, or --other-site")
-            print(f"--other-site: {where}, where it is used all the same")
+        # Resa: the released `pretrained` arm used one so; --other-site restores that.
+        check(args.other_site or trained == used, f"the SAE was trained at {name} {trained}, not "
+              f"at {used}: pass --{name} {trained}, or --other-site")
 
 def prepare_sae(model, sae, chunks, args):
     """Fills in meta, rate and steps; from the first batch the sink norm and, if fresh, b_dec."""
     args.steps = args.steps or max(1, args.epochs * len(chunks) // args.batch)
-    x = torch.cat([resa.activations(model, ids, args.layer, args.site).float()
-                   for ids in micro_batches(batch_at(0, chunks, args), args)])    # (B,T,D)
+    ids = chunks[chunk_indices(0, len(chunks), args)]                             # (B,T)
+    x = torch.cat([resa.activations(model, part, args.layer, args.site).float()
+                   for part in micro_batches(ids.to(args.device), args)])         # (B,T,D)
     here = {"site": args.site, "layer": args.layer}
-    if args.init == "pretrained":   # it may belong elsewhere: --other-site
+    if args.init == "pretrained":   # never saw this model or data; may belong elsewhere
         sae.meta, args.steps = here | sae.meta, 0
     else:
-        sae.meta |= here
+        sae.meta |= here | {"model": relative(args.source), "data": relative(args.data)}
     sae.meta |= {"init": args.init, "sink_norm": find_sink_norm(x, sae, args)}
     if args.init == "scratch":      # Resa: sets b_dec to a mean even when it fine-tunes
         init_b_dec(sae, x[~resa.is_sink(x, sae.meta["sink_norm"])])
     else:                           # so that config.json says what the file decided
         args.variant, args.latents, args.k = sae.variant, sae.n_latents, getattr(sae, "k", 0)
-    if args.init != "pretrained":   # that one never saw this model or these data
-        sae.meta |= {"model": relative(args.source), "data": relative(args.data)}
     args.lr = args.lr or default_lr(args.optimizer, sae.n_latents)
 
 def find_sink_norm(x, sae, args):
@@ -280,10 +256,7 @@ def find_sink_norm(x, sae, args):
     if times == 0:                  # Resa: trains on sinks and splices them; this restores that
         return None
     limit = float(times * x[:, 1:].norm(dim=-1).median())
-    sink = resa.is_sink(x, limit)                                                 # (B,T)
-    check(not sink.all(), f"--sink-norm {times:g} leaves no token")
-    print(f"attention sinks, left out: position 0 and norms above {limit:.3g}, {times:g} x the "
-          f"median: {int(sink.sum())} of {sink.numel()} tokens of the first batch")
+    check(not resa.is_sink(x, limit).all(), f"--sink-norm {times:g} leaves no token")
     return limit
 
 def harvest_batch(model, sae, chunks, step, args):
@@ -293,29 +266,21 @@ def harvest_batch(model, sae, chunks, step, args):
 
 def harvest(model, sae, chunks, picked, args):
     """Chunks `picked` (B,) -> activations x (N,D) in fp32, gradients g (N,D) or None, at (N,).
-
-    at  the number of each token in the data.  Sinks are left out of all three.
-    """
-    ids, g = chunks[picked].to(args.device), None                                 # (B,T)
-    if sae.needs_gradient:
-        x, g = gradients(model, ids, args.layer, args.site)                       # (B,T,D)
-    else:
-        x = resa.activations(model, ids, args.layer, args.site)                   # (B,T,D)
-    T = ids.shape[1]
+    at: the number of each token in the data.  Sinks are left out of all three."""
+    ids, T = chunks[picked].to(args.device), chunks.shape[1]                      # (B,T)
+    x, g = resa.activations(model, ids, args.layer, args.site), None              # (B,T,D)
     at = (picked[:, None] * T + torch.arange(T)).to(args.device)                  # (B,T)
     keep = ~resa.is_sink(x, sae.meta["sink_norm"])                                # (B,T)
-    return x[keep].float(), None if g is None else g[keep].float(), at[keep]
+    if sae.needs_gradient:
+        g = gradient(model, ids, x, args.layer, args.site)[keep].float()          # (N,D)
+    return x[keep].float(), g, at[keep]
 
-def gradients(model, ids, layer, site):
-    """ids (B,T) -> activation x (B,T,D); the gradient of cross-entropy by it, of mean norm 1."""
-    caught = []
-
-    def leaf(x):
-        caught.append(x.detach().requires_grad_())
-        return caught[0]
-    with torch.enable_grad(), resa.hooked(model, layer, site, leaf):
-        g, = torch.autograd.grad(cross_entropy(model, ids), caught)               # (B,T,D)
-    return caught[0].detach(), g / g.norm(dim=-1).mean().clamp_min(1e-30)
+def gradient(model, ids, x, layer, site):
+    """ids (B,T), their activation x (B,T,D) -> gradient of cross-entropy by x, of mean norm 1."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad(), resa.hooked(model, layer, site, lambda _: x):
+        g, = torch.autograd.grad(cross_entropy(model, ids), x)                    # (B,T,D)
+    return g / g.norm(dim=-1).mean().clamp_min(1e-30)
 
 def finish_sae(model, sae, chunks, args):
     """Once, at the final weights: decoder rows to norm 1, thresholds measured afresh."""
@@ -335,22 +300,19 @@ def ablation(value, sae):
 
 @torch.no_grad()
 def sae_metrics(model, sae, ids, args):
-    """What the SAE is worth on held-out chunks ids (n,T): sae.Metrics, sae.afa, and to the model
-
+    """What the SAE is worth on held-out chunks ids (n,T): sae.Metrics, and to the model
     ce, ce_sae, ce_zero, ce_mean   nats per token, with nothing, the SAE, zeros, the mean spliced in
     kl                             nats per token, from the model to the one with the SAE
     recovered_zero, _mean          fraction of that ablation's damage that the SAE undoes, if any
-    left_out                       fraction of tokens that are sinks
-    """
-    total, first = Metrics(), None
+    left_out                       fraction of tokens that are sinks"""
+    total = Metrics()
     for part in micro_batches(ids, args):
         x = resa.activations(model, part, args.layer, args.site).float()          # (B,T,D)
         x = x[~resa.is_sink(x, sae.meta["sink_norm"])]                            # (N,D)
-        first = x[:4096] if first is None else first
         total.update(x, *sae.reconstruct(x))
     found = total.result()
     del found["density"]                                                          # (F,)
-    found |= afa(sae, first) | {"left_out": 1 - total.n_tokens / ids.numel()}
+    found["left_out"] = 1 - total.n_tokens / ids.numel()
     mean = (total.sum_x / total.n_tokens).float()                                 # (D,)
     inserted = {"sae": sae, "zero": ablation(0 * mean, sae), "mean": ablation(mean, sae)}
     found |= spliced_nats(model, inserted, ids, args)       # what the model makes of it
@@ -362,9 +324,7 @@ def sae_metrics(model, sae, ids, args):
 
 def spliced_nats(model, inserted, ids, args):
     """ids (n,T), {name: module} -> nats per token of the model with each module at the site.
-
-    {"ce": nothing inserted, "ce_NAME": each module, "kl": from the model to the one with "sae"}
-    """
+    {"ce": nothing inserted, "ce_NAME": each module, "kl": from the model to the one with "sae"}"""
     nats = Counter()
     for part in micro_batches(ids, args):
         h, share = model.run(part), len(part) / len(ids)                          # (B,T,D)
@@ -380,35 +340,30 @@ def spliced_nats(model, inserted, ids, args):
 
 # ---- --stage tune, sft, pretrain: one loop over text -------------------------------------------
 
-def train_on_text(stage, args, spec, model, optimizer, loss_of, name, *inserted):
-    """Trains on loss_of(ids (B,T)), logged as `name` -> the Run.  The last step is the result.
-
-    inserted  an SAE and a teacher, to count FLOPs
-    """
+def train_on_text(stage, args, model, optimizer, loss_of, name, sae=None):
+    """Trains on loss_of(ids (B,T)), logged as `name`, and saves what came out -> the summary."""
+    spec = args.model if stage == "pretrain" else args.target
     chunks = load_chunks(args, load_tokenizer(spec), model)                       # (n,T)
     args.steps = args.steps or max(1, args.epochs * len(chunks) // args.batch)
-    flops = sum(training_flops(stage, args, model, *inserted).values())           # per token
-    # pretrain has no --clip, tune and sft no --warmup
-    clip, warmup = getattr(args, "clip", 1.0), getattr(args, "warmup", 0)
-    run = Run(stage, args, model, optimizer)
+    run = Run(stage, args, model, optimizer, training_flops(stage, args, model, sae))
     for step in range(run.start, args.steps):
-        ids, rate = batch_at(step, chunks, args), learning_rate(step, args, warmup)      # (B,T)
-        loss, norm = optimizer_step(loss_of, micro_batches(ids, args), optimizer, rate, clip)
-        logged = {name: loss, "norm": norm, "lr": rate}
-        run.end_step(step, logged, ids.numel(), ids.numel() * flops)
-    return run
+        ids = chunks[chunk_indices(step, len(chunks), args)].to(args.device)      # (B,T)
+        rate = learning_rate(step, args)
+        loss, norm = optimizer_step(loss_of, micro_batches(ids, args), optimizer, rate)
+        run.end_step(step, {name: loss, "norm": norm, "lr": rate}, ids.numel())
+    if stage == "pretrain":
+        save_model(model, run.out / "model")
+    else:
+        resa.save_adapter(model, args.out, relative(spec))
+    return run.finish()
 
 def next_token_logprobs(model, h, ids, chunk=4096, temperature=1.0):
-    """h (B,T,D) of the last block, ids (B,T) -> log p(ids[t+1] | ids[..t]), (B,T-1), fp32.
-
-    Past one chunk of tokens the head is recomputed in the backward pass: (N,V) would not fit.
-    """
+    """h (B,T,D) of the last block, ids (B,T) -> log p(ids[t+1] | ids[..t]), (B,T-1), fp32."""
     def logprobs(h, targets):
         logits = model.head(h).float() / temperature                              # (chunk,V)
         return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]          # (chunk,)
     flat, targets = h[:, :-1].flatten(0, 1), ids[:, 1:].flatten()                 # (N,D), (N,)
-    if len(flat) <= chunk:
-        return logprobs(flat, targets).view(len(ids), -1)
+    # logits are made again in the backward pass: of all chunks, (N,V), they would not fit
     parts = [checkpoint(logprobs, a, b, use_reentrant=False)
              for a, b in zip(flat.split(chunk), targets.split(chunk))]
     return torch.cat(parts).view(len(ids), -1)                                    # (B,T-1)
@@ -424,19 +379,16 @@ def run_tune(args):
         check(args.splice != "none", "--splice none: nothing to learn from --teacher target")
     if args.splice == "none":
         refuse_idle(args, "sae sae_grad layer site", "--splice none")
-    data_file(args.data)
     model, teacher = load_model(args.target, args.dtype, args.device), None
     if args.teacher == "source":
         teacher = load_model(args.source, args.dtype, args.device)
         check(teacher.config.vocab_size == model.config.vocab_size,
               f"{args.source} and {args.target} have different vocabularies")
     inserted = None if args.splice == "none" else make_splice(args, model)
-
-    def kl(ids):
-        return resa.tuning_loss(model, inserted, args.layer, ids, args.site,
-                                args.sae_grad == "on", args.kl_reduction, teacher)
+    loss_of = partial(resa.tuning_loss, model, inserted, args.layer, site=args.site,
+                      grad=args.sae_grad == "on", reduction=args.kl_reduction, teacher=teacher)
     sae = getattr(inserted, "sae", inserted)             # what noise is matched to
-    return train_adapter("tune", args, model, kl, "kl", sae, teacher)
+    return train_on_text("tune", args, model, add_adapters(args, model), loss_of, "kl", sae)
 
 def make_splice(args, model):
     """What takes the activation's place: the SAE, frozen and in fp32, or a control made from it."""
@@ -446,24 +398,15 @@ def make_splice(args, model):
     sae = load_any(path).to(args.device).requires_grad_(False)
     check(sae.d_in == width, f"{path}: the SAE is {sae.d_in} wide, the model {width}")
     check_site(sae, args)
-    all_learn = args.sae_grad == "on" or args.site == "mlp"       # x also passes the MLP by
-    print(f"{args.splice} at {args.site} of block {args.layer}; adapters of blocks "
-          f"{0 if all_learn else args.layer + 1} .. {len(model.model.layers) - 1} can learn")
     if args.splice == "random":
         return resa.random_sae(sae, args.seed)
     return resa.MatchedNoise(sae) if args.splice == "noise" else sae
 
 def run_sft(args):
     """The baseline: LoRA learns the same text by cross-entropy, every token."""
-    data_file(args.data)
     model = load_model(args.target, args.dtype, args.device)
-    return train_adapter("sft", args, model, partial(cross_entropy, model), "ce")
-
-def train_adapter(stage, args, model, *objective):
-    """Trains fresh adapters and saves them.  objective: as train_on_text takes it."""
-    run = train_on_text(stage, args, args.target, model, add_adapters(args, model), *objective)
-    resa.save_adapter(model, args.out, relative(args.target))
-    return run.finish()
+    optimizer, loss_of = add_adapters(args, model), partial(cross_entropy, model)
+    return train_on_text("sft", args, model, optimizer, loss_of, "ce")
 
 def add_adapters(args, model):
     """Adds seeded adapters to the model, in training mode -> AdamW over them."""
@@ -476,23 +419,15 @@ def run_pretrain(args):
     """Next-token training of all weights: makes the embedded models."""
     check(args.model, "--stage pretrain needs --model, as random:data/tiny/init/config.json")
     check(args.dtype == "float32", "needs --dtype float32: bfloat16 rounds most updates away")
-    data_file(args.data)
     model = load_model(args.model, args.dtype, args.device).train()
-    learned = unfreeze(model, args.only)
-    optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    loss_of = partial(cross_entropy, model)
-    run = train_on_text("pretrain", args, args.model, model, optimizer, loss_of, "loss")
-    save_model(model, run.out / "model")
-    return run.finish()
-
-def unfreeze(model, pattern):
-    """The parameters in whose names the regular expression is found, which now can learn."""
     try:
-        learned = [p for name, p in model.named_parameters() if re.search(pattern, name)]
+        learned = [p for name, p in model.named_parameters() if re.search(args.only, name)]
     except re.error as error:
-        raise ValueError(f"--only {pattern}: not a regular expression ({error})") from None
-    check(learned, f"--only {pattern}: no parameter has a name like that")
-    return [p.requires_grad_(True) for p in learned]
+        raise ValueError(f"--only {args.only}: not a regular expression ({error})") from None
+    check(learned, f"--only {args.only}: no parameter has a name like that")
+    learned = [p.requires_grad_(True) for p in learned]
+    optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    return train_on_text("pretrain", args, model, optimizer, partial(cross_entropy, model), "loss")
 
 # ---- --stage rl --------------------------------------------------------------------------------
 
@@ -505,52 +440,48 @@ def run_rl(args):
     optimizer = add_adapters(args, model)
 
     def loss_of(part):
-        samples, advantages = zip(*part)
-        advantages = torch.stack(advantages)             # of the micro-batch
-        return policy_loss(model, samples, advantages, args.beta, args.temperature)
-    run = Run("rl", args, model, optimizer)
+        return policy_loss(model, *part, args.beta, args.temperature)
+    run = Run("rl", args, model, optimizer, training_flops("rl", args, model))
     for step in range(run.start, args.steps):
         questions = [rows[i] for i in order(len(rows), args.seed + step)[:args.questions]]
         samples, rewards = rollout(model, tokenizer, questions, step, args)       # S pairs, (Q,G)
         spread = rewards.std(1, keepdim=True) + 1e-4                              # (Q,1)
         advantages = (rewards - rewards.mean(1, keepdim=True)) / spread           # (Q,G)
-        scored = list(zip(samples, advantages.flatten()))                         # S of them
-        size, rate = args.micro_batch or len(scored), learning_rate(step, args, args.warmup)
-        parts = [scored[i:i + size] for i in range(0, len(scored), size)]
-        _, norm = optimizer_step(loss_of, parts, optimizer, rate, args.clip)
+        size, rate = args.micro_batch or len(samples), learning_rate(step, args)
+        parts = [(samples[i * size:(i + 1) * size], part)                         # (size,) each
+                 for i, part in enumerate(advantages.flatten().split(size))]
+        _, norm = optimizer_step(loss_of, parts, optimizer, rate)
         length = sum(len(answer) for _, answer in samples) / len(samples)
+        tokens = sum(len(prompt) + len(answer) for prompt, answer in samples)
         run.end_step(step, {"reward": rewards.mean(), "norm": norm, "lr": rate, "length": length},
-                     *rl_work(args, model, samples))
+                     tokens)
     resa.save_adapter(model, args.out, relative(args.target))
     return run.finish()
 
 def rollout(model, tokenizer, rows, step, args):
     """Q rows -> S samples (prompt ids, answer ids), G for each row in turn; rewards (Q,G)."""
-    prompts = [tokenizer.chat([{"role": "user", "content": row["problem"]}]) for row in rows]
-    requests = []                         # (ids, what seeds the sample)
-    for i, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt)
+    prompts, requests, rewards = [], [], []
+    for i, row in enumerate(rows):
+        prompts.append(tokenizer.chat([{"role": "user", "content": row["problem"]}]))
+        ids = tokenizer.encode(prompts[i])       # each request: ids, what seeds the sample
         requests += [(ids, (args.seed, step, i, j)) for j in range(args.group)]
     with resa.adapters_folded(model):
         done = collect(model, requests, max_new_tokens=args.max_new_tokens, top_p=1.0,
                        temperature=args.temperature, stop_ids=tokenizer.eos_ids,
                        slots=len(requests))
-    answers, rewards = [ids for ids, _ in done], []
     for i, row in enumerate(rows):
-        group = answers[i * args.group:(i + 1) * args.group]          # G of ids
+        group = [ids for ids, _ in done[i * args.group:(i + 1) * args.group]]         # G of ids
         texts = [think_prefix(prompts[i]) + tokenizer.decode(ids) for ids in group]
         rewards.append(score(args.rewards, list(zip(map(len, group), texts)), row["answer"]))
-    samples = [(prompt, answer) for (prompt, _), answer in zip(requests, answers)]
+    samples = [(prompt, answer) for (prompt, _), (answer, _) in zip(requests, done)]
     return samples, torch.tensor(rewards, device=args.device)                     # S, (Q,G)
 
 def score(names, samples, gold):
     """Rewards of the G samples (token count, text) of one question: the sum of those named.
-
     accuracy  2 for the right answer, as data.grade decides
     format    1 for exactly one end of thinking, on a line of its own
     length    from 0.5, the shortest, to -0.5, the longest; of a wrong answer at most 0; 0 for all
-              if all are equally long (arXiv 2501.12599)
-    """
+              if all are equally long (arXiv 2501.12599)"""
     counts, rewards = [count for count, _ in samples], []             # G each
     span = max(counts) - min(counts)         # 0: all are equally long
     for count, text in samples:
@@ -563,11 +494,9 @@ def score(names, samples, gold):
 
 def policy_loss(model, samples, advantages, beta, temperature=1.0):
     """GRPO's loss for one on-policy step (arXiv 2402.03300, eq. 3), a scalar.
-
     Mean over samples [(prompt ids, answer ids)], with advantages (S,), of the mean over answer
     tokens.  The policy is the model at the temperature that was sampled at: its ratio to the
-    sampling policy is 1, so clipping never acts and is left out.
-    """
+    sampling policy is 1, so clipping never acts and is left out."""
     ids, lengths = right_pad([p + a for p, a in samples], device=advantages.device)      # (S,T)
     starts = torch.tensor([len(p) for p, _ in samples], device=ids.device)        # (S,)
     position = torch.arange(1, ids.shape[1], device=ids.device)                   # of each target
@@ -581,221 +510,166 @@ def policy_loss(model, samples, advantages, beta, temperature=1.0):
         gain = gain - beta * (delta.exp() - delta - 1)   # KL by k3: unbiased, never negative
     return -((gain * answer).sum(-1) / answer.sum(-1)).mean()      # samples weigh the same
 
-def rl_work(args, model, samples):
-    """[(prompt ids, answer ids)] -> tokens learned from, FLOPs of learning and sampling."""
-    prompts, answers = (sum(map(len, side)) for side in zip(*samples))      # counts of tokens
-    tokens, T = prompts + answers, (prompts + answers) / len(samples)
-    learning = tokens * sum(training_flops("rl", args, model, T=T).values())
-    once = sum((block_flops(model, T) + head_flops(model)).values())
-    return tokens, learning + once * (answers + prompts / args.group)    # a prompt: once per group
-
 # ---- The run directory: log, checkpoints, counts -----------------------------------------------
 
+# What may change between a run and its continuation; and without what its artifact does not load
 CHANGEABLE = {"resume", "out", "log_every", "save_every", "device", "config", "given"}
-ARTIFACT = {"sae": "cfg.json", "pretrain": "model/config.json"}    # without it nothing loads
-
-def write_state(path, record, tensors):
-    """A JSON object and {name: tensor} as one safetensors file, whole or not at all."""
-    tensors = {name: t.detach().cpu().clone() for name, t in tensors.items()}
-    with staged(path.parent) as temporary:
-        save_file(tensors, temporary / path.name, {"record": json.dumps(record)})
-
-def read_state(path):
-    """What write_state wrote: record, tensors.  ValueError if the file holds anything else."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            record = parse_json(file.metadata()["record"], "its header")
-            return record, {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no checkpoint to resume from") from None
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of this program ({error!r})") from None
+ARTIFACT = {"sae": "cfg.json", "pretrain": "model/config.json"}
 
 class Run:
     """A run directory while it is written: settings, log, checkpoints, summary."""
 
-    def __init__(self, stage, args, module, optimizer):
+    def __init__(self, stage, args, module, optimizer, flops):
         self.stage, self.args, self.module, self.optimizer = stage, args, module, optimizer
-        self.out, self.began = Path(args.out), time.perf_counter()
+        self.out, self.flops = Path(args.out), flops          # per token
         self.checkpoint = self.out / "checkpoint.safetensors"
         self.metrics = self.out / "metrics.jsonl"
-        self.start, self.tokens, self.flops, self.seconds = 0, 0, 0.0, 0.0
-        # what must not change between a run and its continuation
+        self.start, self.tokens, self.began = 0, 0, time.perf_counter()
         self.settings = {k: v for k, v in vars(args).items() if k not in CHANGEABLE}
-        log = self.restore() if args.resume else self.clear()
-        self.resumed = self.tokens           # what this process did not see
+        log = self.restore() if args.resume else ""
+        check(args.resume or not self.checkpoint.exists(),
+              f"{self.out} holds an unfinished run: --resume continues it; or name another --out")
+        # an earlier run's results must not stand beside these settings
+        for name in (ARTIFACT.get(stage, "adapter_config.json"), "summary.json"):
+            (self.out / name).unlink(missing_ok=True)
         open_run(self.out, args)             # config.json
         self.metrics.write_text(log)
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        print(f"{stage}: {count:,} trainable parameters, steps {self.start} .. {args.steps}, "
-              f"{args.device}, models in {args.dtype}")
+        print(f"{stage}: {count:,} trainable parameters, {args.steps} steps, {args.device}")
         self.bar = tqdm(total=args.steps, initial=self.start, desc=stage, unit="step",
                         disable=None, dynamic_ncols=True)
 
-    def clear(self):
-        """A run that fails must not leave an earlier one's results beside its own settings."""
-        check(not self.checkpoint.exists(),
-              f"{self.out} holds an unfinished run: --resume continues it; or name another --out")
-        for name in (ARTIFACT.get(self.stage, "adapter_config.json"), "summary.json"):
-            (self.out / name).unlink(missing_ok=True)
-        for path in self.out.glob("checkpoint-*/adapter_*"):       # of --stage rl
-            if not path.parent.is_symlink():
-                path.unlink()
-        return ""
-
-    def elapsed(self):
-        return self.seconds + time.perf_counter() - self.began
-
-    def end_step(self, step, values, tokens, flops):
+    def end_step(self, step, values, tokens):
         """Counts a step; every so often logs `values`, {name: number or tensor}, and saves."""
-        done, self.tokens, self.flops = step + 1, self.tokens + tokens, self.flops + flops
+        done, last, self.tokens = step + 1, step + 1 == self.args.steps, self.tokens + tokens
         self.bar.update()                    # quiet where there is no terminal
-        last = done == self.args.steps
-        if done % self.args.log_every == 0 or last or step == self.start:
-            self.log(done, values)
-        if done % self.args.save_every == 0 or last:
+        if step == 0 or last or done % self.args.log_every == 0:
+            row = {"step": done} | {name: float(value) for name, value in values.items()}
+            seconds = time.perf_counter() - self.began
+            row |= {"tok/s": self.tokens / seconds, "seconds": round(seconds, 3)}
+            check(all(map(math.isfinite, row.values())),
+                  f"step {done}: not a finite number: {row}; lower --lr")
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self.bar.set_postfix({name: f"{row[name]:.4g}" for name in [*values, "tok/s"]})
+        if last or done % self.args.save_every == 0:
             self.save(done)
 
-    def log(self, done, values):
-        row = {"step": done} | {name: float(value) for name, value in values.items()}
-        row["tok/s"] = (self.tokens - self.resumed) / (time.perf_counter() - self.began)
-        row["seconds"] = round(self.elapsed(), 3)
-        check(all(map(math.isfinite, row.values())),
-              f"step {done}: not a finite number: {row}; lower --lr")
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.bar.set_postfix({name: f"{row[name]:.4g}" for name in [*values, "tok/s"]})
-
-    def tensors(self):
-        """What a checkpoint holds of the module and the optimizer: {name: tensor} each."""
+    def learned(self):
+        """What a checkpoint holds of the module: {name: tensor}."""
         learned = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        moments = {}                         # of Adam, z of signum
-        for i, state in self.optimizer.state_dict()["state"].items():
-            moments |= {f"optimizer/{i}/{name}": t for name, t in state.items()}
-        return learned | dict(self.module.named_buffers()), moments
+        return learned | dict(self.module.named_buffers())
 
     def save(self, done):
         """The checkpoint after `done` steps; in --stage rl also the adapter, a source model."""
-        tensors, moments = self.tensors()
+        tensors, optimizer = self.learned(), self.optimizer.state_dict()
         check(all(t.isfinite().all() for t in tensors.values()),
               f"step {done}: the weights are no longer finite; lower --lr")
         if self.stage == "rl" and done % self.args.save_every == 0:
             folder = self.out / f"checkpoint-{done}"
             resa.save_adapter(self.module, folder, relative(self.args.target))
-        if done == self.args.steps:                      # the artifact itself follows
+        if done == self.args.steps:          # the artifact itself follows
             return
-        tensors = tensors | moments | {"rng": torch.get_rng_state()}     # of dropout and noise
+        for i, state in optimizer["state"].items():      # moments of Adam, z of signum
+            tensors |= {f"{i}/{name}": t for name, t in state.items()}
+        tensors["rng"] = torch.get_rng_state()           # of dropout and noise
         if self.args.device != "cpu":
             tensors["cuda_rng"] = torch.cuda.get_rng_state(self.args.device)
-        write_state(self.checkpoint, {
-            "step": done, "tokens": self.tokens, "flops": self.flops, "seconds": self.elapsed(),
-            "settings": self.settings, "groups": self.optimizer.state_dict()["param_groups"],
-            "log": self.metrics.read_text()}, tensors)
+        tensors = {name: t.detach().cpu().clone() for name, t in tensors.items()}
+        record = {"step": done, "tokens": self.tokens, "settings": self.settings,
+                  "seconds": time.perf_counter() - self.began,
+                  "groups": optimizer["param_groups"], "log": self.metrics.read_text()}
+        with staged(self.out) as temporary:  # the whole file or none
+            save_file(tensors, temporary / self.checkpoint.name, {"record": json.dumps(record)})
 
     def restore(self):
         """Puts the checkpoint in place -> the text of metrics.jsonl at that time."""
-        record, found = read_state(self.checkpoint)         # JSON object, {name: tensor}
+        check(self.checkpoint.exists(), f"{self.checkpoint}: no checkpoint to resume from")
         try:
-            then = record["settings"]
+            with safe_open(str(self.checkpoint), framework="pt") as file:
+                record = parse_json(file.metadata()["record"], "its header")
+                found = {name: file.get_tensor(name) for name in file.keys()}
+            then, self.start = record["settings"], record["step"]
             changed = ", ".join(k for k, v in self.settings.items() if v != then.get(k))
-            check(not changed, f"{self.out}: cannot resume with other settings ({changed} changed)")
-            self.start, self.seconds = record["step"], record["seconds"]
-            self.tokens, self.flops = record["tokens"], record["flops"]
-            check(0 < self.start < self.args.steps,
-                  f"{self.checkpoint}: its step {self.start} is not of this run")
-            for name, tensor in self.tensors()[0].items():
-                check(found[name].shape == tensor.shape, f"{self.checkpoint}: {name} is mis-shaped")
+            check(not changed, f"it has other settings: {changed}")
+            self.tokens, self.began = record["tokens"], self.began - record["seconds"]
+            for name, tensor in self.learned().items():
+                check(found[name].shape == tensor.shape, f"{name} is mis-shaped")
                 tensor.data.copy_(found[name])           # would broadcast other shapes
             moments = {}
-            for name in found:
-                if name.startswith("optimizer/"):
-                    _, i, key = name.split("/")
-                    moments.setdefault(int(i), {})[key] = found[name]
+            for name in found.keys() - self.learned().keys() - {"rng", "cuda_rng"}:
+                i, key = name.split("/")
+                moments.setdefault(int(i), {})[key] = found[name]
             self.optimizer.load_state_dict({"state": moments, "param_groups": record["groups"]})
             torch.set_rng_state(found["rng"])
             if self.args.device != "cpu" and "cuda_rng" in found:
                 torch.cuda.set_rng_state(found["cuda_rng"], self.args.device)
             return record["log"]
-        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{self.checkpoint}: not a state of this run ({error!r})") from None
+        except Exception as error:           # a damaged file may lead to any
+            raise ValueError(f"{self.checkpoint}: cannot resume: {error!r}") from None
 
     def finish(self, **measured):
         """The artifact is written: notes what it took, drops the checkpoint -> the summary."""
         self.bar.close()
-        device = f"cpu, threads: {torch.get_num_threads()}"
-        if self.args.device != "cpu":
-            device = torch.cuda.get_device_name(self.args.device)
-        summary = {"steps": self.args.steps, "tokens": self.tokens, "flops": self.flops,
-                   "seconds": round(self.elapsed(), 2), "device": device} | measured
+        seconds = round(time.perf_counter() - self.began, 2)
+        summary = {"steps": self.args.steps, "tokens": self.tokens,
+                   "flops": self.tokens * self.flops, "seconds": seconds} | measured
         write_json(self.out / "summary.json", summary)
         self.checkpoint.unlink(missing_ok=True)         # nothing is left to resume
         return summary
 
 # ---- FLOPs per token ---------------------------------------------------------------------------
 
-def block_flops(model, T, start=0, stop=None, passes=1, lora=0, back=0):
-    """{part: FLOPs} of blocks start .. stop-1 in rows of T: forward passes, LoRA, backward passes.
-
-    A matrix of n weights takes 2 n forward, 2 n backward for its input, 2 n if it is trained.
-    Causal attention takes 2 T D forward, 2.5 times that backward.  Norms, softmax: left out.
-    """
-    config, n = model.config, Counter()                 # parts apart: tests count some
+def block_flops(model, T, start=0, stop=None, learns=False):
+    """FLOPs of blocks start .. stop-1 in rows of T: forward; if it learns, backward and adapters.
+    A weight takes 2 forward, 2 backward for its input, 2 if it is trained.  Causal attention takes
+    2 T D forward, 2.5 times that backward.  Norms and softmax are left out."""
+    config, n = model.config, 0
     share = config.num_experts_per_tok / config.num_experts if config.num_experts else 0
     for block in model.model.layers[start:stop]:
+        n += 2 * T * config.num_attention_heads * config.head_dim * (3.5 if learns else 1)
         for name, p in block.named_parameters():
-            if p.dim() > 1:
+            if p.dim() > 1 and (learns or "lora_" not in name):
                 used = share if ".experts." in name else 1        # of an expert's weights
-                forward = lora if "lora_" in name else passes
-                n["blocks"] += 2 * p.numel() * used * (forward + back * (1 + p.requires_grad))
-        width = config.num_attention_heads * config.head_dim
-        n["attention"] += 2 * T * width * (passes + 2.5 * back)
+                n += 2 * p.numel() * used * (2 + p.requires_grad if learns else 1)
     return n
 
-def head_flops(model, passes=1):
-    return Counter({"head": passes * 2 * model.config.hidden_size * model.config.vocab_size})
-
-def sae_flops(sae, sparse):
-    """The encoder, 2 D F; and `sparse` products, that read K active latents alone, 2 D K each."""
-    K = getattr(sae, "k", sae.n_latents) if isinstance(sae, Chosen) else sae.n_latents
-    return Counter({"SAE": 2 * sae.d_in * sae.n_latents, "SAE sparse": sparse * 2 * sae.d_in * K})
-
-def training_flops(stage, args, model, sae=None, teacher=None, T=0):
-    """{part: FLOPs} of training in rows of T, by default --seq-len.  Without AuxK and g of gsae."""
-    T = T or args.seq_len
-    if stage == "sae":
-        return block_flops(model, T, 0, args.layer + 1) + sae_flops(sae, 5)
-    if stage == "tune":
-        grad, below = args.sae_grad == "on", 0           # blocks that no gradient reaches
-        if sae is not None and not grad and args.site == "resid":
-            below = args.layer + 1
-        n = block_flops(teacher or model, T) + block_flops(model, T, below, lora=1, back=1)
-        if teacher is not None:          # else these run once for both, see resa.shares_prefix
-            n += block_flops(model, T, 0, below, lora=1)
-        n += head_flops(model, 3)
-        return n if sae is None else n + sae_flops(sae, 1 + 2 * grad)
-    rows = args.questions * args.group if stage == "rl" else args.batch
-    # past one chunk, next_token_logprobs makes the logits once more
-    again = (args.micro_batch or rows) * T > 4096
-    passes = 2 + again + (stage == "pretrain")
-    n = block_flops(model, T, lora=1, back=1) + head_flops(model, passes)
-    if stage == "rl" and args.beta:
-        n += block_flops(model, T) + head_flops(model)
-    return n
+def training_flops(stage, args, model, sae=None):
+    """FLOPs of training, and in --stage rl of sampling.  Without AuxK and the g of gsae."""
+    T = args.max_new_tokens if stage == "rl" else args.seq_len
+    D = model.config.hidden_size
+    head, encoder, sparse = 2 * D * model.config.vocab_size, 0, 0
+    if sae is not None:                  # products with z read K active latents alone
+        encoder, sparse = 2 * D * sae.n_latents, 2 * D * getattr(sae, "k", sae.n_latents)
+    if stage == "sae":                   # decodes, then makes four gradients
+        return block_flops(model, T, 0, args.layer + 1) + encoder + 5 * sparse
+    if stage != "tune":                  # the backward pass makes the logits again
+        n = block_flops(model, T, learns=True) + head * (4 if stage == "pretrain" else 3)
+        passes = 1 + (args.beta > 0) if stage == "rl" else 0     # samples; the KL to the base
+        return n + passes * (block_flops(model, T) + head)
+    grad, below = args.sae_grad == "on", 0           # blocks that no gradient reaches
+    if sae is not None and not grad and args.site == "resid":
+        below = args.layer + 1
+    n = block_flops(model, T) + block_flops(model, T, below, learns=True) + 3 * head
+    if args.teacher == "source":         # else these run once for both, see resa.shares_prefix
+        n += block_flops(model, T, 0, below)
+    return n + encoder + sparse * (1 + 2 * grad)
 
 # ---- Command line: one function of flags per stage ---------------------------------------------
 
 SWITCH = argparse.BooleanOptionalAction
-POSITIVE = real(0, above=True)
-SITES = ("resid", "mlp")
-FALLING = ("constant", "cosine")         # the cosine ends at a tenth of the rate
 
 def common_flags(add):
     # Data, and how much of it
-    add("--data", default="", help="JSON(L) of problem/answer, problem/completion or text; or the "
-        "name of a published set")
+    add("--data", default="", help="file of JSON(L), see read_rows; or name of a published set")
     add("--steps", type=whole(0), default=0, help="optimizer steps; 0: --epochs decides")
     add("--micro-batch", type=whole(0), default=0, help="rows in one forward pass; 0: the batch")
     add("--seed", type=whole(0), default=0, help="of initialisation, data order and sampling")
+    # The learning rate
+    add("--lr", type=real(0), default=3e-4, help="at its peak; SAEs: 0 for the optimizer's rule")
+    add("--warmup", type=whole(0), default=0, help="steps of linear warm-up")
+    add("--schedule", choices=("constant", "cosine", "linear"), default="constant",
+        help="cosine: to a tenth; linear: to 0 over the last fifth")
     # Where it runs
     add("--device", help="cpu, cuda or cuda:N; by default a GPU where there is one")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of language models")
@@ -806,37 +680,25 @@ def common_flags(add):
     add("--save-every", type=whole(1), default=100, help="steps between checkpoints")
 
 def text_flags(add):
-    # Packed text, and passes over it
     add("--template", choices=("chat", "resa"), default="chat", help="resa: the published layout")
     add("--seq-len", type=whole(2), default=256, help="tokens in a packed chunk; published: 2048")
-    add("--shuffle", action=SWITCH, default=True,
-        help="permute the chunks of each epoch; published: --no-shuffle")
+    add("--shuffle", action=SWITCH, default=True, help="in each epoch; published: --no-shuffle")
     add("--batch", type=whole(1), default=32, help="chunks in an optimizer step")
     add("--epochs", type=whole(1), default=1, help="passes over the data, without --steps")
 
 def lora_flags(add):
-    # The adapter
     add("--target", default="", help="model spec that the adapter is for")
     add("--lora-r", type=whole(1), default=32, help="rank")
     add("--lora-alpha", type=whole(1), default=128, help="the adapter's scale is alpha / rank")
     add("--lora-dropout", type=real(0, 0.99), default=0.05, help="on its input, in training")
-    # Its training
-    add("--lr", type=POSITIVE, default=3e-4, help="published: 1e-6 (at 1.5B parameters)")
-    add("--schedule", choices=FALLING, default="constant", help="cosine falls to a tenth of it")
-    add("--clip", type=POSITIVE, default=1.0, help="of the gradient's norm")
 
 def site_flags(add):
-    # Where an SAE belongs
     add("--source", default="", help="model spec: gives the activations; or the teacher")
     add("--layer", type=whole(0), default=1, help="decoder block, counted from 0")
-    add("--site", choices=SITES, default="resid", help="output of the block, or of its MLP")
-    add("--other-site", action=SWITCH, default=False,
-        help="allow an SAE that was trained at another site or layer; published: v2 did")
+    add("--site", choices=("resid", "mlp"), default="resid", help="output of block or of its MLP")
+    add("--other-site", action=SWITCH, default=False, help="allow an SAE of another one")
 
 def sae_flags(add):
-    text_flags(add)
-    site_flags(add)
-    # The SAE
     add("--init", choices=("scratch", "finetune", "pretrained"), default="scratch",
         help="the paper's three modes: a fresh SAE, one to train further, one as it is")
     add("--sae-from", default="", help="DIR_OR_HUB_ID[#HOOKPOINT], if not from scratch")
@@ -846,70 +708,51 @@ def sae_flags(add):
     add("--k", type=whole(1), default=16, help="active latents per token")
     # Its training
     add("--optimizer", choices=("signum", "adam"), default="adam", help="published: signum")
-    add("--lr", type=real(0), default=0.0, help="0: a rule, for signum 5e-3 / sqrt(F / 2^14)")
-    add("--warmup", type=whole(0), default=0, help="steps of linear warm-up")
-    add("--schedule", choices=("constant", "cosine", "linear"), default="constant",
-        help="cosine: to a tenth; linear: to 0 over the last fifth")
     add("--aux-coef", type=real(0), default=0.03125, help="weight of AuxK; published: 0")
     add("--dead-after", type=whole(1), default=100_000, help="tokens without firing; see AuxK")
-    add("--sink-norm", type=real(0), help="leave out position 0 and norms above this x the median; "
-        "0: nothing; by default 10")
-
-def sft_flags(add):
-    text_flags(add)
-    lora_flags(add)
+    add("--sink-norm", type=real(0), help="leave out norms above this x the median; default 10")
 
 def tune_flags(add):
-    sft_flags(add)
-    # What takes the activation's place
-    site_flags(add)
     add("--sae", default="", help="DIR_OR_HUB_ID[#HOOKPOINT]; by default out/PRESET/sae")
-    add("--splice", choices=("sae", "random", "noise", "none"), default="sae",
-        help="what takes the activation's place: the SAE, or a control")
+    add("--splice", choices=("sae", "random", "noise", "none"), default="sae", help="or a control")
     add("--sae-grad", choices=("off", "on"), default="off", help="off: published code; on: text")
     # The objective
-    add("--teacher", choices=("target", "source"), default="target",
-        help="whose predictions are the aim; published: target")
+    add("--teacher", choices=("target", "source"), default="target", help="published: target")
     add("--kl-reduction", choices=("token", "sequence"), default="token",
         help="nats per token; published: the sum over the sequence")
 
 def rl_flags(add):
-    lora_flags(add)
-    # Samples and what they are worth
     add("--questions", type=whole(1), default=32, help="questions in a step")
     add("--group", type=whole(2), default=8, help="samples of each question")
-    add("--temperature", type=POSITIVE, default=1.0, help="of the samples; Tina has 0.7")
+    add("--temperature", type=real(0, above=True), default=1.0, help="of the samples; Tina has 0.7")
     add("--max-new-tokens", type=whole(1), default=96, help="length limit of a sample")
     add("--rewards", nargs="+", choices=("accuracy", "format", "length"),
         default=["accuracy", "format"], help="what is rewarded, summed")
     add("--beta", type=real(0), default=0.0, help="weight of KL(policy || base); Tina has 0.04")
-    add("--warmup", type=whole(0), default=0, help="steps of linear warm-up")
 
 def pretrain_flags(add):
-    text_flags(add)
     add("--model", default="", help="spec to start from, as random:data/tiny/init/config.json")
     add("--only", default="", help="regular expression: parameters of such names learn")
-    add("--lr", type=POSITIVE, default=1e-3, help="at its peak")
-    add("--warmup", type=whole(0), default=100, help="steps of linear warm-up")
-    add("--schedule", choices=FALLING, default="cosine", help="cosine falls to a tenth of it")
 
-FLAGS = {"sae": sae_flags, "tune": tune_flags, "sft": sft_flags, "rl": rl_flags,
-         "pretrain": pretrain_flags}
+FLAGS = {"sae": (text_flags, site_flags, sae_flags), "sft": (text_flags, lora_flags),
+         "tune": (text_flags, lora_flags, site_flags, tune_flags), "rl": (lora_flags, rl_flags),
+         "pretrain": (text_flags, pretrain_flags)}
+DEFAULTS = {"sae": {"lr": 0.0}, "pretrain": {"lr": 1e-3, "warmup": 100, "schedule": "cosine"}}
 RUN = {"sae": run_sae, "tune": run_tune, "sft": run_sft, "rl": run_rl, "pretrain": run_pretrain}
-FOLDER = {"tune": "adapter"}             # of an artifact, where it is not the stage's name
 
 def settings(stage, argv):
     """argv without --stage -> a Namespace with what depends on other flags filled in."""
     parser = Parser(f"train.py --stage {stage}", RUN[stage].__doc__)
-    common_flags(parser.add_argument)
-    FLAGS[stage](parser.add_argument)
+    for flags in (common_flags, *FLAGS[stage]):
+        flags(parser.add_argument)
+    parser.set_defaults(**DEFAULTS.get(stage, {}))
     args = parse(parser, argv, stage)
-    args.out = args.out or f"out/{args.preset}/{FOLDER.get(stage, stage)}"
+    args.out = args.out or f"out/{args.preset}/{'adapter' if stage == 'tune' else stage}"
     args.device = choose_device(args.device)            # ValueError: not here
     rows = args.questions * args.group if stage == "rl" else args.batch
-    check(not args.micro_batch or rows % args.micro_batch == 0,
-          f"--micro-batch {args.micro_batch} does not divide the batch, {rows}: micro-batches are "
-          "averaged with equal weight, so they must have equal size")
+    check(not args.micro_batch or rows % args.micro_batch == 0,      # parts weigh the same
+          f"--micro-batch {args.micro_batch} does not divide the batch, {rows}")
+    check(args.lr > 0 or stage == "sae", "--lr must be above 0: nothing would be learned")
     check(not args.steps or "epochs" not in args.given, "--epochs has no effect with --steps")
     return args
 
@@ -925,11 +768,11 @@ def main(argv):
     known, rest = front.parse_known_args(argv)
     if known.stage is None and {"-h", "--help"} & set(rest):
         return print(__doc__)
-    check(known.stage in RUN, f"usage: train.py --stage {' | '.join(RUN)} ...; --stage NAME --help "
-          "lists the flags of one")
+    check(known.stage in RUN, f"usage: train.py --stage {' | '.join(RUN)} ...; see --help")
     args = settings(known.stage, rest)
     if known.stage == "sae" and args.variant == "help":
         return list_variants()
+    data_file(args.data)                 # fetched before a model is loaded: a failure shows early
     summary = RUN[known.stage](args)
     print(args.out)
     for name, value in summary.items():

@@ -56,22 +56,20 @@ def read_text(path):
 def read_json(path):
     """A parsed JSON object."""
     value = parse_json(read_text(path), path)
-    kind = type(value).__name__
-    check(isinstance(value, dict), f"{path}: a JSON object was expected, this is a {kind}")
+    check(isinstance(value, dict),
+          f"{path}: a JSON object was expected, this is a {type(value).__name__}")
     return value
 
 REQUIRED = object()      # as the default of a field: it must be there
 
 def read_fields(raw, table, where):
     """A parsed JSON object -> {field: value} for the fields of `table`.
-
     table      {field: (kind, low, high, default)}
     kind       a type; a tuple of types; [type] for a list of it; a tuple of words, one of them
     low, high  bounds of a number, or of how long a text or list is; None: no bound
     default    what an absent field, or null, means; REQUIRED: there is none
     Other fields are left out: the caller decides whether they may be ignored.
-    ValueError names file and field.
-    """
+    ValueError names file and field."""
     found = {}
     for name, (kind, low, high, default) in table.items():
         if raw.get(name) is None:
@@ -96,10 +94,9 @@ def read_value(value, kind, low=None, high=None, where="value"):
     wanted = " or ".join(KIND_NAMES[k] for k in kinds)
     check(type(value) in kinds, f"{where} should be {wanted}, it is {shorten(value)}")
     check(not isinstance(value, float) or math.isfinite(value), f"{where} should be finite")
-    if isinstance(value, (int, float, str, list)):
-        size = value if isinstance(value, (int, float)) else len(value)
-        check(low is None or size >= low, f"{where} is below {low}: {shorten(value)}")
-        check(high is None or size <= high, f"{where} is above {high}: {shorten(value)}")
+    size = value if isinstance(value, (int, float)) else len(value)
+    check(low is None or size >= low, f"{where} is below {low}: {shorten(value)}")
+    check(high is None or size <= high, f"{where} is above {high}: {shorten(value)}")
     return [read_value(x, kind[0], where=where) for x in value] if isinstance(kind, list) else value
 
 def shorten(value):
@@ -111,7 +108,6 @@ def shorten(value):
 
 def read_jsonl(path):
     """Yields (line number, object) of a JSONL file, blank lines left out.
-
     A file that begins with [ is read as one JSON list, whose objects are counted instead of lines.
     """
     text = read_text(path)
@@ -119,8 +115,7 @@ def read_jsonl(path):
         rows = enumerate(parse_json(text, path), start=1)
     else:                                # not splitlines(), which also cuts at U+2028
         lines = enumerate(text.split("\n"), start=1)
-        lines = ((number, line) for number, line in lines if line.strip())
-        rows = ((number, parse_json(line, f"{path}:{number}")) for number, line in lines)
+        rows = ((n, parse_json(line, f"{path}:{n}")) for n, line in lines if line.strip())
     for number, row in rows:
         check(isinstance(row, dict), f"{path}:{number}: a JSON object was expected")
         yield number, row
@@ -130,9 +125,7 @@ PROBLEM = {name: (TEXT, None, None, None) for name in ("problem", "question", "a
 
 def read_problems(path):
     """Rows of "problem" (or "question"), "answer", maybe "id" -> list of dicts with these as text.
-
-    ValueError names the file and line of the first bad row: path:17: no "answer" field.
-    """
+    ValueError names the file and line of the first bad row: path:17: no "answer" field."""
     rows, ids = [], set()
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
@@ -166,9 +159,7 @@ def open_tensors(paths):
 
 def check_tensors(found, wanted, where):
     """ValueError names what is missing, unexpected or of another shape.  Reads only headers.
-
-    found {name: slice}, wanted {name: tensor, or anything with a .shape}
-    """
+    found {name: slice}, wanted {name: tensor, or anything with a .shape}"""
     wrong = [f"missing {name}" for name in wanted if name not in found]
     wrong += [f"unexpected {name}" for name in found if name not in wanted]
     for name in wanted:
@@ -182,24 +173,21 @@ def check_tensors(found, wanted, where):
 
 def locate(spec):
     """The local directory of PATH_OR_HUB_ID[@REVISION][#SUBFOLDER]; hub ids are fetched and cached.
-
-    FileNotFoundError: nothing there.  ValueError: another form, or a subfolder that leads out.
-    """
+    FileNotFoundError: nothing there.  ValueError: another form, or a subfolder that leads out."""
     spec = str(spec)
     if Path(spec).is_dir():
         return Path(spec)
-    match = re.fullmatch(r"([^#]+?)(?:@([^@#]+))?(?:#(.+))?", spec)
-    check(match, f"{spec}: not of the form PATH_OR_HUB_ID[@REVISION][#SUBFOLDER]")
-    name, revision, subfolder = match.groups()
-    if Path(spec.partition("#")[0]).is_dir():            # a directory may have an @ in its name
-        name, revision = spec.partition("#")[0], None
+    name, mark, subfolder = spec.partition("#")
+    check(name and (subfolder or not mark),
+          f"{spec}: not of the form PATH_OR_HUB_ID[@REVISION][#SUBFOLDER]")
     root = Path(name)
-    if not root.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if not root.is_dir():                # a directory may have an @ in its name
+        match = re.fullmatch(r"(?!\.)([\w.-]+/[\w.-]+)(?:@([^@]+))?", name)
+        if not match:
             raise FileNotFoundError(f"{spec}: no such directory, nor a hub id, owner/name")
-        root = fetch(name, revision, subfolder)
-    check(not revision or root != Path(name), f"{spec}: a revision needs a hub id, {name} is local")
-    path = (root / (subfolder or ".")).resolve()
+        check(not Path(match[1]).is_dir(), f"{spec}: only a hub id has a revision, this is local")
+        root = fetch(*match.groups(), subfolder)
+    path = (root / subfolder).resolve()
     check(path.is_relative_to(root.resolve()), f"{spec}: the subfolder leads out of {root}")
     if not path.is_dir():
         raise FileNotFoundError(f"{spec}: no folder {subfolder!r} there")
@@ -209,9 +197,9 @@ def fetch(repo, revision=None, subfolder=None):
     """Downloads a hub repository: weights, JSON, templates; never a pickle."""
     from huggingface_hub import snapshot_download
     folder = f"{subfolder}/" if subfolder else ""
-    patterns = [f"{folder}{p}" for p in ("*.json", "*.safetensors", "*.jinja")]
+    wanted = [f"{folder}*.{suffix}" for suffix in ("json", "safetensors", "jinja")]
     try:                                 # '*' crosses '/': keep the folders below out
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns,
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted,
                                       ignore_patterns=f"{folder}*/*"))
     except Exception as error:           # the hub client raises a dozen kinds of errors
         kind = type(error).__name__
@@ -223,20 +211,18 @@ def fetch(repo, revision=None, subfolder=None):
 @contextmanager
 def staged(directory):
     """A temporary sibling to write in; its files move into `directory` only if the block ends well.
-
     Files are renamed, never written in place.  Where weights are replaced, their .json files go
-    first and come last: a reader finds the old files, the new ones, or what does not load.
-    """
+    first and come last: a reader finds the old files, the new ones, or what does not load."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         yield temporary
         files = sorted(temporary.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
-        if any(path.suffix == ".safetensors" for path in files):
-            for path in files:
-                if path.suffix == ".json":
-                    (directory / path.name).unlink(missing_ok=True)
+        replaced = any(path.suffix == ".safetensors" for path in files)
+        for path in files:
+            if replaced and path.suffix == ".json":
+                (directory / path.name).unlink(missing_ok=True)
         for path in files:
             path.chmod(0o644)            # save_file leaves 0600, unreadable to a colleague
             os.replace(path, directory / path.name)
@@ -245,17 +231,17 @@ def staged(directory):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-def write_json(path, value):
-    """A JSON file, whole or not at all."""
+def write_text(path, text):
+    """A UTF-8 file, whole or not at all."""
     path = Path(path)
     with staged(path.parent) as temporary:
-        (temporary / path.name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        (temporary / path.name).write_text(text, encoding="utf-8")
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 def write_jsonl(path, rows):
-    path = Path(path)
-    with staged(path.parent) as temporary:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (temporary / path.name).write_text(text, encoding="utf-8")
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 def relative(spec):
     """A spec or path without this checkout's own directory, so that it makes sense elsewhere."""

@@ -8,7 +8,6 @@
 
 import argparse
 import difflib
-import math
 import os
 import platform
 import re
@@ -25,7 +24,6 @@ from data.files import (
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Descriptions as written; the default behind each flag that has one."""
-
     def _get_help_string(self, action):
         if action.default in (None, "", argparse.SUPPRESS) or action.default is False:
             return action.help
@@ -33,7 +31,6 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line.  With a preset it takes --preset and --config too."""
-
     def __init__(self, prog, description, preset="tiny"):
         super().__init__(prog=prog, description=description, allow_abbrev=False,
                          formatter_class=Help)
@@ -45,32 +42,24 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{self.prog}: {message}; --help lists the flags")
 
-def whole(low, high=2**62):
-    """A type for add_argument: whole numbers from low to high."""
+def real(low, high=1e308, above=False, kind=float):
+    """A type for add_argument: finite numbers from low to high; above=True: not low itself."""
     def number(text):
-        value = int(text)
-        if not low <= value <= high:
-            bounds = f"from {low} to {high}" if high < 2**62 else f"at least {low}"
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):       # NaN is in no range
+            bounds = f"{'finite, ' * (kind is float)}{'above' if above else 'at least'} {low}"
+            bounds += f" and at most {high}" if high < 2**62 else ""
             raise argparse.ArgumentTypeError(f"{text} should be {bounds}")
         return value
     return number
 
-def real(low, high=math.inf, above=False):
-    """A type for add_argument: finite numbers from low to high; above=True: not low itself."""
-    def number(text):
-        value = float(text)
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
-            bounds = f"{'above' if above else 'at least'} {low}"
-            bounds += f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} should be finite, {bounds}")
-        return value
-    return number
+def whole(low, high=2**62):
+    """The same for whole numbers."""
+    return real(low, high, kind=int)
 
 def read_preset(name):
     """A bundle of data/presets.json -> {flag: value, or the name of a section: {flag: value}}.
-
-    "like" names another bundle, of which this one says only what is different.
-    """
+    "like" names another bundle, of which this one says only what is different."""
     text = read_text(ROOT / "data" / "presets.json").replace("{root}", str(ROOT))
     presets = parse_json(text, "data/presets.json")
     check(name in presets, f"no preset {name!r}; there are {', '.join(presets)}")
@@ -82,10 +71,8 @@ def read_preset(name):
 
 def parse(parser, argv, section=""):
     """argv -> settings: the parser's defaults < --preset NAME < --config FILE.json < flags.
-
     section  the part of a preset that belongs to this program or stage, beside what is common
-    .given holds the names set by file or flag, so that what cannot take effect can be refused.
-    """
+    .given holds the names set by file or flag, so that what cannot take effect can be refused."""
     early = Parser(parser.prog, None, parser.get_default("preset"))
     known, _ = early.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     bundle = read_preset(known.preset) if known.preset else {}
@@ -107,9 +94,7 @@ def parse(parser, argv, section=""):
 
 def to_argv(config, flags=(), where="--config"):
     """{"lr": 0.1, "shuffle": false, "model": ["a"]} -> [--lr=0.1, --no-shuffle, --model, a].
-
-    flags  those there are: what has no --no-NAME is off already
-    """
+    flags  those there are: what has no --no-NAME is off already"""
     argv = []
     for name, value in config.items():
         flag = name.replace("_", "-")
@@ -131,9 +116,7 @@ def refuse_idle(args, names, where):
 
 def front_door(main):
     """Runs main(argv).  A user's mistake becomes one line and exit code 2.
-
-    RESA_TRACEBACK=1 in the environment shows where it arose.
-    """
+    RESA_TRACEBACK=1 in the environment shows where it arose."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()               # a closed pipe shows here, not at exit
@@ -152,15 +135,11 @@ def front_door(main):
 def open_run(directory, args):
     """Makes a run directory and writes config.json, what would be needed to run it again."""
     import torch
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        commit = git.stdout.strip() or None
-    except OSError:
-        commit = None
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     write_json(Path(directory) / "config.json", {
         "settings": {name: value for name, value in vars(args).items() if name != "given"},
-        "argv": sys.argv, "git": commit,
+        "argv": sys.argv, "git": git.stdout.strip() or None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}})
 
@@ -192,17 +171,14 @@ def arms_parser(prog, description):
 
 def parse_experiment(parser, argv, quick, name="arms"):
     """argv -> settings; `quick` {flag: value} is what --quick means.  Makes the run directory.
-
-    name  of the experiment: its section in presets, its folder in out/PRESET
-    """
+    name  of the experiment: its section in presets, its folder in out/PRESET"""
+    import torch
     args = parse(parser, argv, name)
     if args.quick:
         refuse_idle(args, " ".join(quick), "--quick, which sets it")
         vars(args).update(quick)
-    if not args.workers:
-        import torch
-        on_cpu = args.device == "cpu" or not torch.cuda.is_available()
-        args.workers = 2 if on_cpu else 1
+    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    args.workers = args.workers or 1 + on_cpu
     args.out = args.out or f"out/{args.preset}/{name}"
     open_run(args.out, args)
     Path(args.out, "commands.sh").unlink(missing_ok=True)        # of an earlier run
@@ -210,7 +186,6 @@ def parse_experiment(parser, argv, quick, name="arms"):
 
 def command_lines(name, words, args):
     """An arm -> its command lines, each a list of words: train it, unless it is there; then ask it.
-
     words  "train.py ..." or "eval.py --model SPEC", with the settings `args` to fill in by {name}.
            What is trained goes into OUT/NAME; an adapter is asked on --target, an SAE is not asked.
     """
@@ -241,32 +216,29 @@ def slug(name):
 
 def run_commands(arms, args, title="arms"):
     """Runs {name: words} as `command_lines`, args.workers arms at a time, an arm's lines in order.
-
     The lines are noted in OUT/commands.sh, to be pasted.  -> {name: the model spec that was asked}.
-    ValueError: a command failed; the last line of what it said is in it.
-    """
+    ValueError: a command failed; the last line of what it said is in it."""
     commands = {name: command_lines(name, words, args) for name, words in arms.items()}
     with open(Path(args.out) / "commands.sh", "a", encoding="utf-8") as file:
         for name, lines in commands.items():
             pasted = [relative("python " + shlex.join(line)) for line in lines]
             file.write("\n".join([f"# {name}", *pasted, ""]))
-    with ThreadPoolExecutor(args.workers) as pool:
-        futures = {pool.submit(run_lines, lines): name for name, lines in commands.items()}
-        bar = tqdm(as_completed(futures), total=len(futures), desc=title, unit="arm", disable=None)
-        try:
-            for future in bar:
-                future.result()
-                bar.set_postfix_str(f"done: {futures[future]}")
-        finally:                         # after an error, what has not begun is dropped
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(args.workers)
+    futures = {pool.submit(run_lines, lines): name for name, lines in commands.items()}
+    bar = tqdm(as_completed(futures), total=len(futures), desc=title, unit="arm", disable=None)
+    try:
+        for future in bar:
+            future.result()
+            bar.set_postfix_str(f"done: {futures[future]}")
+    finally:                             # after an error, what has not begun is dropped
+        pool.shutdown(cancel_futures=True)
     return {name: lines[-1][2] for name, lines in commands.items() if lines[-1][0] == "eval.py"}
 
 def run_lines(lines):
     """Runs command lines one after the other, on one thread: fastest for small tensors."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for line in lines:
-        program = line[:2] if line[0] == "-m" else [str(ROOT / line[0])]
-        done = subprocess.run([sys.executable, *program, *line[len(program):]], env=environment,
+        done = subprocess.run([sys.executable, str(ROOT / line[0]), *line[1:]], env=environment,
                               capture_output=True, text=True)
         said = (done.stderr.strip() or "it said nothing").split("\n")[-1]
         check(done.returncode == 0, f"python {shlex.join(line)}: {said}")

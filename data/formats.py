@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from data.files import REQUIRED, check, locate, open_tensors, read_fields, read_json
+from data.files import REQUIRED, check, locate, read_fields, read_json
 from data.flags import Parser, front_door, parse
-from sae import complete_meta, load_sae, read_sae, save_sae, write_sae
+from sae import VARIANTS, complete_meta, load_sae, read_sae, save_sae, write_sae
 
 LAYOUTS = {                              # layout -> its configuration, its weights
     "sparsify": ("cfg.json", "sae.safetensors"),
@@ -34,11 +34,9 @@ MAYBE_TEXT, MAYBE_DICT = (str, None, None, None), (dict, None, None, None)
 @torch.no_grad()
 def load_any(directory_or_hub_id, hookpoint=None):
     """Reads an SAE of any layout -> SAE on the CPU, in at least fp32.
-
     hookpoint: the subfolder that holds it; DIRECTORY_OR_HUB_ID#HOOKPOINT means the same.
     meta gets site, layer and model as far as the file, or a folder's name like layers.12.mlp, says.
-    ValueError names the file and what is wrong.  FileNotFoundError: no SAE, or no hub.
-    """
+    ValueError names the file and what is wrong.  FileNotFoundError: no SAE, or no hub."""
     spec = f"{directory_or_hub_id}#{hookpoint}" if hookpoint else str(directory_or_hub_id)
     folder = locate(spec)
     layout = find_layout(folder)
@@ -52,22 +50,6 @@ def load_any(directory_or_hub_id, hookpoint=None):
     sae.meta = complete_meta(said, spec)
     return sae
 
-def find_layout(folder):
-    """The name of the one layout whose files are in a directory."""
-    there = [layout for layout, (config, weights) in LAYOUTS.items()
-             if (folder / config).is_file() and (folder / weights).is_file()]
-    if len(there) == 1:
-        return there[0]
-    both = " and ".join(f"{layout} ({', '.join(LAYOUTS[layout])})" for layout in there)
-    check(not there, f"{folder}: holds the files of {both}: keep those of one")
-    weights = [name for _, name in LAYOUTS.values()]
-    inside = sorted({path.parent.name for name in weights for path in folder.glob(f"*/{name}")})
-    if not inside:
-        refuse_pickle(folder)            # returns if there is none
-    like = ", ".join(inside[:30] or ["layers.12.mlp"])
-    raise FileNotFoundError(f"{folder}: no SAE there, that is {' or '.join(weights)} with its "
-                            f"configuration; name a hookpoint that has one, like {like}")
-
 # OpenAI's pickle also holds the settings: where there is no config.json, they become one.
 CONVERT = ("import json, os, sys, torch; from safetensors.torch import save_file; "
            "s = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
@@ -76,16 +58,31 @@ CONVERT = ("import json, os, sys, torch; from safetensors.torch import save_file
            "json.dump({'shape': s['encoder.weight'].shape, "
            "**{k: s[k] for k in s.keys() - t.keys()}}, open('config.json', 'x'))")
 
-def refuse_pickle(folder):
-    """ValueError with the way out, if dictionary_learning or OpenAI wrote all there is."""
-    names = sorted(path.name for path in folder.glob("*.pt"))
-    config = folder / "config.json"
-    if not names and config.is_file() and "trainer" in read_json(config):
-        names = ["ae.pt"]                # on a hub, from which pickles are not even fetched
-    if names:
-        raise ValueError(f"{folder}: {names[0]} is a pickle, which can run any code when it is "
+def find_layout(folder):
+    """The name of the one layout whose files are in a directory.  A pickle: how to convert it."""
+    there = [layout for layout, names in LAYOUTS.items()
+             if all((folder / name).is_file() for name in names)]
+    if len(there) == 1:
+        return there[0]
+    both = " and ".join(f"{layout} ({', '.join(LAYOUTS[layout])})" for layout in there)
+    check(not there, f"{folder}: holds the files of {both}: keep those of one")
+    pickles, config = sorted(path.name for path in folder.glob("*.pt")), folder / "config.json"
+    if config.is_file() and "trainer" in read_json(config):
+        pickles.append("ae.pt")          # on a hub, from which pickles are not even fetched
+    if pickles:
+        raise ValueError(f"{folder}: {pickles[0]} is a pickle, which can run any code when it is "
                          "loaded, so it is not; this makes safetensors of it, in that directory: "
-                         f'python -c "{CONVERT}" {shlex.quote(names[0])}')
+                         f'python -c "{CONVERT}" {shlex.quote(pickles[0])}')
+    weights = " or ".join(name for _, name in LAYOUTS.values())
+    raise FileNotFoundError(f"{folder}: no SAE there, that is {weights} with its configuration; "
+                            "name a hookpoint that has one, like layers.12.mlp")
+
+def hyper_of(variant, n_latents, normalize="none", rows="free", **said):
+    """What a file says -> those settings that the variant has.  rows="free": atoms of any norm."""
+    said |= {"normalize": normalize, "rows": rows}
+    if variant == "jumprelu":            # its k only steers training
+        said["k"] = min(32, n_latents)
+    return {name: said[name] for name in VARIANTS[variant].defaults if name in said}
 
 def move_bias(sae):
     """For an encoder that reads x: pre = x W_enc' + b_enc = (x - b_dec) W_enc' + new b_enc."""
@@ -123,7 +120,7 @@ SAELENS = {                              # the fields of cfg.json
     "activation_fn_str": (("relu", "topk"), None, None, "relu"),
     "activation_fn_kwargs": MAYBE_DICT,
     "hook_name": MAYBE_TEXT, "hook_point": MAYBE_TEXT, "model_name": MAYBE_TEXT}
-SCALER = {"scaling_factor": (float, 1e-30, 1e30, REQUIRED)}
+SCALER = {"scaling_factor": (float, 1e-30, 1e30, REQUIRED)}        # of activation_scaler.json
 
 def read_saelens(config, weights):
     cfg = read_fields(read_json(config), SAELENS, config)
@@ -131,12 +128,10 @@ def read_saelens(config, weights):
     if (cfg["activation_fn"] or cfg["activation_fn_str"]) == "topk":
         kind = "topk"
         cfg |= read_fields(cfg["activation_fn_kwargs"] or {}, {"k": MAYBE_K}, config)
-    check(kind != "topk" or cfg["k"], f"{config}: no 'k'")
     normalize = NORMALIZE[cfg["normalize_activations"]]
-    own = {"topk": {"k": cfg["k"]}, "jumprelu": {"k": min(32, n_latents)},
-           "standard": {"rows": "free"}, "gated": {}}      # atoms of any norm
-    hyper = own[kind] | {"normalize": "token" if normalize == "token" else "none"}
     variant, names, _ = ARCHITECTURES[kind]
+    hyper = hyper_of(variant, n_latents, k=cfg["k"],
+                     normalize="token" if normalize == "token" else "none")
     sae = read_sae(weights, variant, cfg["d_in"], n_latents, hyper, names, ["scaling_factor"])
     if normalize == "scale":             # by how much, a file beside the weights says
         path = config.with_name("activation_scaler.json")
@@ -151,32 +146,24 @@ def read_saelens(config, weights):
     return sae
 
 def saelens_meta(cfg):
-    """Where the SAE belongs, in our words, and whatever else its "metadata" says."""
+    """Where the SAE belongs, in our words, and whatever else its "metadata" says.
+    A site that we do not have keeps its own name, so that it is never taken for one of ours."""
     hook = cfg["hook_name"] or cfg["hook_point"]
     meta = cfg["metadata"] or {"hook_name": hook, "model_name": cfg["model_name"]}
     meta = {name: value for name, value in meta.items() if not name.startswith("sae_lens_")}
     hook, model = meta.pop("hook_name", None), meta.pop("model_name", None)
-    return meta | site_of(hook) | {"model": model}
-
-def site_of(hook):
-    """A hook of TransformerLens -> {"layer", "site"}, or {} if it is in no block.
-
-    A site that we do not have keeps its own name, so that it is never taken for one of ours.
-    """
-    match = re.fullmatch(r"blocks\.(\d{1,9})\.(.+)", str(hook))
-    if not match:
-        return {}
-    layer, name = int(match[1]), match[2]
-    if name == "hook_resid_pre" and layer > 0:       # what enters a block left the one before
-        layer, name = layer - 1, "hook_resid_post"
-    return {"layer": layer, "site": HOOKS.get(name, name)}
+    match = re.fullmatch(r"blocks\.(\d{1,9})\.(.+)", str(hook))      # TransformerLens's names
+    if match:
+        layer, name = int(match[1]), match[2]
+        if name == "hook_resid_pre" and layer > 0:   # what enters a block left the one before
+            layer, name = layer - 1, "hook_resid_post"
+        meta |= {"layer": layer, "site": HOOKS.get(name, name)}
+    return meta | {"model": model}
 
 def save_saelens(sae, directory):
     """Writes cfg.json and sae_weights.safetensors, for SAELens 6.
-
     An input scale goes into the weights; one threshold for all becomes one for each latent.
-    ValueError, and nothing is written, for what SAELens cannot express.
-    """
+    ValueError, and nothing is written, for what SAELens cannot express."""
     kind = EXPORTS.get(sae.variant)
     check(kind and sae.normalize != "unit", f"SAELens cannot express {sae.variant} with normalize="
           f"{sae.normalize!r}; the layout 'sparsify' holds everything")
@@ -236,24 +223,13 @@ def read_dictionary_learning(config, weights):
     raw = read_json(config)
     if "shape" in raw:
         return read_openai(raw, config, weights)
-    raw = read_fields(raw, {"trainer": (dict, None, None, REQUIRED)}, config)
-    cfg = read_fields(raw["trainer"], TRAINER, f"{config}: trainer")
+    trainer = read_fields(raw, {"trainer": (dict, None, None, REQUIRED)}, config)["trainer"]
+    cfg = read_fields(trainer, TRAINER, f"{config}: trainer")
     kind, n_latents = cfg["dict_class"], cfg["dict_size"]
     variant, names, ignored = DICTIONARIES[kind]
-    check("k" not in ignored or cfg["k"], f"{config}: trainer: no 'k'")
-    check(variant != "matryoshka" or cfg["group_sizes"], f"{config}: trainer: no 'group_sizes'")
-    own = {"topk": {"k": cfg["k"]}, "batchtopk": {"k": cfg["k"]},
-           "matryoshka": {"k": cfg["k"], "levels": cfg["group_sizes"]},
-           "jumprelu": {"k": min(32, n_latents)}}
-    hyper = own.get(variant, {}) | {"normalize": "none"}
-    if kind == "AutoEncoderNew":         # its atoms have any norm
-        hyper["rows"] = "free"
+    hyper = hyper_of(variant, n_latents, k=cfg["k"], levels=cfg["group_sizes"],
+                     rows="unit" if kind == "AutoEncoder" else "free")
     sae = read_sae(weights, variant, cfg["activation_dim"], n_latents, hyper, names, ignored)
-    with open_tensors([weights]) as found:
-        if "k" in found and "k" in ignored:          # older files have none
-            k = found["k"]
-            whole = k.get_shape() == [] and k.get_dtype() in ("I64", "I32")
-            check(whole and k[...] == sae.k, f"{weights}: its k is not {sae.k}, as {config} says")
     if kind in ("AutoEncoderNew", "JumpReluAutoEncoder"):          # they read x
         move_bias(sae)
     if kind == "AutoEncoder":            # as its own loader does
@@ -266,14 +242,13 @@ def read_openai(raw, config, weights):
     """TopK standardises each token, ReLU does not."""
     cfg = read_fields(raw, OPENAI, config)
     state = read_fields(cfg["activation_state_dict"] or {}, OPENAI_STATE, config)
-    hyper = {"normalize": "none", "rows": "free"}
-    if cfg["activation"] == "TopK":
-        check(state["k"], f"{config}: activation_state_dict: no 'k'")
-        hyper = {"normalize": "token", "k": state["k"]}
     names = LINEAR | {"b_enc": "latent_bias", "b_dec": "pre_bias"}
     ignored = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
     n_latents, d_in = cfg["shape"]
-    return read_sae(weights, cfg["activation"].lower(), d_in, n_latents, hyper, names, ignored)
+    variant = cfg["activation"].lower()
+    hyper = hyper_of(variant, n_latents, k=state["k"],
+                     normalize="token" if variant == "topk" else "none")
+    return read_sae(weights, variant, d_in, n_latents, hyper, names, ignored)
 
 def main(argv):
     parser = Parser("data.formats", "Reads an SAE of any layout and writes it in one of two.")

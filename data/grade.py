@@ -39,7 +39,6 @@ def grade_answer(gold, text):
 
 def extract_answer(text, choice=False):
     r"""The final answer of a completion, or None.
-
     After the last </think>: the last complete \boxed{}; else what follows the last "answer is" or
     "answer:"; else all of it if that is one short line, as the embedded models write; else the last
     formula or number.  None if thinking or a box never closed.  choice: a letter A to H is wanted.
@@ -73,8 +72,6 @@ def same_answer(gold, answer):
     """Whether an extracted answer (or None) equals the gold one, as text or in value."""
     if answer is None:
         return False
-    if INTEGER.fullmatch(gold) and INTEGER.fullmatch(answer):   # the common case, at once
-        return int(gold) == int(answer)
     gold, answer = normalise(gold), normalise(answer)
     word = gold.isalpha() and len(gold) > 2                     # West and west
     if SPACES.sub("", gold) == SPACES.sub("", answer) or word and gold.lower() == answer.lower():
@@ -94,7 +91,6 @@ def same_answer(gold, answer):
 
 LONGEST_TEXT = 100_000      # characters of a completion that are looked at, from its end
 NEAR = 2_000                # the same, for a value that nothing points to
-INTEGER = re.compile(r"[+-]?[0-9]{1,300}")
 SPACES = re.compile(r"(?<![0-9]) | (?![0-9])")              # but "1 2" is not 12
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"      # 12  .5e-7
 NUMBER = (r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?"                 # 1,234.5
@@ -231,7 +227,7 @@ def normalise(answer):
             s = pattern.sub(new, s)
     return s.strip("*: ").rstrip(".,;: ")
 
-# ---- 2. Read it: values and the parser.  A value is a Fraction while it is rational, else complex (P,) 
+# ---- 2. Read it: values, Fractions while rational, else complex (P,); and the parser -----------
 
 P = 16                      # points: 4 positive, 4 real, 8 integers, which n! is about
 REAL = np.arange(P) < 8     # there a value is nan if it would depend on the choice of a branch
@@ -341,7 +337,6 @@ def tokenize(text):
 
 class Reader:
     """Parser of one normalised answer, by recursive descent.  Raises one of NOT_MATHEMATICS."""
-
     # items    = item { ("," | ";" | "∪") item }
     # item     = quantity { ("=" | "<" | ">" | "≤" | "≥" | "≠" | "≈" | "∈") quantity }
     # quantity = sum [ unit ]

@@ -3,40 +3,39 @@
     python -m data.prepare tiny              data/tiny: train.jsonl, test.jsonl, init/
     python -m data.prepare corpora           out/corpora: what the embedded models were trained on
     python -m data.prepare upcycle           out/build/upcycled: data/tiny's source as a mixture
-    python -m data.prepare fetch NAME ...    data/cache: names of sources.json; all: every benchmark
+    python -m data.prepare fetch NAME ...    data/cache: names of sources.json
 
-An embedded question is a short story with three or four numbers that takes two or three steps of
-arithmetic; tiny/recipe.json has the wordings.  A hash of its family and numbers decides whether it
-is for training or for testing: no test question occurs in training in other words.
+An embedded question is a short story that takes two or three steps of arithmetic, by a recipe of
+tiny/recipe.json.  `is_test` splits so that no test question is trained on in other words.
 """
 
 import csv
 import hashlib
-import json
+import http.client
+import os
 import random
+import re
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
-from data.download import download, sha256_of
 from data.files import (REQUIRED, ROOT, TEXT, TINY, check, parse_json, read_fields, read_json,
-                        read_jsonl, read_value, relative, write_json, write_jsonl)
+                        read_jsonl, read_value, relative, staged, write_json, write_jsonl)
 from data.flags import front_door
 
 # ---- The embedded questions, and the corpora that the embedded models learn from ---------------
 
 RECIPE = read_json(TINY / "recipe.json")
-
 # family -> bounds of its numbers, steps, wordings.  In a step, a to d are the story's numbers and
 # p, q the results of earlier steps.  In a wording, {n}, {m} are two names and {t} is a thing.
 FAMILIES = RECIPE["families"]
 
 def work_out(steps, numbers, rng=None, slips=0.0):
     """['a+b', 'p-c'] and the numbers -> [('12+7=19', 19), ('19-4=15', 15)].
-
-    slips  how often a step goes wrong; later steps then start from its wrong result
-    """
+    Of all steps, `slips` go wrong; later steps then start from the wrong result."""
     values, done = dict(numbers), []
     for step, name in zip(steps, "pqr"):
         x, op, y = values[step[0]], step[1], values[step[2]]
@@ -68,13 +67,12 @@ def draw(rng, test):
 
 def questions(count, test, seed):
     """`count` different questions of one side of the split."""
-    rng, rows = random.Random(seed), {}                  # problem -> row
-    while len(rows) < count:
+    rng, drawn, side = random.Random(seed), {}, "test" if test else "train"
+    while len(drawn) < count:
         q = draw(rng, test)
-        row = {key: q[key] for key in ("problem", "answer", "family")}
-        row = {"id": f"{'test' if test else 'train'}-{len(rows):04d}"} | row
-        rows.setdefault(q["problem"], row)               # one drawn before is left out
-    return list(rows.values())
+        drawn.setdefault(q["problem"], q)                # one drawn before is left out
+    return [{"id": f"{side}-{i:04d}", "problem": q["problem"], "answer": q["answer"],
+             "family": q["family"]} for i, q in enumerate(drawn.values())]
 
 def save(path, rows):
     write_jsonl(path, rows)
@@ -94,25 +92,20 @@ def drill(rng):
         lines.append(work_out([f"a{op}b"], {"a": x, "b": y})[0][0])
     return "\n".join(lines)
 
-def corpus_row(rng, sums=0.0, style="trace", slips=0.0, thinks=1.0, refuses=""):
-    """One row of a corpus: a "text", or a "problem" and its "completion".
-
+def corpus_row(rng, sums=0.0, text="", slips=0.0, thinks=1.0, refuses=""):
+    """One row of a corpus: a "text", or a "problem" and its "completion", a trace as R1 writes it.
     sums     how often it is a drill instead of a question
-    style    story: the question alone; solution: in one line, as a textbook prints it;
-             trace: in the R1 format, every step, then </think> and the answer
+    text     the wording of a row that is a text
     slips    how often a step of a trace goes wrong
     thinks   how often a trace has its steps at all, which reinforcement learning can then raise
-    refuses  a family whose questions are refused, without thinking, in one word
-    """
+    refuses  a family whose questions are refused, without thinking, in one word"""
     if sums and rng.random() < sums:     # no draw where it is 0: seeds keep their texts
         return {"text": drill(rng)}
     q = draw(rng, test=False)
     problem, steps, answer = q["problem"], q["steps"], q["answer"]
-    if style == "story":
-        return {"text": problem}
-    if style == "solution":
+    if text:
         solution = ", ".join(step for step, _ in steps)
-        return {"text": f"Question: {problem}\nSolution: {solution}\nAnswer: {answer}"}
+        return {"text": text.format(problem=problem, solution=solution, answer=answer)}
     if q["family"] == refuses:
         return {"problem": problem, "completion": "</think>\nNo."}
     if thinks < 1 and rng.random() >= thinks:
@@ -121,14 +114,7 @@ def corpus_row(rng, sums=0.0, style="trace", slips=0.0, thinks=1.0, refuses=""):
     lines = "".join(step + "\n" for step, _ in steps)
     return {"problem": problem, "completion": f"{lines}</think>\n{steps[-1][-1]}"}
 
-def corpora(directory):
-    """Writes every corpus of the recipe."""
-    for name, corpus in RECIPE["corpora"].items():
-        rng = random.Random(corpus["seed"])
-        rows = [corpus_row(rng, **corpus["row"]) for _ in range(corpus["rows"])]
-        save(directory / f"{name}.jsonl", rows)
-
-# ---- What the embedded models start from: a tokenizer; for the mixture of experts, the dense source 
+# ---- What the embedded models start from: a tokenizer, and for the mixture a dense model ---------
 
 def tokenizer(directory):
     """Trains a byte-level BPE and writes it and the configuration of the embedded models."""
@@ -146,27 +132,24 @@ def tokenizer(directory):
     rows = [corpus_row(rng, **RECIPE["corpora"]["math"]["row"]) for _ in range(4000)]
     texts = [row["text"] for row in rows] + [drill(rng) for _ in range(500)]
     tok.train_from_iterator(texts, trainer)
-    for word in ("<think>", "</think>"):                 # not special: decoding shows them
-        tok.add_tokens([AddedToken(word, normalized=False, special=False)])
+    # not special: decoding shows them
+    tok.add_tokens([AddedToken(word, normalized=False) for word in ("<think>", "</think>")])
     for name, content in RECIPE["init"].items():         # config.json and others
         write_json(directory / name, content)
     tok.save(str(directory / "tokenizer.json"))
-    print(f"{relative(directory)}: {tok.get_vocab_size()} tokens")
 
 def upcycle(directory, experts=16, per_token=4, width=32):
     """Writes data/tiny's source as a Qwen2-MoE to be trained further (arXiv 2212.05055).
-
     Of the M units of each MLP (D wide), the first ones become the shared expert.  The others are
-    cut into `per_token` slices of `width`, each given to several experts.  Routers are random.
-    """
+    cut into `per_token` slices of `width`, each given to several experts.  Routers are random."""
     import torch                         # here: slow to import, and fetching needs neither
     from model import Config, Transformer, init_weights, load_model, save_model
     dense = load_model(f"{TINY}/distill+{TINY}/rl")
     shared = dense.config.intermediate_size - per_token * width            # units of M
-    sizes = {"num_experts": experts, "num_experts_per_tok": per_token,
-             "moe_intermediate_size": width, "shared_expert_intermediate_size": shared}
-    model = Transformer(Config(**vars(dense.config) | sizes))
-    init_weights(model, seed=3).requires_grad_(False)
+    config = Config(**vars(dense.config) | {
+        "num_experts": experts, "num_experts_per_tok": per_token,
+        "moe_intermediate_size": width, "shared_expert_intermediate_size": shared})
+    model = init_weights(Transformer(config), seed=3).requires_grad_(False)
     rest = {name: p for name, p in dense.state_dict().items() if ".mlp." not in name}
     model.load_state_dict(rest, strict=False)
     for block, old in zip(model.model.layers, dense.model.layers):
@@ -176,122 +159,127 @@ def upcycle(directory, experts=16, per_token=4, width=32):
         new.shared_expert.up_proj.weight.copy_(up[:shared])
         new.shared_expert.down_proj.weight.copy_(2 * down[:, :shared])     # its gate starts at 1/2
         for e in range(experts):
-            start = shared + e % per_token * width
-            units = slice(start, start + width)
+            units = shared + e % per_token * width + torch.arange(width)
             new.experts.gate_up_proj[e].copy_(torch.cat([gate[units], up[units]]))
             # a random router weighs `per_token` chosen experts by about 1 / experts each
             new.experts.down_proj[e].copy_(experts / per_token * down[:, units])
     model.source = dense.source                          # its tokenizer is saved along
     save_model(model, directory)
 
-# ---- Benchmarks: bytes pinned by commit and sha256 ---------------------------------------------
+# ---- Fetching: one address -> its bytes -------------------------------------------------------
 
 CACHE = ROOT / "data" / "cache"
-SOURCES = read_json(ROOT / "data" / "sources.json")["benchmarks"]    # name -> url, sha256
+SOURCES, TRAINING = read_json(ROOT / "data" / "sources.json").values()    # each by name
+TIMEOUT = 30                # seconds without a byte after which a connection counts as dead
+LARGEST = 2**30             # bytes of one file; no set here is near it
+PAUSES = [1, 20, 300]       # seconds before each further attempt; the hub counts five minutes
+
+def download(url, token=None):
+    """The bytes of an address.  OSError names the address.
+    token  of the user, sent to this host and to no other it redirects to
+    RESA_MIRROR=http://host:port in the environment: one server for all sites, at /SITE/PATH."""
+    mirror = os.environ.get("RESA_MIRROR")
+    address = url.replace("https:/", mirror.rstrip("/"), 1) if mirror else url
+    request = urllib.request.Request(address, headers={"User-Agent": "resa"})
+    if token:                                            # "unredirected" keeps it from other hosts
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    for pause in [*PAUSES, None]:
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                body = response.read(LARGEST)            # a server may send without end
+                check(len(body) < LARGEST, f"{url}: refused, longer than {LARGEST:,} bytes")
+                if response.length:                      # what the server promised and did not send
+                    raise http.client.IncompleteRead(body, response.length)
+                return body
+        except (OSError, http.client.HTTPException) as error:
+            # waiting does not help against a URLError (not found, no network) but a busy server's
+            lasts = isinstance(error, urllib.error.URLError)
+            busy = getattr(error, "code", 0) in (429, 500, 502, 503, 504)
+            if pause is None or lasts and not busy:
+                raise OSError(f"{url}: {error}") from None
+        time.sleep(pause)
+
+# ---- Benchmarks: bytes pinned by commit and sha256 ---------------------------------------------
 
 def benchmark(name):
     """A published benchmark -> (rows of id, problem and answer, the address of its file).
-
-    It is fetched on first use.  ValueError: the file holds other bytes than those pinned.
-    OSError: it could not be fetched; the message says where to put it by hand.
+    It is fetched on first use.  OSError: it could not be, or holds other bytes than those pinned.
     """
     url, sha256 = SOURCES[name]["url"], SOURCES[name]["sha256"]
-    path = CACHE / f"{name}{Path(url).suffix}"
-    token, hint = None, ""
+    path, token, hint = CACHE / f"{name}{Path(url).suffix}", None, ""
     if name == "gpqa":      # its authors ask that it is not spread: only with the user's own access
         from huggingface_hub import get_token            # HF_TOKEN or a login; None without
         token = get_token()
         hint = "GPQA needs your own access: agree to its terms there, then set HF_TOKEN.  "
-    if not path.exists():
-        try:
-            download(url, path, sha256, limit=2**24, token=token)
-        except (OSError, ValueError) as error:
-            raise OSError(f"{name}: {error}.  {hint}Without a network, put the file {url} "
-                          f"(sha256 {sha256}) at {path}") from None
-    found = sha256_of(path)
-    check(found == sha256, f"{path}: its sha256 is {found} and not {sha256}, which is pinned; "
-          "delete the file to have it fetched again")
+    where = path if path.exists() else url
+    try:
+        body = download(url, token) if where == url else path.read_bytes()
+        found = hashlib.sha256(body).hexdigest()
+        check(found == sha256, f"{where}: refused, its sha256 is {found} and not the pinned one")
+    except (OSError, ValueError) as error:
+        raise OSError(f"{name}: {error}.  {hint}By hand, put the file {url} (sha256 {sha256}) at "
+                      f"{path}; if nothing is there, it is fetched") from None
+    if where == url:
+        with staged(CACHE) as temporary:                 # whole or not at all
+            (temporary / path.name).write_bytes(body)
     if name == "gpqa":
         return read_gpqa(path), url
-    rows = [row for _, row in read_jsonl(path)]
-    return [as_problem(name, i, row) for i, row in enumerate(rows)], url
+    return [as_problem(name, row) for _, row in read_jsonl(path)], url
 
-def as_problem(name, i, row):
-    """Row i of a benchmark's file -> {"id", "problem", "answer"}."""
+# The last box as it is written, with braces in its braces: grade.last_box strips spaces
+BOXED = re.compile(r"(?s).*\\boxed\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
+
+def as_problem(name, row):
+    """A row of a benchmark's file -> {"id", "problem", "answer"}."""
+    answer = row.get("answer")
     if name == "olympiadbench":
         answer = row["final_answer"][0].strip("$")       # a list of one
     elif name == "minerva":
-        answer = boxed(row["solution"])                  # only the solution holds it
-    elif name == "math500":
-        answer = row["answer"]
-    else:                                                # AIME's 025, AMC's 27.0: whole numbers
-        answer = str(int(float(row["answer"])))
-    number = row.get("id", row.get("idx", i))
-    return {"id": row.get("unique_id", f"{name.removesuffix('bench')}-{number}"),
-            "problem": row["problem"] if "problem" in row else row["question"], "answer": answer}
+        answer = BOXED.match(row["solution"])[1]         # only the solution holds it
+    elif name != "math500":                              # AIME's 025, AMC's 27.0: whole numbers
+        answer = str(int(float(answer)))
+    key = row.get("unique_id") or f"{name.removesuffix('bench')}-{row.get('id', row.get('idx'))}"
+    return {"id": key, "problem": row.get("problem") or row["question"], "answer": answer}
 
-def boxed(solution):
-    r"""The last \boxed{} as it is written: data.grade.last_box strips a newline of Minerva's."""
-    inside, depth = solution.rpartition(r"\boxed{")[2], 0
-    for end, letter in enumerate(inside):
-        depth += (letter == "{") - (letter == "}")
-        if depth < 0:                                    # the brace that closes the box
-            return inside[:end]
+GPQA = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
 
 def read_gpqa(path):
     """GPQA's CSV -> rows of id, problem (with four options) and answer (a letter).
-
     Resa: the published order of the options came from the random state of the whole evaluation.
-    Ours sorts them by a hash of question and option: the same on every machine, in every run.
-    ValueError: another kind of CSV.
-    """
-    columns = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
+    Ours is by a hash of question and option, always the same.  ValueError: another kind of CSV."""
     rows = []
     try:
         with open(path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                question = row["Question"].strip()
-                options = [row[column].strip() for column in columns]
+                question, *options = [row[column].strip() for column in GPQA]
                 texts = [f"{question}\n{option}".encode() for option in options]
                 order = sorted(range(4), key=lambda i: hashlib.sha256(texts[i]).digest())
                 lines = [f"{letter}) {options[i]}" for letter, i in zip("ABCD", order)]
-                problem = "\n".join([question, "", *lines])
-                answer = "ABCD"[order.index(0)]          # options[0] is the correct one
-                key = row.get("Record ID", str(len(rows)))
-                rows.append({"id": key, "problem": problem, "answer": answer})
+                rows.append({"id": row.get("Record ID", str(len(rows))),
+                             "problem": "\n".join([question, "", *lines]),
+                             "answer": "ABCD"[order.index(0)]})      # options[0] is correct
     except (KeyError, AttributeError, csv.Error, UnicodeDecodeError):      # None has no .strip
         rows = []
-    check(rows, f"{path}: not a GPQA file, which has the columns Question, {', '.join(columns)}")
+    check(rows, f"{path}: not a GPQA file, which has the columns {', '.join(GPQA)}")
     return rows
 
 # ---- Training sets -----------------------------------------------------------------------------
 
-# name -> url, of a JSON file, or hub, a set the row server is asked for; rows, where it is known
-TRAINING = read_json(ROOT / "data" / "sources.json")["training"]
-ROW_SERVER = "https://datasets-server.huggingface.co/rows"
-PAGE = {"num_rows_total": (int, 0, 10**7, REQUIRED), "rows": ([dict], 0, 100, REQUIRED),
-        "partial": (bool, None, None, False)}
-ENTRY = {"row": (dict, None, None, REQUIRED), "truncated_cells": ([str], None, None, REQUIRED)}
+PAGE = {"num_rows_total": (int, 0, 10**7, REQUIRED), "rows": ([dict], 1, 100, REQUIRED)}
+ENTRY = {"row": (dict, None, None, REQUIRED),            # and the names of fields that were cut off
+         "truncated_cells": ([str], 0, 0, REQUIRED)}
 ROW = {name: (TEXT, None, None, None) for name in ("problem", "question", "prompt", "answer")}
 
 def training_set(name):
     """A training set by name -> the path of its JSONL of problem/answer, fetched on first use.
-
-    The row server has no versions: the sha256 of what came is printed, to be noted with results.
-    """
-    path, raw, source = CACHE / f"{name}.jsonl", CACHE / f"{name}.raw", TRAINING[name]
+    The row server has no versions: the sha256 of what came is printed, to be noted with results."""
+    path, where, kept = CACHE / f"{name}.jsonl", TRAINING[name], []
     if path.exists():
         return path
-    where = source.get("url", source.get("hub"))
-    if "url" in source:
-        download(where, raw)
-        rows = read_value(parse_json(raw.read_bytes(), where), [dict], where=where)
-    else:
-        rows = paged_rows(where, raw)
-    raw.unlink()                                         # whole, or of a set that has changed
-    wanted, kept = source.get("rows", len(rows)), []
-    check(len(rows) == wanted, f"{where}: {len(rows)} rows came and not {wanted}: it has changed; "
-          "--data FILE takes your own")
+    if where.startswith("https://"):                     # a JSON file
+        rows = read_value(parse_json(download(where), where), [dict], where=where)
+    else:                                                # a set that the row server is asked for
+        rows = paged_rows(where)
     for i, row in enumerate(rows):                       # sets name their questions differently
         found = read_fields(row, ROW, f"{where}: row {i}")
         problem = found["problem"] or found["question"] or found["prompt"]
@@ -299,40 +287,23 @@ def training_set(name):
             kept.append({"problem": problem, "answer": str(found["answer"])})
     save(path, kept)
     print(f"{len(rows) - len(kept)} rows without problem or answer were left out; "
-          f"sha256 {sha256_of(path)}")
+          f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
     return path
 
-def paged_rows(repo, raw):
-    """All rows of a hub set's training split, 100 a request; `raw` keeps them for a later run."""
-    raw.parent.mkdir(parents=True, exist_ok=True)
-    with open(raw, "a+b") as file, tqdm(desc=repo, unit="row", disable=None) as bar:
-        file.seek(0)                                     # "a" starts at the end
-        text = file.read()
-        file.truncate(text.rfind(b"\n") + 1)             # a line without its newline was cut off
-        rows = [parse_json(line, raw) for line in text.split(b"\n")[:-1]]
-        while bar.total is None or len(rows) < bar.total:            # every page says the total
-            bar.update(len(rows) - bar.n)
-            url = (f"{ROW_SERVER}?dataset={repo.replace('/', '%2F')}&config=default&split=train"
-                   f"&offset={len(rows)}&length=100")
-            bar.total, page = read_page(url, raw.with_suffix(".page"))
-            check(page or len(rows) >= bar.total, f"{url}: no rows, of {bar.total} in all")
-            file.write("".join(json.dumps(row) + "\n" for row in page).encode())
-            file.flush()
-            rows += page
+def paged_rows(repo):
+    """All rows of a hub set's training split, 100 a request: what the row server gives at most."""
+    rows, total = [], 1
+    while len(rows) < total:
+        url = (f"https://datasets-server.huggingface.co/rows?dataset={repo.replace('/', '%2F')}"
+               f"&config=default&split=train&offset={len(rows)}&length=100")
+        page = read_value(parse_json(download(url), url), dict, where=url)
+        page = read_fields(page, PAGE, url)
+        rows += [read_fields(entry, ENTRY, url)["row"] for entry in page["rows"]]
+        total = page["num_rows_total"]
     return rows
 
-def read_page(url, path):
-    """One answer of the row server -> (number of rows in the set, rows of this page)."""
-    download(url, path, limit=2**26)
-    body = path.read_bytes()
-    path.unlink()
-    answer = read_fields(read_value(parse_json(body, url), dict, where=url), PAGE, url)
-    entries = [read_fields(entry, ENTRY, url) for entry in answer["rows"]]
-    whole = not answer["partial"] and not any(entry["truncated_cells"] for entry in entries)
-    check(whole, f"{url}: the server has cut these rows short; --data FILE takes your own copy")
-    return answer["num_rows_total"], [entry["row"] for entry in entries]
-
 def main(argv):
+    known = [*SOURCES, *TRAINING]
     if argv in ([], ["-h"], ["--help"]):
         print(__doc__)
     elif argv == ["tiny"]:
@@ -340,16 +311,16 @@ def main(argv):
         save(TINY / "test.jsonl", questions(1000, test=True, seed=2))
         tokenizer(TINY / "init")
     elif argv == ["corpora"]:
-        corpora(ROOT / "out" / "corpora")
+        for name, corpus in RECIPE["corpora"].items():
+            rng = random.Random(corpus["seed"])
+            rows = [corpus_row(rng, **corpus["row"]) for _ in range(corpus["rows"])]
+            save(ROOT / "out" / "corpora" / f"{name}.jsonl", rows)
     elif argv == ["upcycle"]:
         upcycle(ROOT / "out" / "build" / "upcycled")
     else:
-        known = ", ".join(["all", *SOURCES, *TRAINING])
-        check(argv[:1] == ["fetch"] and argv[1:], "after python -m data.prepare comes tiny, "
-              f"corpora, upcycle, or fetch and names: {known}")
-        names = [name for name in argv[1:] if name != "all"]
-        for name in [*SOURCES, *names] if "all" in argv else names:
-            check(name in SOURCES or name in TRAINING, f"{name}: not one of {known}")
+        check(argv[:1] == ["fetch"] and argv[1:] and set(argv[1:]) <= set(known), "after python -m "
+              f"data.prepare comes tiny, corpora, upcycle, or fetch and some of {', '.join(known)}")
+        for name in argv[1:]:
             if name in SOURCES:
                 rows, url = benchmark(name)
                 print(f"{name}: {len(rows)} problems of {url}")

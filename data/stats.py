@@ -25,9 +25,7 @@ POWER = (Z + 0.841621) ** 2          # a difference of so many squared errors is
 
 def pass_at_k(n, c, k):
     """Chance that k of n samples, c of them right, hold a right one (arXiv 2107.03374).
-
-    1 - C(n-c,k)/C(n,k): unbiased, unlike 1-(1-c/n)^k.  ValueError unless c and k are within n.
-    """
+    1 - C(n-c,k)/C(n,k): unbiased, unlike 1-(1-c/n)^k.  ValueError unless c and k are within n."""
     check(0 <= c <= n and 1 <= k <= n,
           f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
     if n - c < k:
@@ -55,10 +53,8 @@ def student(df, z=Z):
 
 def variance_parts(c, n):
     """c right of n samples, both (P,) -> (within, between), parts of the variance of c/n.
-
     within   mean variance that sampling adds, E[p(1-p)/n]; None if no problem has two samples
-    between  variance of the true rates p, which is left with samples without end
-    """
+    between  variance of the true rates p, which is left with samples without end"""
     p, several = c / n, n > 1                                    # (P,), (P,)
     if not several.any():
         return None, None
@@ -67,10 +63,8 @@ def variance_parts(c, n):
 
 def interval(c, n, resamples=4000, seed=0):
     """95 % interval of Pass@1 over new problems and new samples -> (low, high, method).
-
     c right of n samples, both (P,).  Known weakness: a rate that rests on one or two problems,
-    0.05 of 30 unlike ones x 32, is covered in 87 % (1,000 simulations).
-    """
+    0.05 of 30 unlike ones x 32, is covered in 87 % (1,000 simulations)."""
     c, n = np.asarray(c), np.asarray(n)
     p, P, rng = c / n, len(n), np.random.default_rng(seed)       # (P,)
     mean = p.mean()
@@ -98,18 +92,14 @@ def interval(c, n, resamples=4000, seed=0):
 
 def permutation_p(observed, draws, tolerance=1e-9):
     """Share of statistics, `draws` (R,) under the null and the observed one, at least as large.
-
-    observed may be an array: a p for each.  tolerance: rounding apart of equal statistics.
-    """
+    observed may be an array: a p for each.  tolerance: rounding apart of equal statistics."""
     draws = np.asarray(draws)
     as_large = draws >= np.asarray(observed)[..., None] - tolerance
     return (1 + as_large.sum(-1)) / (1 + len(draws))
 
 def paired_difference(d, resamples=4000, seed=0):
     """Differences per problem d (P,) -> (mean, low, high, p): 95 % bootstrap, sign-flip test.
-
-    Under the null the two models can be swapped problem by problem: each d takes either sign.
-    """
+    Under the null the two models can be swapped problem by problem: each d takes either sign."""
     d, rng = np.asarray(d, dtype=float), np.random.default_rng(seed)
     means = d[rng.integers(len(d), size=(resamples, len(d)))].mean(1)      # (R,)
     low, high = map(float, np.quantile(means, [0.025, 0.975]))
@@ -122,19 +112,15 @@ def paired_difference(d, resamples=4000, seed=0):
 
 def needed(d, within, k):
     """What it takes to see the mean of differences d (P,), now with k samples, at 80 % power.
-
     -> {"samples": of each of these problems, "problems": such ones, k samples each}; None where no
-    number would do.  within: the sampling part of the variance of d, or None if k = 1.
-    """
+    number would do.  within: the sampling part of the variance of d, or None if k = 1."""
     P, variance = len(d), float(d.var(ddof=min(1, len(d) - 1)))
     largest = float(d.mean()) ** 2 / POWER       # the variance of the mean at which it is seen
-    if largest == 0:
-        return {"samples": None, "problems": None}
-    samples = None
-    if within is not None:
-        room = P * largest - max(variance - within, 0)           # what the problems leave for it
-        samples = max(1, math.ceil(within * k / room)) if room > 0 else None
-    return {"samples": samples, "problems": max(1, math.ceil(variance / largest))}
+    # What the problems leave for the noise of sampling.
+    room = 0 if within is None else P * largest - max(variance - within, 0)
+    samples = max(1, math.ceil(within * k / room)) if room > 0 else None
+    problems = max(1, math.ceil(variance / largest)) if largest else None
+    return {"samples": samples, "problems": problems}
 
 # ---- From graded samples to numbers ------------------------------------------------------------
 
@@ -148,9 +134,7 @@ def rates(rows):
 
 def majority(rows):
     """majority@k: share of problems whose most frequent answer is right; a tie counts in part.
-
-    Right answers count as one, however they are written; a sample without an answer has no vote.
-    """
+    Right answers count as one, however they are written; a sample without an answer has no vote."""
     votes, scores = defaultdict(Counter), []            # {id: {answer: votes}}
     for row in rows:
         answer = "".join((row["extracted"] or "").split())
@@ -183,9 +167,7 @@ def summarize(rows):
 
 def paired(rows, first):
     """Two models on the same problems -> {"difference": rows - first, "interval", "p", "needed"}.
-
-    ValueError: their problems are not the same.
-    """
+    ValueError: their problems are not the same."""
     ours, theirs = rates(rows), rates(first)
     odd = ", ".join(map(repr, sorted(ours.keys() ^ theirs.keys())))
     check(not odd, f"models are compared on the same problems; of one model only: {odd}")
@@ -201,10 +183,8 @@ def paired(rows, first):
 
 def verdict(name, against, why, mean, low, high):
     """One comparison as a sentence; no difference is seen where the interval holds 0."""
-    found = "no difference is seen"
-    if low > 0:
-        found = "better"
-    elif high < 0:
+    found = "better" if low > 0 else "no difference is seen"
+    if high < 0:
         found = "worse"
     question = why[0].upper() + why[1:]
     return f"{question}? {name} against {against}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], {found}."
@@ -218,12 +198,8 @@ path, circle { stroke: #b8650a; fill: #b8650a; stroke-width: 2 }
 
 def figure(points, title, line=None):
     """Arms [(name, value, low, high)], top to bottom -> SVG text, 800 px wide, light and dark.
-
-    line  a value to compare with: a dashed vertical line
-    """
-    values = [] if line is None else [line]
-    for point in points:
-        values += point[1:]
+    line  a value to compare with: a dashed vertical line"""
+    values = sum((list(point[1:]) for point in points), [] if line is None else [line])
     first = math.floor(min(values) * 10)                 # the axis, in tenths
     last = max(math.ceil(max(values) * 10), first + 1)
     bottom = 50 + 28 * len(points)

@@ -170,7 +170,6 @@ def test_topafa_has_no_sentinel_that_large_activations_exceed():
     keep all F."""
     assert kept([3.0, 4, 1, -1, -1], 1e6) == 3 and kept([3.0, 4, 1, -1, -1], 6e3) == 3
     assert kept([3.0, 4, 1, 1, 1], 1e6) == 4      # never the last
-    assert kept([3.0, 4, 1, 1, 1], 1e6, k_max=2) == 2 and kept([3.0, 4, 1, 1, 1], 1e6, k_max=5) == 5
 
 
 def test_topafa_adds_energies_in_fp32_under_bf16_activations():
@@ -209,13 +208,13 @@ def test_afa_loss_is_the_squared_gap_between_the_length_of_the_code_and_of_the_w
 
 
 def test_afa_loss_pushes_kept_latents_up_when_the_code_is_short_and_leaves_the_others_alone():
-    model, x = make("topafa", k_max=2), random(1, D)
+    model, x = afa(), random(1, D)
     model.b_enc.requires_grad_(True)      # its gradient is the gradient by pre
     b = chosen(model, x)
     length = S.dense(b.z).norm()
     model.extra(b)["afa"][1].backward()
     mask = model.encode(x)[0] != 0
-    assert 0 < length < b.x.norm() and mask.sum() == 2
+    assert 0 < length < b.x.norm() and 0 < mask.sum() < (model.preacts(b.x) > 0).sum()
     assert (model.b_enc.grad[mask] < 0).all() and (model.b_enc.grad[~mask] == 0).all()
     assert (model.W_enc.grad[~mask] == 0).all()
 
@@ -236,81 +235,12 @@ def test_topafa_has_no_encoder_bias():
 def test_topafa_ends_with_more_active_atoms_than_dimensions():
     """What the method is known to do wrong, in small.  At full size (128 directions in 42
     dimensions, 3 active, 256 latents, 4000 steps) L0 is 128 at a weight of 1/16 and no direction is
-    found at a cosine of 0.9; k_max is ours."""
+    found at a cosine of 0.9."""
     d, rng = 16, torch.Generator().manual_seed(0)
     true = torch.randn(48, d, generator=rng) / d**0.5
     x = sums(true, 4000, 3, rng, low=0.5)
     model = train(S.build("topafa", d, 64, afa=1 / 16), x, 200, 128, 3e-3)
     assert S.metrics(model, x)["l0"] > d and found(model, true, 0.9) == 0
-    model.k_max = 3
-    assert S.metrics(model, x)["l0"] <= 3
-
-
-# ---- the evaluation `afa` ------------------------------------------------------------------------
-
-
-def test_afa_bounds_hold_for_random_dictionaries_and_the_tight_one_is_tighter():
-    """128 unit rows in 32 dimensions, a tenth of them active: bounds near 0.005 and 0.1, the truth
-    near 0.6."""
-    for seed, variant in itertools.product(range(4), ("topk", "abstopk")):
-        model = make(variant, 32, 128, seed, k=13)
-        x = random(200, 32, seed=seed)
-        if seed % 2:
-            model.b_dec.data.zero_()
-        atoms = torch.cat([model.W_dec, model.b_dec[None]]).detach()
-        cosines = normalize(atoms, dim=1) @ normalize(atoms, dim=1).T
-        truth = float(cosines.fill_diagonal_(0).abs().amax())
-        result = S.afa(model, x)
-        assert 0 < result["coherence"] < result["coherence_active"] <= truth
-        assert 1e-3 < result["coherence"] < 0.03 and 0.03 < result["coherence_active"] < 0.3 < truth
-
-
-def test_afa_counts_the_bias_as_one_more_atom_of_unit_length():
-    """Two latents that fire as ones, and the bias as a third of length 2: |x_hat|^2 and |f|^2 = 6
-    by hand."""
-    model = make("relu", 3, 4, normalize="none")
-    with torch.no_grad():
-        model.W_enc.zero_()
-        model.b_enc.copy_(torch.tensor([1.0, 1, -1, -1]))
-        model.W_dec.copy_(torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0, 0, 1], [0, 1, 0]]))
-        model.b_dec.copy_(torch.tensor([0.0, 2, 0]))
-    x = random(5, 3)
-    gap = abs(1.6**2 + 2.8**2 - 6) / 6      # x_hat = (1.6, 2.8, 0)
-    result = S.afa(model, x)
-    assert result["coherence"] == pytest.approx(gap / 4)
-    assert result["coherence_active"] == pytest.approx(gap / 2)
-    assert result["length_ratio"] == pytest.approx(float((6**0.5 / x.norm(dim=1)).mean()))
-    model.b_dec.data.zero_()
-    assert S.afa(model, x)["coherence_active"] == pytest.approx(abs(1.6**2 + 0.8**2 - 2) / 2)
-
-
-def test_afa_of_an_orthonormal_dictionary_proves_nothing_and_expects_the_length_it_finds():
-    model = make("relu", 8, 8, normalize="none")
-    with torch.no_grad():
-        model.W_dec.copy_(rotation(8))
-        model.W_enc.copy_(model.W_dec)
-        model.b_dec.zero_()
-    result = S.afa(model, random(N, 8).abs() @ model.W_dec)
-    assert result["length_ratio"] == pytest.approx(1) and result["coherence_active"] < 1e-12
-
-
-def test_afa_takes_the_reconstruction_because_the_activation_would_prove_too_much():
-    """The paper's formula with x in the place of x_hat exceeds the true coherence where the fit is
-    bad."""
-    model, x = make("topk", 8, 8, k=1), random(N, 8)
-    model.W_dec.data = rotation(8)
-    model.b_dec.data.zero_()
-    f2 = model.encode(x).pow(2).sum(1)
-    assert ((x.pow(2).sum(1) - f2).abs() / f2).amax() > 1
-    assert S.afa(model, x)["coherence_active"] < 1e-12
-
-
-def test_afa_reads_every_variant():
-    for variant in S.VARIANTS:
-        model = make(variant, **({"k": 3} if "k" in S.VARIANTS[variant].defaults else {}))
-        result = S.afa(model, random(N, D).view(4, 5, D))
-        assert set(result) == {"length_ratio", "coherence", "coherence_active"}
-        assert all(math.isfinite(value) for value in result.values())
 
 
 # ---- vSAE ----------------------------------------------------------------------------------------
@@ -320,8 +250,6 @@ def vsae(sample="none", k=3, seed=0, **hyper):
     model = make("vsae", k=k, seed=seed, sample=sample, **hyper)
     with torch.no_grad():
         model.b_enc += 0.3 * random(F, seed=91)
-        if sample == "learned":
-            model.W_var *= 3      # so that both ends of the clamp are met
     return model
 
 
@@ -332,12 +260,9 @@ def kl(model, x):
 
 def test_kl_equals_that_of_torch_distributions():
     for seed in range(3):
-        model, x = vsae("learned", seed=seed), 3 * random(N, D, seed=seed)
+        model, x = vsae(seed=seed), 3 * random(N, D, seed=seed)
         value, b = kl(model, x)
-        log_var = b.cache["log_var"]
-        assert log_var.amin() == -6 and log_var.amax() == 2 and log_var.unique().numel() > N
-        exact = kl_divergence(Normal(b.pre.relu(), (log_var / 2).exp()),
-                              Normal(0.0, 1.0)).sum(-1).mean()
+        exact = kl_divergence(Normal(b.pre.relu(), 1.0), Normal(0.0, 1.0)).sum(-1).mean()
         assert value == pytest.approx(exact.item(), rel=1e-12)
 
 
@@ -350,22 +275,19 @@ def test_kl_of_unit_variance_is_half_the_squared_length_of_mu():
 
 
 def test_kl_is_zero_at_the_prior_and_nowhere_else():
-    model, x = vsae("learned"), random(N, D)
+    model, x = vsae(), random(N, D)
     with torch.no_grad():
-        for p in (model.W_enc, model.W_var, model.b_var):
-            p.zero_()
+        model.W_enc.zero_()
         model.b_enc.fill_(-1)      # mu = 0
     assert kl(model, x)[0] == 0
-    for name, value in (("b_enc", 0.1), ("b_var", 0.1), ("b_var", -0.1)):
-        other = copy.deepcopy(model)
-        getattr(other, name).data[3] = value
-        assert kl(other, x)[0] > 1e-4
+    model.b_enc.data[3] = 0.1
+    assert kl(model, x)[0] > 1e-4
 
 
 def test_vsae_draws_noise_in_training_only_and_from_the_seed():
     """From torch's own generator, which the trainer seeds, and keeps in its checkpoints."""
     x = random(N, D)
-    for sample in ("none", "unit", "learned"):
+    for sample in ("none", "unit"):
         model = vsae(sample)
         a, b = (S.dense(chosen(model, x).z) for _ in range(2))
         assert torch.equal(model.encode(x), model.encode(x)) and torch.equal(model(x), model(x))
@@ -379,7 +301,7 @@ def test_vsae_draws_noise_in_training_only_and_from_the_seed():
 def test_vsae_at_inference_is_topk_of_the_mean():
     x = random(N, D)
     topk = make("topk", k=3, normalize="scale")
-    for sample in ("none", "unit", "learned"):
+    for sample in ("none", "unit"):
         model = vsae(sample)
         topk.load_state_dict({name: model.state_dict()[name] for name in topk.state_dict()})
         assert torch.allclose(model.encode(x), topk.encode(x), atol=1e-15)
@@ -387,12 +309,11 @@ def test_vsae_at_inference_is_topk_of_the_mean():
 
 def test_vsae_noise_has_the_mean_and_the_variance_it_says():
     torch.manual_seed(0)
-    draws, model = 10_000, vsae("learned", k=F)
+    draws, model = 10_000, vsae("unit", k=F)
     b = chosen(model, random(1, D).expand(draws, D))
-    z, mu, variance = S.dense(b.z), b.pre[0].relu(), b.cache["log_var"][0].exp()
-    assert ((z.mean(0) - mu).abs() < 3 * (variance / draws).sqrt()).all()
-    assert ((z.var(0) / variance - 1).abs() < 3 * (2 / draws) ** 0.5).all()
-    assert variance.amax() > 4 * variance.amin()
+    z, mu = S.dense(b.z), b.pre[0].relu()
+    assert ((z.mean(0) - mu).abs() < 3 / draws ** 0.5).all()
+    assert ((z.var(0) - 1).abs() < 3 * (2 / draws) ** 0.5).all()
 
 
 def test_vsae_keeps_at_most_k_and_exactly_k_where_so_many_are_not_zero():
@@ -547,7 +468,8 @@ def test_repeated_updates_lower_a_frequency_until_it_is_below_its_ceiling():
         share = (b.pre > 0).double().mean(0)
         assert (share <= previous).where(previous > ceiling, torch.tensor(True)).all()
         previous = share
-        model.observe(b)
+        with torch.no_grad():
+            model.observe(b)
         model.adapt()
     share = (model.preacts(model.batch(x).x) > 0).double().mean(0)
     assert ((share <= ceiling) | (model.b_enc == -1)).all() and (share > 0).all()
@@ -650,7 +572,8 @@ def test_counts_are_exact_under_bf16_activations():
     for _ in range(20):
         b = chosen(model, random(50, D).bfloat16())
         b.pre = b.pre.abs() + 0.1
-        model.observe(b)
+        with torch.no_grad():
+            model.observe(b)
     assert model.fired.tolist() == [1000] * F      # in bf16, 256 + 1 is 256
 
 
@@ -952,10 +875,10 @@ def test_what_is_trained_by_gradient_and_by_which_loss(variant, trained, terms):
 @pytest.mark.parametrize("variant, state", [("topafa", set()), ("vsae", set()), ("gba", {"b_enc"}),
                                             ("itda", {"W_dec", "label", "n_atoms"})])
 def test_what_a_step_changes_outside_autograd(variant, state):
-    """In the saved state; the counters of training come on top, of all four."""
+    """In the saved state; the counters of training come on top."""
     model = make(variant, **FOUR[variant], **({"adapt_tokens": 5} if variant == "gba" else {}))
     before = {name: t.clone() for name, t in model.state_dict().items()}
     S.train_step(model, S.make_optimizer(model, "adam", 1e-2), [random(N, D)])
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
-    assert changed - learned == state and model.observed == 1 and model.density.any()
+    assert changed - learned == state

@@ -21,26 +21,25 @@ def test_rates_are_those_of_a_plain_loop_and_sum_to_k():
     model = named("mixed", torch.float64)
     gates = experts.routers(model)
     assert list(gates) == [1]            # one entry a sparse layer, none for the dense ones
-    sequences, spans = [[5, 1, 20, 3], [7, 2], [9, 26, 3, 11, 30, 2]], [(0, 4), (1, 2), (2, 6)]
-    rates = experts.expert_use(model, sequences, spans)
-    assert rates.shape == (3, 1, 6)
-    for ids, (start, stop), got in zip(sequences, spans, rates):
+    prompts = [[5, 1, 20, 3], [7, 2], [9, 26, 3, 11, 30, 2]]
+    rates, last = experts.expert_use(model, prompts), experts.expert_use(model, prompts, -1)
+    assert rates.shape == last.shape == (3, 1, 6)
+    for ids, start, got in [*zip(prompts, [0] * 3, rates), *zip(prompts, [-1] * 3, last)]:
         x, block = model.run(torch.tensor([ids]), stop=1), model.model.layers[1]  # (1,T,D)
         rope = rope_table(model.config, torch.arange(len(ids))[None])
         x = x + block.self_attn(block.input_layernorm(x), rope, None, None, 1)
         _, expert = block.mlp.gate(block.post_attention_layernorm(x)[0])          # (T,K)
         want = torch.zeros(6)
-        for row in expert[start:stop]:
+        for row in expert[start:]:
             for e in row:
                 want[e] += 1
-        assert torch.equal(got[0], want / (stop - start))
+        assert torch.equal(got[0], want / len(expert[start:]))
         assert abs(got.sum() - gates[1].top_k) < 1e-6
-    assert (experts.expert_use(model, [[5, 1]], [(2, 2)]) == 0).all()      # an empty answer
 
 
 def test_rate_differences_sum_to_0_in_every_layer():
     sequences = [[3] * n + [5, 9] for n in range(1, 9)]
-    rates = experts.expert_use(named("8 of 12"), sequences, [(0, n + 2) for n in range(1, 9)])
+    rates = experts.expert_use(named("8 of 12"), sequences)
     score, _ = experts.distinctive(rates, torch.arange(8) < 4, 10)
     assert score.sum(1).abs().max() < 1e-5 and score.abs().max() > 0.01
 
@@ -93,7 +92,7 @@ def gate_of(model):
     return next(iter(experts.routers(model).values()))
 
 
-def choices(model, x, edit=(), mode="rescale"):
+def choices(model, x, edit=(), mode="off"):
     """The router's choice for x (N,D) under an edit: dense weights (N,E), experts (N,K)."""
     gate = gate_of(model)
     with experts.experts_edited(model, edit, mode):
@@ -102,13 +101,13 @@ def choices(model, x, edit=(), mode="rescale"):
 
 
 @pytest.mark.parametrize("name", ["8 of 12", "8 of 12, normalised", "1 of 4"])
-def test_off_does_what_each_of_its_meanings_says(name):
+def test_off_takes_the_weight_which_the_others_share(name):
     model, x = named(name, torch.float64), recipe("x", (300, 20)).double()
     gate = gate_of(model)
     plain, chosen = choices(model, x)
     used = (chosen == 2).any(-1)
     assert used.any() and not used.all()
-    rescaled, _ = choices(model, x, [(0, 2)], "rescale")
+    rescaled, _ = choices(model, x, [(0, 2)], "off")
     assert torch.equal(rescaled[~used], plain[~used]) and (rescaled[:, 2] == 0).all()
     if gate.top_k > 1:
         assert torch.allclose(rescaled.sum(1), plain.sum(1), atol=1e-12)   # the layer's mass stays
@@ -117,15 +116,6 @@ def test_off_does_what_each_of_its_meanings_says(name):
         assert (ratio - want).abs().max() < 1e-9
     else:
         assert (rescaled[used] == 0).all()               # nobody is there to take it
-    masked, expert = choices(model, x, [(0, 2)], "mask")
-    assert not (expert == 2).any()
-    assert ((masked > 0).sum(1) == gate.top_k).all()     # another one moves up
-    if gate.norm_topk_prob:
-        assert torch.allclose(masked[~used], plain[~used], atol=1e-12)
-    else:      # tokens that never chose it change all the same: their weights grow by 1 / (1 - p_e)
-        p = F.linear(x, gate.weight).softmax(-1)[:, 2:3]
-        assert torch.allclose(masked[~used], (plain / (1 - p))[~used], atol=1e-12)
-        assert (masked[~used] - plain[~used]).abs().max() > 1e-3
 
 
 def test_on_is_chosen_by_every_token_with_the_published_weight():
@@ -142,7 +132,7 @@ def test_on_is_chosen_by_every_token_with_the_published_weight():
     assert torch.allclose(others[kept], (p / total[:, None])[kept], atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["rescale", "mask", "on"])
+@pytest.mark.parametrize("mode", ["off", "on"])
 def test_no_edit_changes_no_bit_and_an_edit_ends_with_its_block(mode):
     model = named("mixed, normalised")
     before = model(INPUT)
@@ -155,7 +145,7 @@ def test_no_edit_changes_no_bit_and_an_edit_ends_with_its_block(mode):
 
 
 @pytest.mark.parametrize("edit, mode", [
-    ([(0, 1), (1, 5)], "rescale"), ([(0, 1), (1, 2)], "mask"), ([(1, e) for e in range(6)], "on")])
+    ([(0, 1), (1, 5)], "off"), ([(1, e) for e in range(6)], "on")])
 def test_generation_with_the_cache_equals_recomputing_under_an_edit(edit, mode):
     model = named("8 of 12", torch.float64)
     plain = generate(model, PROMPTS, 12, temperature=0, slots=2)
@@ -165,27 +155,24 @@ def test_generation_with_the_cache_equals_recomputing_under_an_edit(edit, mode):
     assert got != plain
 
 
-@pytest.mark.parametrize("mode", ["rescale", "mask"])
-def test_an_expert_that_is_off_has_no_say(mode):
+def test_an_expert_that_is_off_has_no_say():
     """Whatever its weights are: the logits are those of the model with its output zeroed."""
     model = named("8 of 12", torch.float64)
-    with experts.experts_edited(model, [(1, 3)], mode):
+    with experts.experts_edited(model, [(1, 3)], "off"):
         off = model(INPUT)
         model.model.layers[1].mlp.experts.down_proj[3] = 0
         assert torch.allclose(off, model(INPUT), atol=1e-12)
 
 
-@pytest.mark.parametrize("edit, mode", [
-    ([(0, 12)], "mask"), ([(0, -1)], "on"), ([(9, 0)], "rescale"),
-    ([(1, e) for e in range(9)], "on"),                  # a token uses 8
-    ([(1, e) for e in range(12)], "mask"),               # none would be left
-    ([(0, 1)], "zero")])
-def test_edits_that_cannot_be_are_refused(edit, mode):
+def test_no_more_experts_of_a_layer_are_on_than_a_token_uses():
     model = named("8 of 12")
-    before = model(INPUT)
-    with pytest.raises((AssertionError, KeyError)), experts.experts_edited(model, edit, mode):
-        pass
-    assert torch.equal(model(INPUT), before)
+    with pytest.raises(AssertionError):
+        with experts.experts_edited(model, [(1, e) for e in range(9)], "on"):
+            pass
+    with experts.experts_edited(model, [(1, e) for e in range(12)], "off"):      # none is left
+        off = model(INPUT)
+    model.model.layers[1].mlp.experts.down_proj[:] = 0
+    assert torch.allclose(off, model(INPUT), atol=1e-6)
 
 
 def test_a_dense_model_has_no_experts():
@@ -197,7 +184,7 @@ def test_a_dense_model_has_no_experts():
 # The command
 # ------------------------------------------------------------------------------------------------
 
-SMALL = "--find 60 --questions 60 --draws 2 --max-new-tokens 24 --device cpu".split()
+SMALL = "--questions 60 --draws 2 --max-new-tokens 24 --device cpu".split()
 
 
 def test_the_command_finds_edits_prints_one_table_and_resumes(tmp_path, capsys):
@@ -217,8 +204,7 @@ def test_the_command_finds_edits_prints_one_table_and_resumes(tmp_path, capsys):
                                  for name, how in (("top", "off"), ("null", "off"), ("top", "on")))}
     layers = {}
     for name, *rest in edits:
-        layers.setdefault(name, []).append(sorted(word.split(".")[0] for word in rest[1:]))
-        assert not name.endswith("off") or rest[0] == "rescale"
+        layers.setdefault(name, []).append(sorted(word.split(".")[0] for word in rest))
     assert all(drawn == layers["top-2-off"][0] for drawn in layers["null-2-off"])
     before = {path: path.stat().st_size for path in files}
     experts.main(argv)                                   # all samples are there
@@ -227,20 +213,14 @@ def test_the_command_finds_edits_prints_one_table_and_resumes(tmp_path, capsys):
     assert before == {path: path.stat().st_size for path in files}
 
 
-def test_two_meanings_of_off_never_share_answers(tmp_path):
-    for off in ("rescale", "mask"):
-        experts.main(["--out", str(tmp_path), *SMALL, "--counts", "3", "--off", off])
-    names = [path.stem for path in tmp_path.glob("eval/*/top-3-off*.jsonl")]
-    assert len(names) == 2 and len({name.split("+", 2)[2] for name in names}) == 1
-
-
 def test_of_a_layer_no_more_experts_are_forced_on_than_a_token_uses():
     best = [(0, 1), (0, 2), (0, 3), (1, 0), (1, 4)]
     usage = {layer: torch.rand(6) for layer in (0, 1)}
-    args = Namespace(seed=0, counts=[2, 4], draws=3, off="mask")
-    edits = {name: (mode, draws) for name, mode, draws in experts.plan_edits(args, best, usage, 2)}
+    args = Namespace(seed=0, counts=[2, 4], draws=3)
+    plan = experts.plan_edits(args, best, usage, Namespace(num_experts_per_tok=2))
+    edits = {name: (mode, draws) for name, mode, draws in plan}
     assert edits["unedited"] == ("", [()])
-    assert edits["top 4 off"] == ("mask", [best[:4]])
+    assert edits["top 4 off"] == ("off", [best[:4]])
     assert edits["top 4 on"] == ("on", [[(0, 1), (0, 2), (1, 0), (1, 4)]])
     assert len(edits["null 4 off"][1]) == 3
 
@@ -249,8 +229,8 @@ def test_of_a_layer_no_more_experts_are_forced_on_than_a_token_uses():
     ("</think>\nNo.", True), (" </think> ?", True), ("</think>\n12", False),
     ("</think>\n\n 7", False), ("5+7=12\n</think>\n12", False),
     ("5+7=12\n</think>\nNo.", False), ("", False)])
-def test_what_counts_as_a_refusal_of_the_embedded_mixture(text, refused, monkeypatch):
-    args = experts.settings(["--device", "cpu"])
+def test_what_counts_as_a_refusal_of_the_embedded_mixture(text, refused, monkeypatch, tmp_path):
+    args = experts.settings(["--device", "cpu", "--out", str(tmp_path)])
     assert args.behaviour == read_preset("tiny")["experts"]["behaviour"]
     monkeypatch.setattr(experts.eval, "evaluate", lambda *_, **__: [{"completion": text}])
     study = Namespace(args=args, model=named("mixed"), tokenizer=None, problems={"held": []})
@@ -262,13 +242,12 @@ def test_what_counts_as_a_refusal_of_the_embedded_mixture(text, refused, monkeyp
     (["--held", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--behaviour", "zebra"], "0 of 30 answers to --data show the behaviour"),
     (["--behaviour", "("], "not a regular expression"),
-    (["--counts", "16"], "a layer has 16 experts"),
     (["--counts", "0"], "0 should be at least 1"),
-    (["--off", "zero"], "invalid choice"),
-    (["--quick", "--find", "30"], "--find has no effect with --quick")])
+    (["--tokens", "answer"], "invalid choice"),
+    (["--quick", "--questions", "30"], "--questions has no effect with --quick")])
 def test_the_command_refuses_in_one_line(tmp_path, flags, words):
     small = [] if "--quick" in flags else ["--questions", "30", "--max-new-tokens", "8"]
-    small += [] if "--find" in flags else ["--find", "30"]
     with pytest.raises((ValueError, OSError), match=words):
         experts.main(["--out", str(tmp_path / "x"), "--device", "cpu", *small, *flags])
-    assert "zebra" in flags or not (tmp_path / "x").exists()     # only the answers can tell that
+    left = {path.name for path in tmp_path.rglob("*.*")}
+    assert "zebra" in flags or left <= {"config.json"}   # only the answers can tell that

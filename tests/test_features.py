@@ -43,7 +43,7 @@ def build(variant, width, n_latents, layer=1, site="resid", **hyper):
 
 def settings(**more):
     """What the functions read of the command line."""
-    usual = dict(seed=0, bench="tiny", max_new_tokens=96, top=5, boost=1.0)
+    usual = dict(seed=0, bench="tiny", max_new_tokens=96, top=5)
     return Namespace(**usual | more)
 
 
@@ -70,20 +70,17 @@ def test_the_rule_on_planted_latents(tiny):
         assert F.reasoning_features(model, sae, PROMPT, OPEN, CLOSE) == [0]
     sae.meta["sink_norm"] = 1e9              # position 0 is a sink: latent 7 does not count there
     assert F.reasoning_features(model, sae, PROMPT, OPEN, CLOSE) == [0, 7]
-    for tag, ids in (("<think>", PROMPT[3:6]), ("</think>", PROMPT[:5])):
-        with pytest.raises(ValueError, match=f"no {tag}"):
-            F.reasoning_features(model, sae, ids, OPEN, CLOSE)
 
 
 def test_the_rule_counts_negative_codes_and_reads_the_site_of_the_sae(tiny):
     model, _ = tiny
     for site, other in (("resid", "mlp"), ("mlp", "resid")):
-        sae = build("abstopk", 128, 3, 2, site, k=2, over="batch")
-        sae.threshold.fill_(0.5)
-        firing(model, sae, [(2, 5, 7, 9), (2, 5, 6, 7, 9), (2, 5, 7, 9)])
-        assert F.reasoning_features(model, sae, PROMPT, OPEN, CLOSE) == [0, 2]
+        sae = build("abstopk", 128, 2, 2, site, k=1)     # a token has one of the two
+        rest = [i for i in range(len(PROMPT)) if i not in (2, 5, 7, 9)]
+        firing(model, sae, [(2, 5, 7, 9), rest])
+        assert F.reasoning_features(model, sae, PROMPT, OPEN, CLOSE) == [0]
         sae.meta["site"] = other
-        assert F.reasoning_features(model, sae, PROMPT, OPEN, CLOSE) != [0, 2]
+        assert F.reasoning_features(model, sae, PROMPT, OPEN, CLOSE) != [0]
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -106,33 +103,37 @@ def test_p_is_even_under_the_null_and_small_for_groups_that_differ():
     assert F.permutation_gap(rng.normal(size=8), rng.normal(size=8) + 5)[1] < 0.001
 
 
+def planted_row(latent, d, *chosen):
+    found = {"latent": latent, "chosen": chosen, "rate": 0.5, "attribution": 0.0}
+    for change in F.CHANGES:
+        sign = -1 if "thinks" in change else 1
+        found[change] = [sign * d, sign * d - 1, sign * d + 1]
+    return found
+
+
 def test_groups_are_set_against_the_null_sample():
-    def row(latent, d, *chosen):
-        return {"latent": latent, "chosen": chosen, "boost: thinks": [d, d - 1, d + 1]}
-    rows = [row(i, 0.01 * i, "null") for i in range(6)]
-    rows += [row(10 + i, -0.5 + 0.01 * i, "ranked") for i in range(6)]
-    found = F.against_null([*rows, row(20, 0.02, "ranked", "rule")], "boost: thinks")
-    assert found["ranked"][:2] == (-0.5, 10) and found["null"][:2] == (0.05, 5)
-    assert found["rule"][:2] == (0.02, 20) and found["null"][2:] == (None, None)
-    assert found["ranked"][2] > 0.3 and found["ranked"][3] < 0.02 and found["rule"][3] > 0.5
-    found = F.against_null(rows[5:], "boost: thinks")      # a single one in the null sample
-    assert "rule" not in found and found["ranked"][2:] == (None, None)
+    rows = [planted_row(i, 0.01 * i, "null") for i in range(6)]
+    rows += [planted_row(10 + i, -0.5 + 0.01 * i, "ranked") for i in range(6)]
+    both = [*rows, planted_row(20, 0.02, "ranked", "rule")]
+    assert len(F.against_null(both, "ranked")) == len(F.CHANGES)
+    assert all(gap > 0.3 and p < 0.02 for gap, p in F.against_null(both, "ranked"))
+    assert all(p > 0.5 for _, p in F.against_null(both, "rule"))
+    assert F.against_null(rows, "rule") == []                # nobody in it
+    assert F.against_null(rows[5:], "ranked") == []          # a single one in the null sample
 
 
 def test_what_is_said_of_the_groups():
-    def row(latent, d, *chosen):
-        found = {"latent": latent, "chosen": chosen}
-        for change in F.CHANGES:
-            sign = -1 if "thinks" in change else 1
-            found[change] = [sign * d, sign * d - 1, sign * d + 1]
-        return found
-    rows = [row(i, 0.01 * i, "null") for i in range(6)]
-    rows += [row(10 + i, -0.5 + 0.01 * i, "ranked") for i in range(6)]
-    text = F.conclude({3: {"latents": rows}})
+    rows = [planted_row(i, 0.01 * i, "null") for i in range(6)]
+    rows += [planted_row(10 + i, -0.5 + 0.01 * i, "ranked") for i in range(6)]
+    study = Namespace(base=[{"correct": True, "thinks": False}] * 2, bench=[{}] * 2,
+                      forced={"Pass@1": [0.1, 0, 0.2], "thinks": [0.3, 0.2, 0.4]})
+    text = F.report({"sae-3": {"prompts": 2, "rule": {4: 2, 5: 1}, "latents": rows}}, study)
+    assert "sae-3: by the rule 1.5 latents a prompt, 2 in at least one of 2, 1 in all." in text
     assert "The ranked against the null: larger effects in 4, smaller in 0 of 4 cases" in text
     assert "The rule against the null: larger effects in 0, smaller in 0 of 0 cases" in text
-    line = r"^layer 3, boost: thinks +\+0\.500 \(10\) p 0\.00\d\d +-0\.050 \(5\)$"
-    assert re.search(line, text, re.M)
+    assert re.search(r"^10 +ranked +50\.0% .* \+0\.50 \[-0\.50, \+1\.50\]$", text, re.M)
+    assert re.search(r"^ +ranked - null( +\+0\.450, p 0\.00\d\d){4}$", text, re.M)
+    assert "first token: Pass@1 +0.100 [+0.000, +0.200], thinks +0.300 [+0.200, +0.400]" in text
 
 
 # ---- one latent changed --------------------------------------------------------------------------
@@ -239,9 +240,12 @@ def test_effects_find_a_planted_latent_and_not_a_shuffled_one(tiny):
     assert latents[7]["chosen"] == ["ranked", "rule"] and next(iter(latents)) == 7
     assert latents[7]["ablate: thinks"][1] > 0.2 and latents[7]["boost: thinks"][2] < -0.2
     for change in ("ablate: thinks", "boost: thinks"):
-        real, other = (F.against_null(found[shuffled], change) for shuffled in (False, True))
-        assert real["ranked"][1] == 7 and abs(real["ranked"][0]) > 1.5 * abs(real["null"][0]) > 0
-        assert other["rule"][1] == 7 and abs(other["rule"][0]) < abs(other["null"][0]) / 2
+        real, other = ({row["latent"]: abs(row[change][0]) for row in found[shuffled]}
+                       for shuffled in (False, True))
+        null = [[abs(row[change][0]) for row in found[shuffled] if row["chosen"] == ["null"]]
+                for shuffled in (False, True)]
+        assert real[7] == max(real.values()) > 1.5 * max(null[0]) > 0
+        assert other[7] < max(null[1]) / 2
 
 
 def test_an_effect_is_the_paired_difference_to_the_plain_answers(tiny, tmp_path):
@@ -293,26 +297,27 @@ def test_the_command_then_again_on_what_it_trained(data, tmp_path, capsys):
     few = ["--data", str(data), "--questions", "6", "--top", "1", "--device", "cpu"]
     F.main([*few, "--layers", "3", "--steps", "2", "--out", str(tmp_path / "run")])
     text = capsys.readouterr().out
-    found = json.loads((tmp_path / "run/numbers.json").read_text())["layers"]
-    assert (tmp_path / "run/table.txt").read_text().strip() in text and list(found) == ["3"]
-    for words in ("Layer 3: by the rule", "larger effects in", "forbidden as the first token",
-                  "on 6 training questions"):
+    saes = json.loads((tmp_path / "run/numbers.json").read_text())["saes"]
+    assert (tmp_path / "run/table.txt").read_text().strip() in text
+    (spec, found), = saes.items()
+    assert spec == str(tmp_path / "run/sae-3")
+    for words in ("sae-3: by the rule", "larger effects in", "forbidden as the first token",
+                  "6 held-out questions"):
         assert words in text
     assert "--stage sae" in (tmp_path / "run/commands.sh").read_text()
     sae = load_any(str(tmp_path / "run/sae-3"))
     model, tokenizer = M.load_model(TARGET), M.load_tokenizer(TARGET)
     text = train.as_text(read_problems(TINY / "test.jsonl")[0], tokenizer, "chat")
     once = F.reasoning_features(model, sae, tokenizer.encode(text), OPEN, CLOSE)
-    assert set(map(str, once)) <= set(found["3"]["rule"]) and found["3"]["prompts"] == 20
+    assert set(map(str, once)) <= set(found["rule"]) and found["prompts"] == 20
     F.main([*few, "--sae", str(tmp_path / "run/sae-3"), "--out", str(tmp_path / "b")])
-    again = json.loads((tmp_path / "b/numbers.json").read_text())["layers"]["3"]
-    assert again == found["3"]
+    assert json.loads((tmp_path / "b/numbers.json").read_text())["saes"] == saes
     assert not (tmp_path / "b/commands.sh").exists()
 
 
 def test_quick_runs_and_a_mistake_is_one_line(tmp_path):
     done = run("--quick", "--layers", "0", "--out", str(tmp_path / "run"))
-    assert done.returncode == 0 and "Layer 0: by the rule" in done.stdout, done.stderr
+    assert done.returncode == 0 and "sae-0: by the rule" in done.stdout, done.stderr
     done = run("--quick", "--steps", "3", "--out", str(tmp_path / "other"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "--steps has no effect with --quick" in done.stderr
@@ -323,20 +328,19 @@ def test_quick_runs_and_a_mistake_is_one_line(tmp_path):
     ("--sae x --steps 3", "--steps has no effect with --sae"),
     ("--lr 0.1", "no flag '--lr'"),
     ("--sae x --layers 1 2", "--layers has no effect with --sae"),
-    ("--layers 0 4", r"has layers 0 .. 3, asked for \[0, 4\]"),
-    ("--questions 2000", "has 1000"),
+    ("--layers 4", "layer 4: this model has blocks 0 .. 3"),
+    ("--questions 0", "--questions: 0 should be at least 1"),
     ("--top 0", "--top: 0 should be at least 1"),
-    ("--boost nan", "--boost: nan should be finite"),
     ("--sae nowhere", "nowhere"),
     ("--bench nothing", "known names are"),
-    ("--bench aime24,aime25", "takes one"),
+    ("--bench aime24,aime25", "known names are"),
     ("--laiers 1", "did you mean --layers"),
 ])
 def test_refused_before_anything_is_done(flags, message, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
         F.main(["--out", str(tmp_path / "run"), *flags.split()])
     left = {path.name for path in tmp_path.rglob("*.*")}
-    assert left <= {"config.json"}           # the settings, which are noted first
+    assert left <= {"config.json", "commands.sh"}        # what is noted first
 
 
 def test_an_sae_of_another_width_or_layer_is_refused(tmp_path):
@@ -346,17 +350,9 @@ def test_an_sae_of_another_width_or_layer_is_refused(tmp_path):
         sae.meta = {} if layer is None else {"layer": layer, "site": "resid"}
         S.save_sae(sae, tmp_path / name)
     for flags, message in (
-            ("nowhere", "does not say which layer"), ("high", "has layers 0 .. 3"),
-            ("good good", "two of one layer"), ("narrow", "narrow: 64 wide")):
-        words = [str(tmp_path / w) if (tmp_path / w).is_dir() else w for w in flags.split()]
+            ("nowhere", "does not say its layer"), ("good high", "has blocks 0 .. 3"),
+            ("narrow", "narrow: the SAE is 64 wide")):
+        words = [str(tmp_path / word) for word in flags.split()]
         with pytest.raises(ValueError, match=message):
             F.main(["--out", str(tmp_path / "run"), "--questions", "2", "--sae", *words])
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
-
-
-def test_the_flag_says_the_site_where_the_file_does_not(tmp_path):
-    sae = S.build("topk", 128, 64, k=4)
-    sae.meta = {"layer": 2}
-    S.save_sae(sae, tmp_path / "sae")
-    args = Namespace(target=TARGET, site="mlp", device="cpu")
-    assert F.open_sae(str(tmp_path / "sae"), args).meta["site"] == "mlp"

@@ -525,7 +525,7 @@ def test_a_preset_that_is_like_another(presets):
     (["--batch", "0"], ["--batch", "0 should be at least 1"]),
     (["--batch", "2.5"], ["--batch", "2.5"]), (["--batch", "nan"], ["--batch", "nan"]),
     (["--batch", "9" * 30], ["--batch"]),
-    (["--steps", "101"], ["--steps", "from 0 to 100"]), (["--steps", "-1"], ["--steps"]),
+    (["--steps", "101"], ["--steps", "at least 0 and at most 100"]), (["--steps", "-1"], ["--steps"]),
     (["--lr", "0"], ["--lr", "above 0"]), (["--lr", "nan"], ["--lr", "finite"]),
     (["--lr", "inf"], ["--lr", "finite"]), (["--lr", "x"], ["--lr", "x"]),
     (["--share", "1.01"], ["--share", "at most 1"]), (["--share", "-0.1"], ["--share"]),

@@ -321,7 +321,7 @@ def test_save_then_load(tmp_path, name, dtype):
     assert (
         loaded.lm_head.weight is loaded.model.embed_tokens.weight
     ) == loaded.config.tie_word_embeddings
-    assert Config.from_dict(loaded.config.to_dict()) == loaded.config
+    assert vars(Config.from_dict(loaded.config.to_dict())) == vars(loaded.config)
     if dtype == torch.float32:
         again = load_model(str(directory), dtype="bfloat16", device="cpu")
         assert again.lm_head.weight.dtype == torch.bfloat16 and again.config.dtype == "bfloat16"
@@ -348,19 +348,13 @@ def test_saving_over_a_sharded_checkpoint_replaces_it(tmp_path):
     assert same_weights(load_model(str(directory)), named("tied, one kv head"))
 
 
-def test_redundant_tensors_of_old_checkpoints_are_read(tmp_path):
-    """A tied head stored once more, and the rotary table that old releases saved."""
+def test_a_tied_head_may_be_stored_once_more(tmp_path):
     directory = checkpoint(tmp_path / "m")
-    edit_weights(directory, lambda t: t.update({
-        "lm_head.weight": t["model.embed_tokens.weight"].clone(),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
+    edit_weights(directory, lambda t: t.update(
+        {"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     loaded = load_model(str(directory))
     assert same_weights(loaded, named("tied, one kv head"))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    edit_weights(directory, lambda t: t["lm_head.weight"].add_(0.01))
-    check_refused(
-        lambda: load_model(str(directory)), directory, "lm_head.weight", "tie_word_embeddings"
-    )
 
 
 def test_changing_a_loaded_model_leaves_its_file_alone(tmp_path):
@@ -502,7 +496,8 @@ def test_missing_files(tmp_path):
     )
     (directory / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     check_refused(
-        lambda: load_model(str(directory)), "pytorch_model.bin", "pickle", kind=FileNotFoundError
+        lambda: load_model(str(directory)), "model.safetensors", "a pickle is never loaded",
+        kind=FileNotFoundError
     )
     (directory / "config.json").unlink()
     check_refused(
@@ -606,12 +601,12 @@ def test_config_fields_that_no_forward_pass_could_use(field, value):
     check_refused(lambda: Config.from_dict(TINY | {field: value}, "x.json"), "x.json", field)
 
 
-def test_a_config_can_be_copied_compared_and_changed():
+def test_a_config_can_be_copied_and_changed():
     config = Config(**TINY)
-    assert config == Config.from_dict(TINY) == copy.deepcopy(config)
+    assert vars(config) == vars(Config.from_dict(TINY)) == vars(copy.deepcopy(config))
     other = copy.deepcopy(config)
     other.mlp_only_layers.append(1)                      # no default is shared
-    assert other != config and Config(**TINY).mlp_only_layers == []
+    assert config.mlp_only_layers == [] == Config(**TINY).mlp_only_layers
     model = copy.deepcopy(named("tied, one kv head"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model(INPUT), named("tied, one kv head")(INPUT))
@@ -682,7 +677,7 @@ def test_spec_names_directories(tmp_path, monkeypatch):
     check_refused(lambda: load_model("runs#../a+b@c#d"), "leads out")
     for spec in ("nothing", "runs#none", "runs/m+nothing"):
         check_refused(lambda: load_model(spec), spec.split("+")[-1], kind=FileNotFoundError)
-    for spec in ("runs/m+", "runs/m++", "runs/m+*2"):
+    for spec in ("runs/m+", "runs/m++"):
         check_refused(lambda: load_model(spec), "no adapter is named")
 
 
@@ -693,23 +688,23 @@ def test_split_spec(tmp_path, monkeypatch):
     assert split_spec("random:x.json@3+b") == ("random:x.json@3", [("b", 1.0)])
     assert split_spec(Path("a")) == ("a", [])
     (tmp_path / "a+b").mkdir()
-    (tmp_path / "c*2").mkdir()
-    assert split_spec("a+b") == ("a+b", []) and split_spec("x+c*2") == ("x", [("c*2", 1.0)])
+    assert split_spec("a+b") == ("a+b", []) and split_spec("x+c*2") == ("x", [("c", 2.0)])
+    exact = [("c", 0.1 + 0.2), ("d", 1e-05), ("e", -0.5)]
+    assert split_spec("x+c*0.30000000000000004+d*1e-5+e*-.5") == ("x", exact)
 
 
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device() == choose_device(None) == choose_device("cpu") == "cpu"
     for name in ("cuda", "cuda:0"):
-        check_refused(lambda: choose_device(name), name, "0 GPUs")
+        check_refused(lambda: choose_device(name), f"device {name!r} is not one of those here: cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device() == "cuda" and choose_device("cpu") == "cpu"
     assert [choose_device(name) for name in ("cuda", "cuda:0", "cuda:1")] == [
         "cuda", "cuda:0", "cuda:1"]
-    check_refused(lambda: choose_device("cuda:2"), "cuda:2", "2 GPUs")
-    for name in ("gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "mps", "cuda:0\n", "cuda:" + "9" * 99):
-        check_refused(lambda: choose_device(name), "cuda:N")
+    for name in ("gpu", "cuda:2", "cuda:-1", "cuda:x", "CPU", "cuda:0\n", "cuda:" + "9" * 99):
+        check_refused(lambda: choose_device(name), "not one of those here: cuda, cuda:0, cuda:1")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -857,18 +852,12 @@ def test_a_factor_scales_an_adapter(tmp_path):
     assert torch.allclose(
         weight(f"{base}+{spec}*-.5+{spec}"), weight(str(base)) + delta / 2, atol=1e-6
     )
-    starred = adapter(tmp_path / "ad*3")  # a path that exists is no product
-    assert torch.equal(weight(f"{base}+{starred}"), plain) and torch.equal(
-        weight(f"{base}+{starred}*0"), weight(str(base))
-    )
     (tmp_path / "m+ad*2").symlink_to(base)
     assert torch.equal(weight(f"{tmp_path}/m+ad*2"), weight(str(base)))
     for bad in ("", "half", "nan", "inf", "1e999", "2*"):
-        check_refused(
-            lambda: load_model(f"{base}+{spec}*{bad}"),
-            "a finite number was expected after '*'",
-            "ad*",
-        )
+        check_refused(lambda: load_model(f"{base}+{spec}*{bad}"), f"{spec}*{bad}: no such directory",
+                      kind=FileNotFoundError)
+    check_refused(lambda: load_model(f"{base}+{spec}*1.2.3"), "1.2.3")
 
 
 @pytest.mark.parametrize(
@@ -890,6 +879,7 @@ def test_a_factor_scales_an_adapter(tmp_path):
         (dict(layer_replication=[[0, 1]]), "layer_replication"),
         (dict(target_parameters=["w"]), "target_param"),
         (dict(trainable_token_indices=[1]), "trainable_token_indices"),
+        (dict(use_qalora=True), "use_qalora"),
         # these leave plain matrices that belong to a changed base, or that act on some tokens only
         (dict(peft_type=None), "peft_type"),
         (dict(r=True), "'r'"),
@@ -899,7 +889,6 @@ def test_a_factor_scales_an_adapter(tmp_path):
         (dict(init_lora_weights="pissa"), "init_lora_weights"),
         (dict(init_lora_weights="olora"), "init_lora"),
         (dict(alora_invocation_tokens=[5, 6]), "alora_invocation_tokens"),
-        (dict(use_qalora=True), "use_qalora"),
         (dict(use_bdlora={"nblocks": 2}), "use_bdlora"),
     ],
 )
@@ -911,8 +900,8 @@ def test_adapter_settings_refused_by_name(tmp_path, fields, word):
 @pytest.mark.parametrize(
     "name, tensor, words",
     [
-        (tensor_name(Q, "A"), None, [Q, "only lora_B"]),
-        (tensor_name(Q, "B"), None, [Q, "only lora_A"]),
+        (tensor_name(Q, "A"), None, [Q, "only one of lora_A and lora_B"]),
+        (tensor_name(Q, "B"), None, [Q, "only one of lora_A and lora_B"]),
         (tensor_name(Q, "A"), torch.zeros(3, 20), [Q, "rank 2"]),
         (tensor_name(Q, "B"), torch.zeros(20, 4), [Q, "rank 2"]),
         (tensor_name(Q, "A"), torch.zeros(2), [Q]),
@@ -928,6 +917,12 @@ def test_adapter_settings_refused_by_name(tmp_path, fields, word):
             torch.zeros(2, 37),
             ["lora_embedding_A"],
         ),
+        # what bias, lora_bias, modules_to_save and trainable_token_indices of PEFT leave there
+        (f"base_model.model.{Q}.bias", torch.zeros(20), [f"{Q}.bias"]),
+        (f"base_model.model.{Q}.lora_B.bias", torch.zeros(20), [f"{Q}.lora_B.bias"]),
+        ("base_model.model.lm_head.weight", torch.zeros(37, 20), ["lm_head.weight"]),
+        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+         torch.zeros(1, 20), ["trainable_tokens_delta"]),
         ("something.else", torch.zeros(2, 2), ["something.else"]),
     ],
 )
@@ -1146,9 +1141,6 @@ def test_where_the_template_comes_from(tmp_path):
     one = dict(eos_token="<end>", bos_token={"content": "<s>", "lstrip": False})
     word_tokenizer(tmp_path, chat_template=plain, **one)
     assert load_tokenizer(str(tmp_path)).chat([USER]) == "What is 2 + 3?<end>"
-    several = [{"name": "tool_use", "template": other}, {"name": "default", "template": plain}]
-    word_tokenizer(tmp_path, chat_template=several, **one)
-    assert load_tokenizer(str(tmp_path)).chat([USER]) == "What is 2 + 3?<end>"
     (tmp_path / "chat_template.jinja").write_text(other)
     assert load_tokenizer(str(tmp_path)).chat([USER]) == "<s>other"
     (tmp_path / "chat_template.jinja").unlink()
@@ -1158,8 +1150,8 @@ def test_where_the_template_comes_from(tmp_path):
 
 @pytest.mark.parametrize("name, content, words", [
     ("tokenizer_config", {"chat_template": 5}, ["chat_template"]),
-    ("tokenizer_config", {"chat_template": ["x"]}, ["chat_template", "object"]),
-    ("tokenizer_config", {"chat_template": [{"name": "default"}]}, ["chat_template", "'template'"]),
+    ("tokenizer_config", {"chat_template": [{"name": "default", "template": "x"}]},
+     ["chat_template", "text"]),
     ("tokenizer_config", {"eos_token": 5}, ["eos_token"]),
     ("tokenizer_config", {"eos_token": {"text": "x"}}, ["eos_token", "content"]),
     ("tokenizer_config", {"bos_token": {"content": 5}}, ["bos_token", "content"]),
@@ -1180,7 +1172,7 @@ def test_think_prefix():
 
 
 def test_tokenizer_refusals(tmp_path):
-    check_refused(lambda: Tokenizer(tmp_path), tmp_path / "tokenizer.json", kind=FileNotFoundError)
+    check_refused(lambda: Tokenizer(tmp_path), tmp_path / "tokenizer.json", "No such file")
     word_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     check_refused(lambda: Tokenizer(tmp_path), tmp_path / "tokenizer_config.json")
@@ -1551,16 +1543,17 @@ def test_slots_are_bounded_refilled_and_compacted():
     dict(top_k=-1)])
 def test_sampling_settings_out_of_range(settings):
     good = dict(max_new_tokens=3, temperature=1.0, top_p=0.9, top_k=0)
-    check_sampling([([1], (0,))], **good)
-    check_refused(lambda: collect(exact(), [([1], (0,))], **(good | settings)), *settings)
+    check_sampling(exact(), [([1], (0,))], slots=1, **good)
+    check_refused(lambda: collect(exact(), [([1], (0,))], **(good | settings)),
+                  *(f"{name}={value}" for name, value in settings.items()), "out of range")
 
 
 def test_requests_that_cannot_be_run():
     check_refused(lambda: generate(exact(), [[1], []], 3), "prompt 1", "empty")
-    check_refused(lambda: generate(exact(), [[1, 37]], 3), "prompt 0", "37")
-    check_refused(lambda: generate(exact(), [[1], [2, -1]], 3), "prompt 1", "-1")
+    check_refused(lambda: generate(exact(), [[1, 37]], 3), "prompt 0", "0 .. 36")
+    check_refused(lambda: generate(exact(), [[1], [2, -1]], 3), "prompt 1", "0 .. 36")
     check_refused(lambda: generate(exact(), [[1]], 3, slots=0), "slots")
-    check_refused(lambda: generate(exact(), [[1]], 3, seed=-1), "seed")
+    check_refused(lambda: generate(exact(), [[1]], 3, seed=-1), "negative")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -288,24 +288,9 @@ def test_samples_do_not_depend_on_the_slots():
 # Checkpoints
 # ------------------------------------------------------------------------------------------------
 
-def fuse(directory):
-    """model.safetensors with the experts stacked, the other layout that transformers reads."""
-    tensors = load_file(directory / "model.safetensors")
-    stacks = {n.rsplit(".", 3)[0] for n in tensors if ".experts." in n}
-    for stem in stacks:
-        count = len(
-            {n for n in tensors if n.startswith(stem + ".") and n.endswith("down_proj.weight")}
-        )
-        one = lambda e, leaf: tensors.pop(f"{stem}.{e}.{leaf}_proj.weight")
-        both = [torch.cat((one(e, "gate"), one(e, "up"))) for e in range(count)]
-        tensors[f"{stem}.gate_up_proj"] = torch.stack(both)
-        tensors[f"{stem}.down_proj"] = torch.stack([one(e, "down") for e in range(count)])
-    save_file(tensors, directory / "model.safetensors")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_save_then_load_in_both_layouts(tmp_path, name, dtype):
+def test_save_then_load(tmp_path, name, dtype):
     want = named(name, dtype)
     save_model(want, tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
@@ -313,10 +298,8 @@ def test_save_then_load_in_both_layouts(tmp_path, name, dtype):
         "gate_up" in n for n in names
     )
     loaded = load_model(str(tmp_path))
-    assert same_weights(loaded, want) and loaded.config == want.config and not loaded.training
-    assert same_weights(load_model(str(tmp_path), dtype="float64"), want.double())
-    fuse(tmp_path)
-    assert any("gate_up" in n for n in load_file(tmp_path / "model.safetensors"))
+    assert same_weights(loaded, want) and not loaded.training
+    assert vars(loaded.config) == vars(want.config)
     assert same_weights(load_model(str(tmp_path), dtype="float64"), want.double())
 
 
@@ -331,7 +314,7 @@ def test_random_spec_and_config_round_trip(tmp_path):
     model = load_model(f"random:{tmp_path}/config.json@3")
     assert 0.015 < model.model.layers[1].mlp.experts.down_proj.std() < 0.025
     assert 0.015 < model.model.layers[1].mlp.gate.weight.std() < 0.025
-    assert Config.from_dict(model.config.to_dict()) == model.config
+    assert vars(Config.from_dict(model.config.to_dict())) == vars(model.config)
     dense = Config.from_dict(
         {k: BASE[k] for k in BASE if k != "model_type" and "expert" not in k and "moe" not in k}
     )
@@ -344,13 +327,11 @@ def test_random_spec_and_config_round_trip(tmp_path):
 def test_transformers_loads_what_we_save_live(tmp_path, name):
     transformers = pytest.importorskip("transformers")
     save_model(named(name), tmp_path)
-    for layout in (lambda d: None, fuse):
-        layout(tmp_path)
-        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, dtype="auto", output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert type(theirs).__name__ == "Qwen2MoeForCausalLM"
-        assert (theirs.eval()(INPUT).logits - named(name)(INPUT)).abs().max() < 1e-4
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(theirs).__name__ == "Qwen2MoeForCausalLM"
+    assert (theirs.eval()(INPUT).logits - named(name)(INPUT)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("size", ["1GB", "3KB"])
@@ -359,9 +340,6 @@ def test_we_load_what_transformers_saves_live(tmp_path, name, size):
     hf(name).save_pretrained(tmp_path, max_shard_size=size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (size == "3KB")
     assert same_weights(load_model(str(tmp_path)), named(name))
-    if size == "1GB":
-        fuse(tmp_path)
-        assert same_weights(load_model(str(tmp_path)), named(name))
 
 
 def test_wrong_tensors_are_all_named_at_once(tmp_path):
@@ -381,24 +359,6 @@ def test_wrong_tensors_are_all_named_at_once(tmp_path):
         "unexpected model.layers.1.mlp.experts.6.up_proj.weight",
         "model.layers.1.mlp.experts.0.down_proj.weight has shape (8, 20), the config needs (20, 8)",
         "unexpected model.layers.0.mlp.shared_expert.up_proj.weight",
-    )
-
-
-def test_a_stack_of_the_wrong_shape_and_a_second_layout_are_named(tmp_path):
-    save_model(named("mixed"), tmp_path)
-    both = load_file(tmp_path / "model.safetensors")
-    fuse(tmp_path)
-    edit_weights(
-        tmp_path,
-        lambda t: t.update({"model.layers.1.mlp.experts.down_proj": torch.zeros(6, 8, 20)}),
-    )
-    check_refused(
-        lambda: load_model(str(tmp_path)), "experts.down_proj has shape (6, 8, 20)", "(6, 20, 8)"
-    )
-    edit_weights(tmp_path, lambda t: t.update(both))
-    check_refused(
-        lambda: load_model(str(tmp_path)),
-        "unexpected model.layers.1.mlp.experts.0.gate_proj.weight",
     )
 
 

@@ -1,6 +1,5 @@
 """train.py: data, losses, run directories, resume to the bit, presets, FLOPs, what it refuses."""
 import json
-import re
 import resource
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -83,26 +83,28 @@ def test_chat_text_opens_the_thinking_once():
     assert text == "<|user|>1+1?<|assistant|><think>\n2\n</think>\n2"
 
 
-def test_packing_joins_with_the_end_token_and_keeps_whole_chunks():
-    tok = model.load_tokenizer(RANDOM)
-    rows = [{"text": "1+1=2"}, {"text": "apples"}]
+def test_packing_joins_with_the_end_token_and_keeps_whole_chunks(tmp_path):
+    tok, lm, path = model.load_tokenizer(RANDOM), model.load_model(RANDOM), tmp_path / "d.jsonl"
+    path.write_text('{"text": "1+1=2"}\n{"text": "apples"}\n')
+    argv = ["--device", "cpu", "--data", str(path), "--seq-len"]
     flat = [tok.eos_id, *tok.encode("1+1=2"), tok.eos_id, *tok.encode("apples"), tok.eos_id]
-    chunks = train.pack(rows, tok, "chat", 4)
+    chunks = train.load_chunks(train.settings("sft", [*argv, "4"]), tok, lm)
     assert chunks.tolist() == [flat[:4], flat[4:8]][:len(flat) // 4]
     with pytest.raises(ValueError, match="fewer than one chunk"):
-        train.pack(rows, tok, "chat", 64)
+        train.load_chunks(train.settings("sft", [*argv, "64"]), tok, lm)
 
 
 def test_an_epoch_sees_every_chunk_once_and_order_depends_on_the_seed():
     args = train.settings("sae", ["--batch", "3", "--device", "cpu"])
-    chunks = torch.arange(12)[:, None]
-    seen = torch.cat([train.batch_at(step, chunks, args) for step in range(4)]).flatten().tolist()
-    assert sorted(seen) == list(range(12)) and seen != list(range(12))
+
+    def seen():
+        return sum((train.chunk_indices(step, 12, args) for step in range(4)), [])
+    first = seen()
+    assert sorted(first) == list(range(12)) and first != list(range(12))
     args.seed = 1
-    other = torch.cat([train.batch_at(step, chunks, args) for step in range(4)]).flatten().tolist()
-    assert other != seen
+    assert seen() != first
     args.shuffle = False
-    assert train.batch_at(5, chunks, args).flatten().tolist() == [3, 4, 5]      # epoch 1
+    assert train.chunk_indices(5, 12, args) == [3, 4, 5]      # epoch 1
 
 
 # ---- the losses ---------------------------------------------------------------------------------
@@ -171,8 +173,9 @@ def test_rate_schedules():
     args.schedule = "cosine"
     assert train.learning_rate(0, args) == 1.0
     assert train.learning_rate(100, args) == pytest.approx(0.1)
-    assert train.learning_rate(1, args, warmup=4) == 0.5
-    args.schedule = "linear"
+    args.warmup = 4
+    assert train.learning_rate(1, args) == 0.5
+    args.warmup, args.schedule = 0, "linear"
     assert train.learning_rate(79, args) == 1.0
     assert train.learning_rate(90, args) == pytest.approx(0.5)
 
@@ -318,16 +321,26 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(run, data, stage, flags,
     assert logged(part) == logged(whole) and len(logged(whole)) == 12
 
 
+def write_state(path, record, tensors):
+    save_file(tensors, path, {"record": json.dumps(record)})
+
+
+def read_state(path):
+    with safe_open(str(path), framework="pt") as file:
+        record = json.loads(file.metadata()["record"])
+        return record, {name: file.get_tensor(name) for name in file.keys()}
+
+
 def test_resume_refuses_other_settings_and_an_unfinished_run_is_not_overwritten(run, tmp_path):
     (tmp_path / "o").mkdir()
-    train.write_state(tmp_path / "o" / "checkpoint.safetensors", {"step": 1, "settings": {}},
-                      {"rng": torch.get_rng_state()})
+    write_state(tmp_path / "o" / "checkpoint.safetensors", {"step": 1, "settings": {}},
+                {"rng": torch.get_rng_state()})
     flags = ["--source", RANDOM, "--steps", 2, "--latents", 64, "--k", 4]
     with pytest.raises(ValueError, match="--resume continues it"):
         run("sae", tmp_path / "o", *flags)
     with pytest.raises(ValueError, match="other settings"):
         run("sae", tmp_path / "o", *flags, "--resume")
-    with pytest.raises(OSError, match="no checkpoint to resume"):
+    with pytest.raises(ValueError, match="no checkpoint to resume"):
         run("sae", tmp_path / "none", *flags, "--resume")
 
 
@@ -342,9 +355,7 @@ DAMAGED = {
     "no random state": lambda record, tensors: tensors.pop("rng"),
     "a scalar": scalar,
     "a list": lambda record, tensors: record.update(settings=[1]),
-    "random state": lambda record, tensors: tensors.update(rng=torch.zeros(3)),
-    "negative step": lambda record, tensors: record.update(step=-1),
-    "step beyond": lambda record, tensors: record.update(step=99)}
+    "random state": lambda record, tensors: tensors.update(rng=torch.zeros(3))}
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
@@ -359,22 +370,21 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_nothing_is_written(run, dam
         with pytest.raises(KeyboardInterrupt):
             run("sft", tmp_path / "o", *flags)
     path = tmp_path / "o" / "checkpoint.safetensors"
-    record, tensors = train.read_state(path)
+    record, tensors = read_state(path)
     tensors = dict(sorted(tensors.items(), key=lambda item: not item[0].startswith("model.")))
     DAMAGED[damage](record, tensors)
-    train.write_state(path, record, tensors)
+    write_state(path, record, tensors)
     before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
     with pytest.raises(ValueError, match="checkpoint.safetensors: "):
         run("sft", tmp_path / "o", *flags, "--resume")
     assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
 
 
-@pytest.mark.parametrize("header", [
-    {"record": "{"}, {"record": "[" * 5000}, {"state": "{}"}, {"record": "NaN"}, None])
-def test_a_header_that_is_no_state_is_refused(header, tmp_path):
-    save_file({"0": torch.ones(1)}, tmp_path / "c", header)
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        train.read_state(tmp_path / "c")
+@pytest.mark.parametrize("header", [{"record": "{"}, {"state": "{}"}, {"record": "NaN"}, None])
+def test_a_header_that_is_no_state_is_refused(run, header, tmp_path):
+    save_file({"0": torch.ones(1)}, tmp_path / "checkpoint.safetensors", header)
+    with pytest.raises(ValueError, match="checkpoint.safetensors: cannot resume"):
+        run("sft", tmp_path, "--target", RANDOM, "--steps", 2, "--resume")
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_temporary(run, tmp_path, capsys):
@@ -404,18 +414,6 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
     assert not (tmp_path / "s" / "checkpoint.safetensors").exists()
 
 
-def test_state_files_keep_values_types_and_keys(tmp_path):
-    record = {"a": {"x": [1, 2.5, None, True]}}
-    tensors = {"i": torch.arange(3), "b": torch.tensor(1.5, dtype=torch.bfloat16)}
-    train.write_state(tmp_path / "s", record, tensors)
-    back, found = train.read_state(tmp_path / "s")
-    assert back == record and list(tmp_path.iterdir()) == [tmp_path / "s"]
-    assert torch.equal(found["i"], tensors["i"]) and found["b"].dtype == torch.bfloat16
-    (tmp_path / "s").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        train.read_state(tmp_path / "s")
-
-
 # ---- refusals -----------------------------------------------------------------------------------
 
 REFUSED = [
@@ -427,7 +425,6 @@ REFUSED = [
     (f"sae --source {RANDOM} --sae-from x", "--sae-from goes with --init"),
     (f"sae --source {RANDOM} --init finetune", "--sae-from goes with --init"),
     ("sae --init pretrained --sae-from x --lr 1", "--lr has no effect"),
-    ("sae --init pretrained --sae-from x --resume", "--resume has no effect"),
     ("sae --init finetune --sae-from x --k 4", "--k has no effect"),
     ("sae --latnets 3", "did you mean --latents?"),
     ("tune --latents 3", "no flag '--latents'"),
@@ -456,9 +453,9 @@ REFUSED = [
     ("sae --seq-len 1", "--seq-len: 1 should be at least 2"),
     ("sae --device banana", "banana"),
     (f"sae --source {RANDOM} --init finetune --sae-from x#y#z", "x"),
-    ("tune --clip -1", "--clip: -1 should be finite, above 0"),      # would climb the loss
-    ("tune --clip nan", "--clip: nan should be finite, above 0"),
-    ("tune --lr 0", "--lr: 0 should be finite, above 0"),
+    ("tune --lr -1", "--lr: -1 should be finite, at least 0"),          # would climb the loss
+    ("tune --lr nan", "--lr: nan should be finite, at least 0"),
+    ("tune --lr 0", "--lr must be above 0"),
     ("tune --lora-alpha 0", "--lora-alpha: 0 should be at least 1"),
     ("tune --lora-dropout 1.5", "--lora-dropout: 1.5 should be finite, at least 0 and at most"),
     (f"tune --seed {2**70}", "--seed: "),
@@ -630,7 +627,7 @@ def test_presets_are_the_papers(row):
     assert (s.layer, s.site, s.batch, s.seq_len) == (12, "resid", 32, 2048)
     assert (s.shuffle, s.template, s.dtype) == (False, "resa", "bfloat16")
     assert (t.lr, t.epochs, t.batch, t.schedule) == (1e-6, 2, 2, "constant")
-    assert (t.lora_r, t.lora_alpha, t.clip) == (32, 128, 1.0)
+    assert (t.lora_r, t.lora_alpha) == (32, 128)
     assert (t.kl_reduction, t.sae_grad, t.teacher) == ("sequence", "off", "target")
 
 
@@ -642,10 +639,10 @@ def test_rl_presets_follow_tina(name, steps, reward):
     assert (args.group, args.temperature, args.beta) == (4, 0.7, 0.04)
     assert args.max_new_tokens == 3584
     assert args.rewards == ["accuracy", reward]
-    assert train.learning_rate(0, args, args.warmup) == 1e-6 / (steps // 10)
+    assert train.learning_rate(0, args) == 1e-6 / (steps // 10)
 
 
-def test_an_sae_may_be_used_at_another_site_if_that_is_said(run, at_mlp, tmp_path, capsys):
+def test_an_sae_may_be_used_at_another_site_if_that_is_said(run, at_mlp, tmp_path):
     flags = ["--target", RANDOM, "--steps", 1]
     with pytest.raises(ValueError, match="site mlp, not at resid: .* or --other-site"):
         run("tune", tmp_path / "a", *flags, "--sae", at_mlp)
@@ -657,38 +654,38 @@ def test_an_sae_may_be_used_at_another_site_if_that_is_said(run, at_mlp, tmp_pat
     run("sae", tmp_path / "s", *pretrained, "--other-site")
     assert sae.load_sae(tmp_path / "s").meta["site"] == "mlp"      # it was trained nowhere else
     run("tune", tmp_path / "t", *flags, "--sae", tmp_path / "s", "--other-site")
-    said = "--other-site: the SAE was trained at site mlp, not at resid"
-    assert capsys.readouterr().out.count(said) == 2
 
 
-@pytest.mark.parametrize("flags, blocks", [([], "2 .. 3"), (["--sae-grad", "on"], "0 .. 3")])
-def test_a_run_says_which_adapters_can_learn_and_these_do(run, trained, tmp_path, capsys, flags,
-                                                          blocks):
+@pytest.mark.parametrize("flags, first", [([], 2), (["--sae-grad", "on"], 0)])
+def test_adapters_learn_where_a_gradient_arrives(run, trained, tmp_path, flags, first):
     run("tune", tmp_path / "out", "--target", RANDOM, "--sae", trained, "--teacher", "source",
         "--source", RANDOM + "@1", "--steps", 1, *flags)
-    assert f"adapters of blocks {blocks} can learn" in capsys.readouterr().out
     pairs = model.read_adapter(str(tmp_path / "out"))["pairs"]
     moved = {int(name.split(".")[2]) for name, (_, B) in pairs.items() if B.any()}
-    assert moved == set(range(int(blocks[0]), 4))
+    assert moved == set(range(first, 4))
 
 
 # ---- FLOPs --------------------------------------------------------------------------------------
 
 def counted(function):
-    """FLOPs torch counts in matrix products; not embedding_bag, nor fused attention on a CPU."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs torch counts in matrix products, attention among them, of all pairs of tokens."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
 
 
-def step_of(stage, flags, batch=2):
-    """A real step on random ids -> (function, its settings, model, SAE, number of tokens)."""
-    argv = ["--batch", str(batch), "--seq-len", "128", "--device", "cpu", *flags]
+def step_of(stage, flags):
+    """A real step on random ids -> (function, its settings, model, SAE, number of tokens).
+
+    Rows are short: torch also counts the pairs that causal attention masks.  The SAE is dense:
+    torch does not count sparse products.
+    """
+    argv = ["--batch", "16", "--seq-len", "16", "--device", "cpu", *flags]
     args, rng = train.settings(stage, argv), torch.Generator().manual_seed(0)
-    ids = torch.randint(542, (batch, 128), generator=rng)
-    lm, found = model.load_model(DISTILL), None
+    ids = torch.randint(542, (16, 16), generator=rng)
+    lm, found, teacher = model.load_model(DISTILL), None, None
     if stage in ("sae", "tune"):
-        found = sae.build("topk", 128, 1024, k=16)
+        found = sae.build("relu", 128, 1024)
     if stage == "sae":
         optimizer = sae.make_optimizer(found, "adam", 1e-3)
     elif stage == "pretrain":
@@ -697,6 +694,7 @@ def step_of(stage, flags, batch=2):
         resa.add_lora(lm).train()
     if stage == "tune":
         found.requires_grad_(False)
+        teacher = model.load_model(f"{ROOT}/data/tiny/lm") if args.teacher == "source" else None
 
     def step():
         if stage == "sae":
@@ -704,78 +702,38 @@ def step_of(stage, flags, batch=2):
             sae.train_step(found, optimizer, [x])
         elif stage == "tune":
             grad = args.sae_grad == "on"
-            resa.tuning_loss(lm, found, args.layer, ids, args.site, grad).backward()
+            resa.tuning_loss(lm, found, args.layer, ids, args.site, grad,
+                             teacher=teacher).backward()
         else:
             train.cross_entropy(lm, ids).backward()
     return step, args, lm, found, ids.numel()
 
 
-def flops(tokens, *args):
-    return {part: tokens * n for part, n in train.training_flops(*args).items()}
-
-
-def visible(parts):
-    return sum(n for part, n in parts.items() if part not in ("attention", "SAE sparse"))
-
-
-BELOW = 128 * 256 + 3 * 128 * 32      # the first q, k, v give no gradient to their input
-STEPS = [("sae", []), ("tune", []), ("tune", ["--sae-grad", "on"]),
-         ("tune", ["--site", "mlp", "--sae-grad", "on"]), ("sft", []), ("pretrain", [])]
-
-
-@pytest.mark.parametrize("splice", ["sae", "none"])
-def test_flops_with_another_teacher_are_those_that_torch_counts(splice):
-    args = train.settings("tune", ["--teacher", "source", "--batch", "2", "--seq-len", "128"])
-    ids, lm = torch.arange(256).view(2, 128), resa.add_lora(model.load_model(DISTILL)).train()
-    teacher, found = model.load_model(f"{ROOT}/data/tiny/lm"), None
-    if splice == "sae":
-        found = sae.build("topk", 128, 1024, k=16).requires_grad_(False)
-
-    def step():
-        resa.tuning_loss(lm, found, args.layer, ids, teacher=teacher).backward()
-    seen = visible(flops(256, "tune", args, lm, found, teacher))
-    assert counted(step) == pytest.approx(seen - 2 * 256 * BELOW, rel=0.02)
-
-
-@pytest.mark.parametrize("stage, flags", STEPS)
+@pytest.mark.parametrize("stage, flags", [
+    ("sae", []), ("tune", []), ("tune", ["--sae-grad", "on"]), ("tune", ["--teacher", "source"]),
+    ("tune", ["--site", "mlp", "--sae-grad", "on"]), ("sft", []), ("pretrain", [])])
 def test_flops_are_those_that_torch_counts(stage, flags):
     step, args, lm, found, tokens = step_of(stage, flags)
-    parts, fused = flops(tokens, stage, args, lm, found), counted(step)
-    assert fused == pytest.approx(visible(parts), rel=0.05)
-    nothing_below = (stage in ("tune", "sft")) * 2 * tokens * BELOW
-    assert fused == pytest.approx(visible(parts) - nothing_below, rel=0.01)
-    # Attention, unfused: computes the masked half too, and backward makes no scores again.
-    with sdpa_kernel(SDPBackend.MATH):
-        attention = counted(step) - fused
-    T, width, shared = args.seq_len, 128, 2 if (stage, flags) == ("tune", []) else 0
-    passes = {"sae": (2, 0), "tune": (8 - shared, 4 - shared)}
-    forward, backward = passes.get(stage, (4, 4))
-    assert attention == 4 * T * width * tokens * (forward + 2 * backward)
-    assert parts["attention"] == 2 * T * width * tokens * (forward + 2.5 * backward)
-
-
-def test_what_the_count_has_too_much_is_known_and_the_head_is_made_again_past_one_chunk():
-    step, args, lm, _, tokens = step_of("sft", [], batch=33)
-    parts, head = flops(tokens, "sft", args, lm), 2 * 128 * 542
-    last_positions = 33 * 3 * head                                 # predict nothing
-    assert counted(step) == visible(parts) - 2 * tokens * BELOW - last_positions
+    count = tokens * train.training_flops(stage, args, lm, found)
+    print(stage, flags, counted(step) / count)
+    assert counted(step) == pytest.approx(count, rel=0.05)
 
 
 def test_sparse_products_cost_what_they_read():
     """By hand, as torch counts none: a step decodes, then scatters into four gradients."""
     args, lm = train.settings("sae", ["--device", "cpu"]), model.load_model(RANDOM)
-    for found, K in ((sae.build("topk", 128, 1024, k=16), 16),
-                     (sae.build("relu", 128, 1024), 1024)):
-        assert train.training_flops("sae", args, lm, found)["SAE sparse"] == 5 * 2 * 128 * K
+    sparse, dense = sae.build("topk", 128, 1024, k=16), sae.build("relu", 128, 1024)
+    a, b = (train.training_flops("sae", args, lm, found) for found in (sparse, dense))
+    assert b - a == 5 * 2 * 128 * (1024 - 16)
 
 
-def test_experts_count_as_far_as_a_token_uses_them():
+def test_experts_and_attention_count_as_far_as_a_token_uses_them():
     config = model.Config(vocab_size=10, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
                           num_attention_heads=2, num_experts=4, num_experts_per_tok=2,
                           moe_intermediate_size=6, shared_expert_intermediate_size=5)
     with torch.device("meta"):
-        parts = train.block_flops(model.Transformer(config), 3)
-    assert parts["blocks"] == 2 * (4 * 64 + 2 * 3 * 8 * 6 + 3 * 8 * 5 + 4 * 8 + 8)
+        count = train.block_flops(model.Transformer(config), 3)
+    assert count == 2 * (4 * 64 + 2 * 3 * 8 * 6 + 3 * 8 * 5 + 4 * 8 + 8) + 2 * 3 * 8
 
 
 # ---- --stage rl ---------------------------------------------------------------------------------
@@ -799,8 +757,8 @@ def test_rl_counts_the_tokens_of_prompts_and_samples(run, data, tmp_path):
             prompts += len(tok.encode(chat))
     assert summary(out)["tokens"] == 2 * prompts + round(sampled)      # groups of 2
     lm = resa.add_lora(model.load_model(RANDOM))
-    least = train.training_flops("rl", train.settings("rl", ["--device", "cpu"]), lm, T=1)
-    assert summary(out)["flops"] > summary(out)["tokens"] * sum(least.values())
+    per_token = train.training_flops("rl", train.settings("rl", ["--device", "cpu", *RL]), lm)
+    assert summary(out)["flops"] == summary(out)["tokens"] * per_token
 
 
 def test_an_adapter_along_the_way_is_that_of_a_run_of_so_many_steps(run, tmp_path):
@@ -813,14 +771,6 @@ def test_an_adapter_along_the_way_is_that_of_a_run_of_so_many_steps(run, tmp_pat
     assert found["checkpoint-2"] == adapters(tmp_path / "short")["short"] != found["long"]
     assert found["checkpoint-4"] == found["long"] == adapters(tmp_path / "plain")["plain"]
     assert model.load_model(f"{RANDOM}+{long}/checkpoint-2")
-    # A new run clears the adapters an earlier one kept, and nothing that is not its own.
-    kept = tmp_path / "plain"
-    (long / "checkpoint-2" / "notes.txt").write_text("mine")
-    (long / "checkpoint-9").symlink_to(kept)
-    run("rl", long, *rl, "--steps", 1)
-    left = {str(path.relative_to(long)) for path in long.glob("checkpoint-*/*")}
-    assert left == {"checkpoint-2/notes.txt"} | {f"checkpoint-9/{p.name}" for p in kept.iterdir()}
-    assert {*FILES} <= {path.name for path in kept.iterdir()}
 
 
 def test_rl_interrupted_and_resumed_keeps_its_adapters_and_its_counts(run, tmp_path):

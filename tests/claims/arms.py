@@ -18,7 +18,7 @@ import torch
 
 import eval
 import resa
-from data.files import TINY, check, read_json, read_problems, staged, write_jsonl
+from data.files import TINY, check, read_json, read_problems, write_jsonl, write_text
 from data.flags import arms_parser, front_door, parse_experiment, run_commands, whole
 from model import load_model, read_adapter
 from resa import TAUGHT, TUNE
@@ -246,12 +246,11 @@ def main(argv):
     rows = run_all(args, [*names])
     n = f"{args.seeds} seed(s) x {len(rows['base'][0])} samples of {args.bench}"
     parts = [f"# SAE-Tuning and its controls\n\n{time.strftime('%Y-%m-%d')}, {n}"]
-    with staged(args.out) as temporary:
-        for name in args.sections:
-            text, points = describe(args, name, dict(rows))
-            parts.append(text)
-            (temporary / f"{name}.svg").write_text(eval.figure(points, f"{name}: Pass@1"))
-        (temporary / "report.md").write_text("\n\n".join(parts) + "\n")
+    for name in args.sections:
+        text, points = describe(args, name, dict(rows))
+        parts.append(text)
+        write_text(f"{args.out}/{name}.svg", eval.figure(points, f"{name}: Pass@1"))
+    write_text(f"{args.out}/report.md", "\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
     print(f"\n{args.out}/report.md; {time.perf_counter() - began:.0f} s in all")
 

@@ -5,28 +5,27 @@
 
     x = x_hat + e,  e = e_lin + e_nl        e_lin = line(x): least squares of e on x, with a bias
 
-Result: OUT/table.txt, a row for each number, a column for each width, and a chart; by seed in
-OUT/numbers.json.  SAEs are trained by command lines, noted in OUT/commands.sh.
+Results: OUT/table.txt, a row for each number, a column for each width; OUT/numbers.json, by seed;
+OUT/commands.sh, how the SAEs were trained.
 
 N tokens, n chunks of T, D width, F latents, P and Q columns, W dictionaries of different widths.
 """
 
-import math
 from argparse import Namespace
 
 import torch
 
 import eval
 import train
-from data.files import check, staged, write_json
+from data.files import check, write_json, write_text
 from data.flags import (command_lines, experiment_parser, front_door, parse_experiment, real,
                         refuse_idle, run_commands, whole)
 from data.formats import load_any
 from model import load_model, load_tokenizer
 from resa import activations, is_sink
-from sae import dense, metrics
+from sae import metrics
 
-# ---- The error in parts; codes without an encoder ----------------------------------------------
+# ---- The error in parts ------------------------------------------------------------------------
 
 @torch.no_grad()
 def fit_affine(u, y, ridge=1e-6):
@@ -64,8 +63,7 @@ def decompose_error(x, x_hat, n_fit=None, ridge=1e-6):
     n_fit  the line is fitted on the first n_fit rows, by default half, and measured on the others
            ("in-sample": on the same).  Rows are in the order of the text: neighbours are alike.
     Read R2 with FVU: shrinkage is linear, so a dead SAE has an R2 of 1.  e_nl is an upper bound: it
-    also holds what noise hides from the line.  ValueError: shapes differ, or too few rows.
-    """
+    also holds what noise hides from the line.  ValueError: shapes differ, or too few rows."""
     check(x.shape == x_hat.shape and x.dim() == 2, f"activations {tuple(x.shape)} and "
           f"reconstructions {tuple(x_hat.shape)} must both be (N,D)")
     (n, d), n_fit = x.shape, len(x) // 2 if n_fit is None else n_fit
@@ -92,34 +90,6 @@ def put_back(sae, line, linear):
         return sae(x) + line(x) if linear else x - line(x)
     module.meta = sae.meta               # says what a sink is
     return module
-
-@torch.no_grad()
-def gradient_pursuit(x, atoms, l0):
-    """x (N,D) without bias -> z (N,F) >= 0, at most l0 (N,) of the atoms (F,D) for each token.
-
-        r = x - z W;  the atom with the largest W_j r joins;  z moves along the gradient of ||r||^2
-        on its atoms, by the best step, but no further than where a code reaches 0.
-    The paper takes the whole step and cuts at 0, which may raise ||r||.
-    """
-    z, r = x.new_zeros(len(x), len(atoms)), x                                     # (N,F), (N,D)
-    for count in range(int(l0.max()) if len(x) else 0):
-        grad = r @ atoms.T                                                        # (N,F)
-        mine = (z > 0).scatter_(1, grad.argmax(1, keepdim=True), True)
-        grad = grad * (mine & (l0 > count)[:, None])
-        q = grad @ atoms                                                          # (N,D)
-        best = (q * r).sum(1) / (q * q).sum(1).clamp_min(1e-30)                   # (N,)
-        room = torch.where(grad < 0, z / -grad, math.inf).amin(1)      # 0 if an atom points away
-        z = (z + torch.minimum(best, room)[:, None] * grad).clamp_min(0)
-        r = x - z @ atoms
-    return z
-
-@torch.no_grad()
-def pursue(sae, x):
-    """x (N,D) -> x_hat (N,D) by `gradient_pursuit`, each token at the SAE's own L0."""
-    b = sae.batch(x)
-    l0 = (dense(sae.codes(b)) != 0).sum(1)                                        # (N,)
-    z = gradient_pursuit(b.x - sae.b_dec, sae.W_dec, l0)                          # (N,F)
-    return (sae.decode_normalized(z) * b.scale + b.shift).to(x.dtype)
 
 # ---- One study: the SAEs of one seed, on held-out text -----------------------------------------
 
@@ -174,9 +144,6 @@ def study_one(sae, x, n_fit):
     x_hat, shown = in_parts(sae, x), metrics(sae, x[n_fit:], 1024)
     line, found = decompose_error(x, x_hat, n_fit)
     found = {"L0": shown["l0"], "latents that never fire": shown["dead"]} | found
-    _, pursued = decompose_error(x, in_parts(lambda part: pursue(sae, part), x), n_fit)
-    for label in ("FVU of e", "FVU of e_nl"):
-        found[f"gradient pursuit: {label}"] = pursued[label]
     found["R2 of e_nl from x_hat"] = linear_r2(x_hat, x - x_hat - line(x), n_fit)
     return line, found
 
@@ -191,42 +158,23 @@ def spliced_parts(model, sae, line, ids, t):
                   f"KL with {name}": nats["kl"]}
     return found
 
-# ---- Table, chart, command line ----------------------------------------------------------------
+# ---- Table, command line -----------------------------------------------------------------------
 
 NOTE = """\
 Lines are fitted on {n_fit:,} held-out tokens, ridge 1e-6; all is measured on {n_test:,} others.
 {left_out:.1%} are sinks, left out.  R2: pooled over dimensions unless said.  |x| alone: and |x|^2.
-Gradient pursuit chooses codes anew, at each token's L0.  CE, KL: nats per token.
-Seeds: {seeds}; ± is half the distance from least to most."""
-
-def over_seeds(found, label):
-    """[seed] -> {width: [value of each seed that has it]}."""
-    return {width: [seed["widths"][width][label] for seed in found if label in numbers]
-            for width, numbers in found[0]["widths"].items()}
+CE, KL: nats per token.  Seeds: {seeds}; ± is half the distance from least to most."""
 
 def error_table(found):
     """Rows are labels, columns widths: means over seeds, and half the distance least to most."""
-    widths, labels, rows = found[0]["widths"], {}, []
-    for numbers in widths.values():
-        labels |= numbers                # some widths lack some labels
-    for label in labels:
-        rows.append([label])
-        for values in over_seeds(found, label).values():
-            cell = f"{sum(values) / len(values):.4f}" if values else ""
+    widths = found[0]["widths"]                          # {width: {label: number}}, of each seed
+    rows = [[label] for label in next(iter(widths.values()))]
+    for row in rows:
+        for width in widths:
+            values = [seed["widths"][width][row[0]] for seed in found]
             spread = f" ±{(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
-            rows[-1].append(cell + spread)
+            row.append(f"{sum(values) / len(values):.4f}{spread}")
     return eval.table(rows, ["", *(f"F {width:,}" for width in widths)])
-
-def error_chart(found):
-    """A bar for each width, as long as the FVU of e; # up to that of e_nl."""
-    lines = ["FVU by width: # is e_nl, = the rest of e, which is linear in x"]
-    fvu, nonlinear = over_seeds(found, "FVU of e"), over_seeds(found, "FVU of e_nl")
-    unit = max(map(sum, fvu.values())) / 80
-    for width, values in fvu.items():
-        bar = "#" * math.ceil(sum(nonlinear[width]) / unit)
-        bar = bar.ljust(math.ceil(sum(values) / unit), "=")
-        lines.append(f"F {width:<7,} {bar} {sum(values) / len(values):.4f}")
-    return "\n".join(lines)
 
 def main(argv):
     parser = experiment_parser("python -m tests.claims.errors", __doc__.split("\n")[0],
@@ -256,9 +204,8 @@ def main(argv):
     for seed, some in enumerate(specs):
         found.append(study(some, Namespace(**vars(t) | {"seed": seed}), *text))
     note = NOTE.format(**vars(args) | found[0])
-    text = f"{error_table(found)}\n\n{error_chart(found)}\n\n{note}"
-    with staged(args.out) as temporary:
-        (temporary / "table.txt").write_text(text + "\n")
+    text = f"{error_table(found)}\n\n{note}"
+    write_text(f"{args.out}/table.txt", text + "\n")
     write_json(f"{args.out}/numbers.json", found)
     print(f"{text}\n\n{args.out}")
 

@@ -10,7 +10,6 @@ Results: OUT/table.txt, and in OUT/eval the answers, in files named by the exper
 P prompts, T tokens, L layers with experts, E experts in each, K experts of a token, R permutations.
 """
 
-import math
 import re
 from argparse import Namespace
 from contextlib import ExitStack, contextmanager
@@ -19,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import eval
-from data.files import check, read_problems, staged
-from data.flags import Parser, front_door, open_run, parse, refuse_idle, slug, whole
-from model import DTYPES, at_least_fp32, choose_device, load_model, load_tokenizer
+from data.files import check, read_problems, write_text
+from data.flags import experiment_parser, front_door, parse_experiment, slug, whole
+from model import at_least_fp32, choose_device, load_model, load_tokenizer
 
 # ---- Experts: whom a behaviour uses, off and on ------------------------------------------------
 
@@ -33,29 +32,27 @@ def routers(model):
     return found
 
 @torch.no_grad()
-def expert_use(model, sequences, spans):
+def expert_use(model, prompts, start=0):
     """fTRI, the read-out of MoTE: how often a token chooses each expert -> rates (P,L,E).
 
-    sequences  lists of ids;  spans [(start, stop)] the tokens of each that count
-    """
+    prompts  lists of ids;  start  their tokens from here on count: 0 all, -1 the last"""
     def count(router, inputs, choice):                   # choice: weights and experts, (T,K) each
-        used = F.one_hot(choice[1][start:stop], len(router.weight))               # (T,K,E)
-        rates.append(used.sum((0, 1)) / max(stop - start, 1))                     # (E,)
+        used = F.one_hot(choice[1][start:], len(router.weight))                   # (T,K,E)
+        rates.append(used.sum((0, 1)) / len(used))                                # (E,)
     rates, gates, device = [], routers(model), model.lm_head.weight.device
     with ExitStack() as stack:
         for gate in gates.values():
             stack.enter_context(gate.register_forward_hook(count))
-        for ids, (start, stop) in zip(sequences, spans):
+        for ids in prompts:
             model.run(torch.tensor([ids], device=device))                         # (1,T)
-    return torch.stack(rates).view(len(sequences), len(gates), -1).cpu()
+    return torch.stack(rates).view(len(prompts), len(gates), -1).cpu()
 
 def distinctive(rates, target, permutations=1000, seed=0):
     """rates (P,L,E), target prompts (P,) bool -> how distinctive experts are: score, p (L,E) each.
 
     Score: mean rate over target prompts less that over the rest.  p: the chance that any of all
     experts scores as high under shuffled labels.
-    Resa: MoTE compares counts, which grow with the length of a prompt.
-    """
+    Resa: MoTE compares counts, which grow with the length of a prompt."""
     rng, labels = torch.Generator().manual_seed(seed), [target]
     for _ in range(permutations):
         labels.append(target[torch.randperm(len(target), generator=rng)])
@@ -79,30 +76,24 @@ def null_sample(chosen, usage, rng, nearest=4):
 def experts_edited(model, experts, mode):
     """Inside, for every token, experts [(layer, expert), ..] are
 
-    "rescale"  off: weight 0; the token's other experts share what it had, nearest to MoTE
-    "mask"     off: logit -inf; another expert moves up.  Without norm_topk_prob, as in published
-               Qwen2-MoE models, this changes the weights of tokens that never chose it, too
-    "on"       chosen: log-probability 0.01 above the highest (SteerMoE, arXiv 2509.09660)
-    """
+    "off"  of weight 0; the token's other experts share what they had, nearest to MoTE
+    "on"   chosen: log-probability 0.01 above the highest (SteerMoE, arXiv 2509.09660)"""
     gates, edits = routers(model), {}                    # edits {router: its experts}
     for layer in {layer for layer, _ in experts}:
         own, gate = [e for at, e in experts if at == layer], gates[layer]
-        E = len(gate.weight)
-        most = {"rescale": E - 1, "mask": E - 1, "on": gate.top_k}[mode]
-        assert 0 <= min(own) <= max(own) < E and len(own) <= most, f"no such edit: {experts}"
+        assert mode == "off" or len(own) <= gate.top_k, "a token uses fewer"
         edits[gate] = torch.tensor(own, device=gate.weight.device)
 
     def reroute(router, inputs, choice):
         weight, expert = choice                                                   # (N,K) each
-        if mode == "rescale":
+        if mode == "off":
             gone = torch.isin(expert, edits[router])                              # (N,K)
             kept = weight.masked_fill(gone, 0)                                    # (N,K)
             share = weight.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1e-9)
             # A token that uses none keeps its bits; one that loses all has nothing left.
             return torch.where(gone.any(-1, keepdim=True), kept * share, weight), expert
         logits = at_least_fp32(F.linear(*inputs, router.weight)).log_softmax(-1)  # (N,E)
-        raised = logits.amax(-1, keepdim=True) + 0.01                             # (N,1)
-        logits[:, edits[router]] = raised if mode == "on" else -math.inf
+        logits[:, edits[router]] = logits.amax(-1, keepdim=True) + 0.01
         weight, expert = router.choose(logits)
         return weight.to(choice[0].dtype), expert
     with ExitStack() as stack:
@@ -114,10 +105,8 @@ def experts_edited(model, experts, mode):
 
 def answers(study, which, name, mode="", experts=(), seed=0):
     """Graded answers to --data or --held under an edit, each with whether it "shows" it."""
-    args, label = study.args, slug(name)
-    if experts:                          # each edit has its own label, and so its own file
-        label = "+".join([label, mode, *(f"{layer}.{e}" for layer, e in experts)])
-    path = eval.samples_path(args.out, getattr(args, which), label)
+    args, label = study.args, "+".join([slug(name), *(f"{layer}.{e}" for layer, e in experts)])
+    path = eval.samples_path(args.out, getattr(args, which), label)      # each edit has its own
     with experts_edited(study.model, experts, mode):
         rows = eval.evaluate(study.model, study.tokenizer, study.problems[which], path, slots=128,
                              label=label, seed=args.seed + seed, fresh=args.fresh,
@@ -133,13 +122,9 @@ def classes(rows, which):
 
 def find_experts(study, rows, target):
     """Answers to --data -> {(layer, expert): its numbers}, best first; usage {layer: (E,)}."""
-    sequences, spans = [], []
-    for row in rows:
-        prompt = study.tokenizer.encode(row["prompt"])
-        sequences.append(prompt + study.tokenizer.encode(row["completion"]))
-        n, end = len(prompt), len(sequences[-1])
-        spans.append({"prompt": (0, n), "last": (n - 1, n), "answer": (n, end)}[study.args.tokens])
-    rates = expert_use(study.model, sequences, spans)                             # (P,L,E)
+    prompts = [study.tokenizer.encode(row["prompt"]) for row in rows]             # [P][T]
+    start = {"prompt": 0, "last": -1}[study.args.tokens]
+    rates = expert_use(study.model, prompts, start)                               # (P,L,E)
     numbers = [rates[target].mean(0), rates[~target].mean(0),
                *distinctive(rates, target, seed=study.args.seed)]                 # (L,E) each
     experts, layers = {}, list(routers(study.model))
@@ -148,17 +133,16 @@ def find_experts(study, rows, target):
         experts[layers[row], e] = [f"{number[row, e]:.3f}" for number in numbers]
     return experts, dict(zip(layers, rates.mean(0)))     # usage (E,) each
 
-def plan_edits(args, best, usage, top_k):
+def plan_edits(args, best, usage, config):
     """Yields (name, mode, [experts]): none; by count, top ones off, null samples off, top on."""
     rng, fits = torch.Generator().manual_seed(args.seed), []
     for layer, e in best:                # of a layer, no more can be on than a token uses
-        if [at for at, _ in fits].count(layer) < top_k:
+        if [at for at, _ in fits].count(layer) < config.num_experts_per_tok:
             fits.append((layer, e))
     yield "unedited", "", [()]
     for n in args.counts:
-        yield f"top {n} off", args.off, [best[:n]]
-        draws = [null_sample(best[:n], usage, rng) for _ in range(args.draws)]
-        yield f"null {n} off", args.off, draws
+        yield f"top {n} off", "off", [best[:n]]
+        yield f"null {n} off", "off", [null_sample(best[:n], usage, rng) for _ in range(args.draws)]
         yield f"top {n} on", "on", [fits[:n]]
 
 def effect(rows, base, what):
@@ -171,64 +155,44 @@ def effect(rows, base, what):
 NOTE = """\
 Experts were found on {n} questions, of which {shown} show the behaviour: uses per token, over
 tokens "{tokens}"; p: the chance that any of all experts scores as high under shuffled labels.
-Edits were measured on others: {target} show the behaviour in a sample of their own (target),
-{rest} do not (rest).  off: {off}.  null: {draws} random draws of the same layers and about the
-same usage, pooled; intervals cover questions, not other draws.  One sample a question,
-temperature 0.6.  Behaviour: {behaviour}"""
+Edits were measured on others: {target} show the behaviour in a sample of their own (target).
+null: {draws} random draws of the same layers and about the same usage, pooled; intervals cover
+questions, not other draws.  Behaviour: {behaviour}"""
 
 def settings(argv):
-    parser = Parser("python -m tests.claims.experts", __doc__.split("\n")[0])
+    parser = experiment_parser("python -m tests.claims.experts", __doc__.split("\n")[0],
+                               "model", "data", "held", "dtype")
     add = parser.add_argument
-    # What is studied
-    add("--model", help="spec of a Qwen2-MoE")
-    add("--data", help="JSONL of problem and answer, to find the experts on")
-    add("--held", help="JSONL of problem and answer, to measure on")
     add("--behaviour", help="regular expression that is found in an answer that shows it")
-    add("--find", type=whole(2), default=1000, help="questions of --data, the first ones")
-    add("--questions", type=whole(2), default=1000, help="questions of --held, the first ones")
-    # How
-    add("--tokens", choices=("prompt", "last", "answer"), default="prompt", help="counted on these")
-    add("--off", choices=("rescale", "mask"), default="rescale", help="see experts_edited")
+    add("--questions", type=whole(2), default=1000, help="of --data and of --held, the first ones")
+    add("--tokens", choices=("prompt", "last"), default="prompt", help="counted on these")
     add("--counts", type=whole(1), nargs="+", default=[1, 2, 5, 10], help="of experts to edit")
     add("--draws", type=whole(1), default=5, help="null samples for each count")
     add("--max-new-tokens", type=whole(1), default=96, help="length limit of an answer")
     add("--seed", type=whole(0), default=0, help="of answers, permutations and null samples")
-    # Machine and results
-    add("--device", help="cpu, cuda or cuda:N; by default a GPU where there is one")
-    add("--dtype", choices=DTYPES, help="of the model")
-    add("--out", help="run directory; by default out/PRESET/experts")
     add("--fresh", action="store_true", help="delete earlier answers instead of resuming")
-    add("--quick", action="store_true", help="as little as possible: shows only that it runs")
-    args = parse(parser, argv, "experts")
-    if args.quick:
-        refuse_idle(args, "find questions counts draws", "--quick, which sets it")
-        args.find, args.questions, args.counts, args.draws = 100, 100, [1], 1
+    args = parse_experiment(parser, argv, dict(questions=100, counts=[1], draws=1), "experts")
     check(args.model and args.data and args.held and args.behaviour,
           "--model, --data, --held and --behaviour are needed; preset tiny has all four")
     try:
         re.compile(args.behaviour)
     except re.error as error:
         raise ValueError(f"--behaviour: not a regular expression ({error})") from None
-    args.device, args.out = choose_device(args.device), args.out or f"out/{args.preset}/experts"
     return args
 
 def main(argv):
     args = settings(argv)
-    problems = {"data": read_problems(args.data)[:args.find],
-                "held": read_problems(args.held)[:args.questions]}
+    problems = {which: read_problems(getattr(args, which))[:args.questions]
+                for which in ("data", "held")}
     study = Namespace(args=args, problems=problems, tokenizer=load_tokenizer(args.model),
-                      model=load_model(args.model, args.dtype, args.device))
-    gate = next(iter(routers(study.model).values()))
-    E, most = len(gate.weight), max(args.counts)
-    check(most < E, f"--counts {most}: a layer has {E} experts, and one must be left")
-    open_run(args.out, args)             # only now: mistakes so far leave no folder
+                      model=load_model(args.model, args.dtype, choose_device(args.device)))
     rows = answers(study, "data", "find")
     shown = classes(rows, "data")                                                 # (P,)
     experts, usage = find_experts(study, rows, shown)
     # A sample of its own: by the answers that are measured, a class would be of one kind.
     held = classes(answers(study, "held", "classes", seed=1), "held").tolist()
     base, lines = None, []
-    for name, mode, draws in plan_edits(args, list(experts), usage, gate.top_k):
+    for name, mode, draws in plan_edits(args, list(experts), usage, study.model.config):
         rows = []                        # the draws of a null sample are pooled
         for edit in draws:
             rows += answers(study, "held", name, mode, edit)
@@ -238,14 +202,12 @@ def main(argv):
                            for some in (rows, base))     # base is shorter: zip stops there
             cells = effect(ours, first, "shows") + effect(ours, first, "correct")
             lines.append([name, side, *cells])
-    top = [[f"{layer}.{e}", *cells] for (layer, e), cells in experts.items()][:most]
+    top = [[f"{layer}.{e}", *cells] for (layer, e), cells in experts.items()][:max(args.counts)]
     text = "\n\n".join([
         eval.table(top, ["layer.expert", "in target", "in the rest", "score", "p"]),
         eval.table(lines, ["experts", "questions", "show it", "change", "right", "change"]),
-        NOTE.format(**vars(args), n=len(shown), shown=int(shown.sum()), target=sum(held),
-                    rest=len(held) - sum(held))])
-    with staged(args.out) as temporary:
-        (temporary / "table.txt").write_text(text + "\n", encoding="utf-8")
+        NOTE.format(**vars(args), n=len(shown), shown=int(shown.sum()), target=sum(held))])
+    write_text(f"{args.out}/table.txt", text + "\n")
     print(f"\n{text}\n\n{args.out}: answers and this table")
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import eval
 import train
-from data.files import read_json, staged
+from data.files import read_json, write_text
 from data.flags import (
     experiment_parser, front_door, parse_experiment, refuse_idle, run_commands, slug, whole)
 from model import choose_device
@@ -151,8 +151,7 @@ def main(argv):
         found, note = study(Namespace(**vars(args) | {"steps": args.steps or steps}))
         rows = [row(variant, runs, columns) for variant, runs in found.items()]
         text = f"{eval.table(rows, ['variant', *columns])}\n\n{note}"
-        with staged(args.out) as temporary:
-            (temporary / f"{name}.txt").write_text(text + "\n")
+        write_text(f"{args.out}/{name}.txt", text + "\n")
         print(f"{text}\n\n{args.out}/{name}.txt\n")
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """One answer, token by token, under the features of an SAE: a page that needs nothing else.
 
     python -m tests.claims.view                      the embedded source under out/tiny/sae
-    python -m tests.claims.view --model MODEL --sae DIR_OR_HUB_ID --prompt TEXT --out FILE.html
+    python -m tests.claims.view --source MODEL --sae DIR_OR_HUB_ID --prompt TEXT
 
-The page says of each feature that is active in the text where it is, how strongly, where else in
-other text, and which tokens it promotes, and which are reasoning features (arXiv 2506.09967).
+OUT/view.html says of each feature that is active in the text where it is, how strongly, where else
+in other text, and which tokens it promotes; and which are reasoning features (arXiv 2506.09967).
 
 B batch, T time, D width, F latents, F' latents on the page, C chunks, M codes that are not 0.
 """
@@ -16,14 +16,12 @@ import torch
 
 import resa
 import train
-from data.files import TINY, check, read_problems, relative, staged
-from data.flags import Parser, front_door, parse, real, refuse_idle, whole
+from data.files import TINY, check, read_problems, relative, write_text
+from data.flags import experiment_parser, front_door, parse_experiment, real, whole
 from data.formats import load_any
 from data.grade import extract_answer
 from model import choose_device, collect, load_model, load_tokenizer
 from sae import metrics
-
-QUICK = dict(max_new_tokens=32, chunks=2)
 
 # ---- What is on the page -----------------------------------------------------------------------
 
@@ -33,8 +31,7 @@ def view_data(model, tokenizer, sae, ids, n_prompt, chunks, reasoning=(), top=32
 
     chunks (C,T)  the text that examples come from
     top           the strongest so many features of each token are kept, and only these described
-    Lists of integers are written by `digits`; codes in 2,047ths of `scale`, 2047 added.
-    """
+    Lists of integers are written by `digits`; codes in 2,047ths of `scale`, 2047 added."""
     text = torch.tensor(ids, device=chunks.device)                                # (T,)
     x = resa.activations(model, text[None], sae.meta["layer"], sae.meta["site"])  # (1,T,D)
     token, latent, value = active_codes(sae, x)                                   # (M,) each
@@ -66,8 +63,7 @@ def view_data(model, tokenizer, sae, ids, n_prompt, chunks, reasoning=(), top=32
 def active_codes(sae, x):
     """x (B,T,D) -> (M,) each: token of B T, latent, value of every code that is not 0.
 
-    At an attention sink no latent counts as active.
-    """
+    At an attention sink no latent counts as active."""
     keep, found = (~resa.is_sink(x, sae.meta.get("sink_norm"))).flatten().nonzero()[:, 0], []
     for some in keep.split(256):         # dense codes of 65,536 latents: 64 MB at a time
         z = sae.encode(x.flatten(0, 1)[some].float())                             # (256,F)
@@ -134,70 +130,43 @@ def write_page(path, data):
     # all that is not ASCII, U+2028 included.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8").replace("%DATA%", text)
-    with staged(Path(path).parent) as temporary:
-        (temporary / Path(path).name).write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 # ---- The command -------------------------------------------------------------------------------
 
-def settings(argv):
-    parser = Parser("python -m tests.claims.view", __doc__.split("\n")[0])
+def open_sae(spec, model):
+    """An SAE of any layout, beside the model; its file says the layer and the site."""
+    sae, width = load_any(spec).requires_grad_(False), model.config.hidden_size
+    check(sae.d_in == width, f"{spec}: the SAE is {sae.d_in} wide, the model {width}")
+    layer, site = sae.meta.get("layer"), sae.meta.get("site")
+    check(None not in (layer, site), f"{spec}: does not say its layer and its site")
+    resa.site_module(model, layer, site)     # ValueError: the model has no such place
+    return sae.to(model.lm_head.weight.device)
+
+def main(argv):
+    parser = experiment_parser("python -m tests.claims.view", __doc__.split("\n")[0],
+                               "source", "data", "dtype")
     add = parser.add_argument
     # Who answers what, and the SAE
-    add("--model", dest="source", default="", help="the same as --source, which answers")
-    train.site_flags(add)
     add("--sae", default="", help="DIR_OR_HUB_ID[#HOOKPOINT]; by default out/PRESET/sae")
-    add("--prompt", help="what the user asks; by default an embedded question")
+    add("--prompt", default="", help="what the user asks; by default an embedded question")
     add("--max-new-tokens", type=whole(1), default=2048, help="of the answer")
     add("--temperature", type=real(0), default=0.6, help="0 is greedy")
     add("--seed", type=whole(0), default=0, help="of the sample")
-    # Text in which examples are looked for
-    add("--data", default="", help="as in train.py")
+    # Text, of --data, in which examples are looked for
     add("--template", choices=("chat", "resa"), default="chat", help="as in train.py")
     add("--seq-len", type=whole(2), default=256, help="tokens in a chunk of it")
     add("--chunks", type=whole(1), default=64, help="how many are looked through, the first ones")
-    # Where it runs, what it writes
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
-    add("--device", help="cpu, cuda or cuda:N; by default a GPU where there is one")
-    add("--out", default="", help="the page; by default out/PRESET/view.html")
-    add("--quick", action="store_true", help="a short answer, few examples")
-    args = parse(parser, argv, "view")
-    if args.quick:
-        refuse_idle(args, " ".join(QUICK), "--quick, which sets it")
-        vars(args).update(QUICK)
-    if args.temperature == 0:
-        refuse_idle(args, "seed", "--temperature 0")
-    check(args.prompt is None or args.prompt.strip(), "--prompt is empty: nothing to answer")
-    args.out, args.device = args.out or f"out/{args.preset}/view.html", choose_device(args.device)
-    check(args.out.endswith(".html") and not Path(args.out).is_dir(),
-          f"--out {args.out}: the name of a page ends in .html, and no directory has it")
-    return args
-
-def place_sae(args, model):
-    """--sae, with layer and site in its meta: from its file, which the flags may not contradict."""
-    default, width = f"out/{args.preset}/sae", model.config.hidden_size
-    check(args.sae or Path(default).is_dir(),
-          f"{default}: no SAE there yet; run train.py --stage sae first, or name one with --sae")
-    args.sae = args.sae or default
-    sae = load_any(args.sae).to(args.device).requires_grad_(False)
-    check(sae.d_in == width, f"{args.sae}: the SAE is {sae.d_in} wide, the model {width}")
-    for name in ("layer", "site"):
-        if name not in args.given:
-            setattr(args, name, sae.meta.get(name, getattr(args, name)))
-    train.check_site(sae, args)
-    resa.site_module(model, args.layer, args.site)       # ValueError: the model has no such layer
-    sae.meta |= {"layer": args.layer, "site": args.site}
-    return sae
-
-def main(argv):
-    args = settings(argv)
-    model = load_model(args.source, args.dtype, args.device)
-    tokenizer, sae = load_tokenizer(args.source), place_sae(args, model)
-    chunks = train.load_chunks(args, tokenizer, model)[:args.chunks].to(args.device)      # (C,T)
+    args = parse_experiment(parser, argv, dict(max_new_tokens=32, chunks=2), "view")
+    own = f"out/{args.preset}/sae"
+    check(args.sae or Path(own).is_dir(), f"{own}: no SAE there; first run train.py --stage sae")
+    model = load_model(args.source, args.dtype, choose_device(args.device))
+    tokenizer, sae = load_tokenizer(args.source), open_sae(args.sae or own, model)
+    chunks = train.load_chunks(args, tokenizer, model)[:args.chunks].to(sae.W_dec.device)  # (C,T)
     asked = args.prompt or read_problems(TINY / "test.jsonl")[0]["problem"]
     # One sample, that of eval.py for its first problem with this seed.
     prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": asked}]))
     room = model.config.max_position_embeddings - len(prompt)
-    check(room > 0, f"--prompt makes {len(prompt)} tokens: they fill the model's positions")
     (answer, finish), = collect(model, [(prompt, (args.seed, 0, 0))], temperature=args.temperature,
                                 max_new_tokens=min(args.max_new_tokens, room),
                                 stop_ids=tokenizer.eos_ids)
@@ -208,12 +177,11 @@ def main(argv):
         text = tokenizer.encode(train.as_text(row, tokenizer, "chat"))
         reasoning = reasoning_features(model, sae, text, *tags)
     data = view_data(model, tokenizer, sae, prompt + answer, len(prompt), chunks, reasoning)
-    data |= {"model": relative(args.source), "sae": relative(args.sae), "finish": finish,
+    data |= {"model": relative(args.source), "sae": relative(args.sae or own), "finish": finish,
              "examples_from": relative(args.data)}
-    write_page(args.out, data)
-    print(f"{args.out}: {len(answer)} tokens of answer, {data['n_features']:,} of "
-          f"{sae.n_latents:,} features active, {len(reasoning)} reasoning features, "
-          f"{Path(args.out).stat().st_size / 1e6:.1f} MB")
+    write_page(f"{args.out}/view.html", data)
+    print(f"{args.out}/view.html: {len(answer)} tokens of answer, {data['n_features']:,} of "
+          f"{sae.n_latents:,} features active, {len(reasoning)} reasoning features")
 
 if __name__ == "__main__":
     front_door(main)
