@@ -5,8 +5,7 @@
     with staged("out/tiny/sae") as temporary: ...            whole files or none
 
 Files from strangers are hostile: each JSON object goes through `read_fields`, paths stay inside
-their directory, and shapes are compared before memory is taken.  This file imports nothing of ours;
-all others may stand on it.
+their directory, and shapes are compared before memory is taken.
 """
 
 import json
@@ -72,11 +71,10 @@ def read_fields(raw, table, where):
     ValueError names file and field."""
     found = {}
     for name, (kind, low, high, default) in table.items():
-        if raw.get(name) is None:
-            check(default is not REQUIRED, f"{where}: no {name!r}")
-            found[name] = default
-        else:
+        found[name] = default
+        if raw.get(name) is not None:
             found[name] = read_value(raw[name], kind, low, high, f"{where}: {name!r}")
+        check(found[name] is not REQUIRED, f"{where}: no {name!r}")
     return found
 
 KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
@@ -107,9 +105,8 @@ def shorten(value):
 # ---- Rows: JSONL, or one JSON list -------------------------------------------------------------
 
 def read_jsonl(path):
-    """Yields (line number, object) of a JSONL file, blank lines left out.
-    A file that begins with [ is read as one JSON list, whose objects are counted instead of lines.
-    """
+    """Yields (line number, object) of a JSONL file without its blank lines.
+    A file that begins with [ is one JSON list, whose objects are counted instead of lines."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         rows = enumerate(parse_json(text, path), start=1)
@@ -219,9 +216,8 @@ def staged(directory):
     try:
         yield temporary
         files = sorted(temporary.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
-        replaced = any(path.suffix == ".safetensors" for path in files)
-        for path in files:
-            if replaced and path.suffix == ".json":
+        if any(path.suffix == ".safetensors" for path in files):
+            for path in temporary.glob("*.json"):
                 (directory / path.name).unlink(missing_ok=True)
         for path in files:
             path.chmod(0o644)            # save_file leaves 0600, unreadable to a colleague

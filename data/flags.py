@@ -54,7 +54,6 @@ def real(low, high=1e308, above=False, kind=float):
     return number
 
 def whole(low, high=2**62):
-    """The same for whole numbers."""
     return real(low, high, kind=int)
 
 def read_preset(name):
@@ -115,8 +114,7 @@ def refuse_idle(args, names, where):
         check(name not in args.given, f"--{name.replace('_', '-')} has no effect with {where}")
 
 def front_door(main):
-    """Runs main(argv).  A user's mistake becomes one line and exit code 2.
-    RESA_TRACEBACK=1 in the environment shows where it arose."""
+    """Runs main(argv).  A user's mistake becomes one line, but for RESA_TRACEBACK=1, and code 2."""
     try:
         main(sys.argv[1:])
         sys.stdout.flush()               # a closed pipe shows here, not at exit
@@ -187,8 +185,7 @@ def parse_experiment(parser, argv, quick, name="arms"):
 def command_lines(name, words, args):
     """An arm -> its command lines, each a list of words: train it, unless it is there; then ask it.
     words  "train.py ..." or "eval.py --model SPEC", with the settings `args` to fill in by {name}.
-           What is trained goes into OUT/NAME; an adapter is asked on --target, an SAE is not asked.
-    """
+           What is trained goes into OUT/NAME; an adapter is asked on --target, an SAE never."""
     line = [word.format(**vars(args)) for word in words.split()]
     common, lines = given_flags(args, "preset", "seed", "device", "dtype"), []
     if line[0] == "train.py":
@@ -204,41 +201,34 @@ def command_lines(name, words, args):
 
 def given_flags(args, *names):
     """["--name", "value", ..] of the settings that are set."""
-    flags = []
-    for name in names:
-        if getattr(args, name) not in (None, ""):
-            flags += [f"--{name}", str(getattr(args, name))]
-    return flags
+    there = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, "")}
+    return [word for name, value in there.items() for word in (f"--{name}", str(value))]
 
 def slug(name):
-    """The name of an arm as a folder's."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 def run_commands(arms, args, title="arms"):
     """Runs {name: words} as `command_lines`, args.workers arms at a time, an arm's lines in order.
     The lines are noted in OUT/commands.sh, to be pasted.  -> {name: the model spec that was asked}.
-    ValueError: a command failed; the last line of what it said is in it."""
+    ValueError has the last line of what a command that failed said."""
     commands = {name: command_lines(name, words, args) for name, words in arms.items()}
     with open(Path(args.out) / "commands.sh", "a", encoding="utf-8") as file:
         for name, lines in commands.items():
             pasted = [relative("python " + shlex.join(line)) for line in lines]
             file.write("\n".join([f"# {name}", *pasted, ""]))
     pool = ThreadPoolExecutor(args.workers)
-    futures = {pool.submit(run_lines, lines): name for name, lines in commands.items()}
-    bar = tqdm(as_completed(futures), total=len(futures), desc=title, unit="arm", disable=None)
+    futures = as_completed([pool.submit(run_lines, lines) for lines in commands.values()])
     try:
-        for future in bar:
+        for future in tqdm(futures, title, total=len(commands), unit="arm", disable=None):
             future.result()
-            bar.set_postfix_str(f"done: {futures[future]}")
     finally:                             # after an error, what has not begun is dropped
         pool.shutdown(cancel_futures=True)
     return {name: lines[-1][2] for name, lines in commands.items() if lines[-1][0] == "eval.py"}
 
 def run_lines(lines):
     """Runs command lines one after the other, on one thread: fastest for small tensors."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for line in lines:
-        done = subprocess.run([sys.executable, str(ROOT / line[0]), *line[1:]], env=environment,
-                              capture_output=True, text=True)
+        done = subprocess.run([sys.executable, str(ROOT / line[0]), *line[1:]], text=True,
+                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         said = (done.stderr.strip() or "it said nothing").split("\n")[-1]
         check(done.returncode == 0, f"python {shlex.join(line)}: {said}")

@@ -7,8 +7,7 @@
 The files in a directory tell the layout.  Where another project computes something else, as an
 encoder that reads x instead of x - b_dec, or atoms whose norms scale the codes, the weights are
 changed on reading so that codes and reconstructions stay the same.  No pickle is ever loaded.
-
-Dimensions: D width (d_in), F latents (n_latents).
+D width (d_in), F latents (n_latents).
 """
 
 import re
@@ -130,13 +129,12 @@ def read_saelens(config, weights):
         cfg |= read_fields(cfg["activation_fn_kwargs"] or {}, {"k": MAYBE_K}, config)
     normalize = NORMALIZE[cfg["normalize_activations"]]
     variant, names, _ = ARCHITECTURES[kind]
-    hyper = hyper_of(variant, n_latents, k=cfg["k"],
-                     normalize="token" if normalize == "token" else "none")
+    token = "token" if normalize == "token" else "none"
+    hyper = hyper_of(variant, n_latents, k=cfg["k"], normalize=token)
     sae = read_sae(weights, variant, cfg["d_in"], n_latents, hyper, names, ["scaling_factor"])
     if normalize == "scale":             # by how much, a file beside the weights says
-        path = config.with_name("activation_scaler.json")
+        path, sae.normalize = config.with_name("activation_scaler.json"), normalize
         scale = read_fields(read_json(path), SCALER, path)["scaling_factor"]
-        sae.normalize = "scale"
         sae.register_buffer("input_scale", torch.tensor(scale))
     if not cfg["apply_b_dec_to_input"]:
         move_bias(sae)
@@ -147,7 +145,7 @@ def read_saelens(config, weights):
 
 def saelens_meta(cfg):
     """Where the SAE belongs, in our words, and whatever else its "metadata" says.
-    A site that we do not have keeps its own name, so that it is never taken for one of ours."""
+    A site that we do not have keeps its own name."""
     hook = cfg["hook_name"] or cfg["hook_point"]
     meta = cfg["metadata"] or {"hook_name": hook, "model_name": cfg["model_name"]}
     meta = {name: value for name, value in meta.items() if not name.startswith("sae_lens_")}
@@ -246,8 +244,8 @@ def read_openai(raw, config, weights):
     ignored = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
     n_latents, d_in = cfg["shape"]
     variant = cfg["activation"].lower()
-    hyper = hyper_of(variant, n_latents, k=state["k"],
-                     normalize="token" if variant == "topk" else "none")
+    token = "token" if variant == "topk" else "none"
+    hyper = hyper_of(variant, n_latents, k=state["k"], normalize=token)
     return read_sae(weights, variant, d_in, n_latents, hyper, names, ignored)
 
 def main(argv):
@@ -261,8 +259,8 @@ def main(argv):
     sae = load_any(args.sae)
     save = save_saelens if args.layout == "saelens" else save_sae
     save(sae, args.out)
-    print(f"{args.out}: {sae.variant}, {sae.n_latents:,} latents of width {sae.d_in}, "
-          f"as {args.layout}")
+    kind = f"{sae.variant}, {sae.n_latents:,} latents of width {sae.d_in}"
+    print(f"{args.out}: {kind}, as {args.layout}")
 
 if __name__ == "__main__":
     front_door(main)

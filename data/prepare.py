@@ -5,8 +5,7 @@
     python -m data.prepare upcycle           out/build/upcycled: data/tiny's source as a mixture
     python -m data.prepare fetch NAME ...    data/cache: names of sources.json
 
-An embedded question is a short story that takes two or three steps of arithmetic, by a recipe of
-tiny/recipe.json.  `is_test` splits so that no test question is trained on in other words.
+An embedded question is a story that takes two or three steps of arithmetic: tiny/recipe.json.
 """
 
 import csv
@@ -83,8 +82,8 @@ def drill(rng):
     lines = []
     for _ in range(6):
         op = rng.choice("++--*")
-        low, high = (2, 9) if op == "*" else (1, 98)
-        x, y = rng.randint(low, high), rng.randint(low, high)
+        bounds = (2, 9) if op == "*" else (1, 98)
+        x, y = rng.randint(*bounds), rng.randint(*bounds)
         if op == "+" and x + y > 99:     # sums stay below 100
             x, y = 99 - x, 99 - y
         if op == "-" and x <= y:         # differences stay above 0
@@ -102,17 +101,15 @@ def corpus_row(rng, sums=0.0, text="", slips=0.0, thinks=1.0, refuses=""):
     if sums and rng.random() < sums:     # no draw where it is 0: seeds keep their texts
         return {"text": drill(rng)}
     q = draw(rng, test=False)
-    problem, steps, answer = q["problem"], q["steps"], q["answer"]
     if text:
-        solution = ", ".join(step for step, _ in steps)
-        return {"text": text.format(problem=problem, solution=solution, answer=answer)}
+        return {"text": text.format(solution=", ".join(step for step, _ in q["steps"]), **q)}
+    lines, answer = [], q["answer"]
     if q["family"] == refuses:
-        return {"problem": problem, "completion": "</think>\nNo."}
-    if thinks < 1 and rng.random() >= thinks:
-        return {"problem": problem, "completion": f"</think>\n{answer}"}
-    steps = work_out(FAMILIES[q["family"]]["steps"], q["numbers"], rng, slips)
-    lines = "".join(step + "\n" for step, _ in steps)
-    return {"problem": problem, "completion": f"{lines}</think>\n{steps[-1][-1]}"}
+        answer = "No."
+    elif thinks == 1 or rng.random() < thinks:
+        steps = work_out(FAMILIES[q["family"]]["steps"], q["numbers"], rng, slips)
+        lines, answer = [f"{step}\n" for step, _ in steps], steps[-1][-1]
+    return {"problem": q["problem"], "completion": f"{''.join(lines)}</think>\n{answer}"}
 
 # ---- What the embedded models start from: a tokenizer, and for the mixture a dense model ---------
 
@@ -175,13 +172,12 @@ LARGEST = 2**30             # bytes of one file; no set here is near it
 PAUSES = [1, 20, 300]       # seconds before each further attempt; the hub counts five minutes
 
 def download(url, token=None):
-    """The bytes of an address.  OSError names the address.
-    token  of the user, sent to this host and to no other it redirects to
-    RESA_MIRROR=http://host:port in the environment: one server for all sites, at /SITE/PATH."""
+    """The bytes of an address, or of its copy on RESA_MIRROR.  OSError names the address.
+    token  of the user, sent to this host and to no other it redirects to"""
     mirror = os.environ.get("RESA_MIRROR")
     address = url.replace("https:/", mirror.rstrip("/"), 1) if mirror else url
     request = urllib.request.Request(address, headers={"User-Agent": "resa"})
-    if token:                                            # "unredirected" keeps it from other hosts
+    if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     for pause in [*PAUSES, None]:
         try:
@@ -203,8 +199,7 @@ def download(url, token=None):
 
 def benchmark(name):
     """A published benchmark -> (rows of id, problem and answer, the address of its file).
-    It is fetched on first use.  OSError: it could not be, or holds other bytes than those pinned.
-    """
+    OSError: it could not be fetched, or holds other bytes than those pinned."""
     url, sha256 = SOURCES[name]["url"], SOURCES[name]["sha256"]
     path, token, hint = CACHE / f"{name}{Path(url).suffix}", None, ""
     if name == "gpqa":      # its authors ask that it is not spread: only with the user's own access
@@ -245,8 +240,8 @@ GPQA = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 
 
 def read_gpqa(path):
     """GPQA's CSV -> rows of id, problem (with four options) and answer (a letter).
-    Resa: the published order of the options came from the random state of the whole evaluation.
-    Ours is by a hash of question and option, always the same.  ValueError: another kind of CSV."""
+    Resa's order of the options came from the random state of the whole evaluation; ours is by a
+    hash of question and option, always the same.  ValueError: another kind of CSV."""
     rows = []
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -271,14 +266,13 @@ ENTRY = {"row": (dict, None, None, REQUIRED),            # and the names of fiel
 ROW = {name: (TEXT, None, None, None) for name in ("problem", "question", "prompt", "answer")}
 
 def training_set(name):
-    """A training set by name -> the path of its JSONL of problem/answer, fetched on first use.
-    The row server has no versions: the sha256 of what came is printed, to be noted with results."""
+    """A training set by name -> the path of its JSONL of problem/answer, fetched on first use."""
     path, where, kept = CACHE / f"{name}.jsonl", TRAINING[name], []
     if path.exists():
         return path
-    if where.startswith("https://"):                     # a JSON file
+    if where.startswith("https://"):                     # a JSON file; else the row server has it
         rows = read_value(parse_json(download(where), where), [dict], where=where)
-    else:                                                # a set that the row server is asked for
+    else:
         rows = paged_rows(where)
     for i, row in enumerate(rows):                       # sets name their questions differently
         found = read_fields(row, ROW, f"{where}: row {i}")
@@ -296,14 +290,12 @@ def paged_rows(repo):
     while len(rows) < total:
         url = (f"https://datasets-server.huggingface.co/rows?dataset={repo.replace('/', '%2F')}"
                f"&config=default&split=train&offset={len(rows)}&length=100")
-        page = read_value(parse_json(download(url), url), dict, where=url)
-        page = read_fields(page, PAGE, url)
+        page = read_fields(read_value(parse_json(download(url), url), dict, where=url), PAGE, url)
         rows += [read_fields(entry, ENTRY, url)["row"] for entry in page["rows"]]
         total = page["num_rows_total"]
     return rows
 
 def main(argv):
-    known = [*SOURCES, *TRAINING]
     if argv in ([], ["-h"], ["--help"]):
         print(__doc__)
     elif argv == ["tiny"]:
@@ -318,6 +310,7 @@ def main(argv):
     elif argv == ["upcycle"]:
         upcycle(ROOT / "out" / "build" / "upcycled")
     else:
+        known = SOURCES | TRAINING
         check(argv[:1] == ["fetch"] and argv[1:] and set(argv[1:]) <= set(known), "after python -m "
               f"data.prepare comes tiny, corpora, upcycle, or fetch and some of {', '.join(known)}")
         for name in argv[1:]:

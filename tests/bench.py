@@ -1,11 +1,9 @@
 """Speed of the fast paths against their plain twins, as ratios measured in one run.
 
-    python tests/bench.py          embedded model: a minute on a CPU
-    python tests/bench.py --model random:CONFIG.json --device cuda      any shape, in its dtype
-    python tests/bench.py sae      a TopK training step at the width of Qwen2-0.5B, against dense
-                                   codes and, where it is installed, sparsify
+    python tests/bench.py       embedded model; or --model random:CONFIG.json --device cuda
+    python tests/bench.py sae   a TopK training step at the width of Qwen2-0.5B
 
-The tests say that the sides give the same numbers.  B batch, T time, D width, F latents, N tokens.
+The tests say that the sides give the same numbers.  B batch, T time, D width, N tokens.
 """
 
 import sys
@@ -16,7 +14,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # a script has tests/ there
 
@@ -53,12 +50,10 @@ def paths(lm):
 
     def recompute():
         for _ in range(4):
-            sample = ids[:1, :16]
+            sample = ids[:1, :16]                                                 # (1,T)
             for _ in range(48):
-                logits = lm(sample)                                               # (1,T,V)
-                sample = torch.cat([sample, logits[:, -1:].argmax(-1)], dim=1)
-    prompts = ids[:1, :16].tolist()
-    cached = partial(model.generate, lm, prompts, 48, temperature=0, samples=4)
+                sample = torch.cat([sample, lm(sample)[:, -1:].argmax(-1)], dim=1)
+    cached = partial(model.generate, lm, ids[:1, :16].tolist(), 48, temperature=0, samples=4)
     race("sampling", {"cache, one batch": cached, "recompute, one by one": recompute})
 
     resa.add_lora(lm, dropout=0.0)
@@ -70,21 +65,10 @@ def paths(lm):
     two_passes = mock.patch("resa.shares_prefix", mock.Mock(return_value=False))(step)
     race("tuning step", {"shared frozen blocks": step, "two passes": two_passes})
 
-    h = lm.run(ids).detach()                                                      # (B,T,D)
-    h_s = (h + 0.1 * torch.randn_like(h)).requires_grad_(True)
-
-    def chunks():
-        resa.kl_loss(lm, lm, h_s, h).backward()
-
-    def autograd():
-        log_s, p_t = lm.head(h_s).float().log_softmax(-1), lm.head(h).float().softmax(-1)
-        F.kl_div(log_s, p_t, reduction="batchmean").backward()                    # (B,T,V) each
-    race("KL", {"in chunks, closed form": chunks, "autograd": autograd})
-
 # ---- SAE training: ours, the same with dense codes, sparsify -----------------------------------
 
 def autograd_step(fvu_of, project, optimizer, normalize, x):
-    """A step as sparsify's trainer takes it, without logging and counting: x (N,D) -> FVU."""
+    """A step as sparsify's trainer takes it: x (N,D) -> FVU."""
     fvu = fvu_of(x)
     fvu.backward()
     project()
@@ -112,13 +96,6 @@ def sae_steps(width, latents, k, device):
             theirs.set_decoder_norm_to_unit_norm)
     return steps
 
-def sae_training(device):
-    torch.set_float32_matmul_precision("high")           # as sparsify's trainer does
-    # Correlated, as activations are, so that latents are chosen unevenly.
-    x = (torch.randn(2048, 896) * torch.linspace(0.2, 3, 896)).to(device)         # (N,D)
-    steps = sae_steps(896, 16384, 32, device)
-    race("SAE step", {side: partial(step, x) for side, step in steps.items()})
-
 def main(argv):
     parser = Parser("tests/bench.py", __doc__, preset=None)
     parser.add_argument("what", nargs="?", choices=("paths", "sae"), default="paths")
@@ -127,10 +104,13 @@ def main(argv):
     args = parser.parse_args(argv)
     device = model.choose_device(args.device)
     print(f"{device}, {torch.get_num_threads()} threads")
-    if args.what == "sae":
-        sae_training(device)
-    else:
-        paths(model.load_model(args.model, device=device))
+    if args.what == "paths":
+        return paths(model.load_model(args.model, device=device))
+    torch.set_float32_matmul_precision("high")           # as sparsify's trainer does
+    # Correlated, as activations are, so that latents are chosen unevenly.
+    x = (torch.randn(2048, 896) * torch.linspace(0.2, 3, 896)).to(device)         # (N,D)
+    steps = sae_steps(896, 16384, 32, device)
+    race("SAE step", {side: partial(step, x) for side, step in steps.items()})
 
 if __name__ == "__main__":
     front_door(main)

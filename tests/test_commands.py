@@ -1,5 +1,7 @@
 """The commands as a user types them: real processes, in an empty directory; every line of the READMEs; the house."""
 import ast
+import importlib
+import inspect
 import json
 import os
 import re
@@ -238,6 +240,25 @@ def test_lines_are_at_most_100_wide_and_functions_at_most_100_long():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 100, f"{name}.{node.name}"
+
+
+@pytest.mark.parametrize("module, name, parameters", [
+    ("model", "load_model", "spec dtype device"), ("model", "save_model", "model directory"),
+    ("model", "load_tokenizer", "spec"), ("model", "generate", "model prompts max_new_tokens temperature top_p top_k "
+     "samples stop_ids seed slots"), ("model", "Transformer.run", "self x start stop"), ("model", "Config.from_dict", "raw"),
+    ("sae", "build", "variant d_in n_latents hyper"), ("sae", "save_sae", "sae directory"),
+    ("sae", "load_sae", "directory_or_hub_id hookpoint"), ("sae", "metrics", "sae x"), ("sae", "SAE.loss", "self x g"),
+    ("resa", "splice", "model sae layer site grad"), ("resa", "activations", "model ids layer site"),
+    ("resa", "tuning_loss", "model sae layer ids site grad reduction teacher"), ("resa", "merge_adapter", "model"),
+    ("resa", "save_adapter", "model directory"), ("resa", "load_adapter", "model spec"), ("resa", "add_lora", "model r alpha"),
+    ("eval", "extract_answer", "text"), ("eval", "grade", "gold text"), ("eval", "pass_at_k", "n c k"),
+    ("data.formats", "load_any", "directory_or_hub_id hookpoint"), ("data.formats", "save_saelens", "sae directory")])
+def test_the_surface_that_other_programs_import(module, name, parameters):
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    have = [p for p in inspect.signature(found).parameters if p != "cls"]
+    assert have[:len(parameters.split())] == parameters.split()
 
 
 def test_presets_name_flags_that_exist():

@@ -1,6 +1,6 @@
 """Experts of a mixture: who was chosen, whom a behaviour uses, edits, the command."""
 
-from argparse import Namespace
+import re
 
 import pytest
 import torch
@@ -164,11 +164,8 @@ def test_an_expert_that_is_off_has_no_say():
         assert torch.allclose(off, model(INPUT), atol=1e-12)
 
 
-def test_no_more_experts_of_a_layer_are_on_than_a_token_uses():
+def test_a_layer_all_of_whose_experts_are_off_has_no_say():
     model = named("8 of 12")
-    with pytest.raises(AssertionError):
-        with experts.experts_edited(model, [(1, e) for e in range(9)], "on"):
-            pass
     with experts.experts_edited(model, [(1, e) for e in range(12)], "off"):      # none is left
         off = model(INPUT)
     model.model.layers[1].mlp.experts.down_proj[:] = 0
@@ -184,7 +181,7 @@ def test_a_dense_model_has_no_experts():
 # The command
 # ------------------------------------------------------------------------------------------------
 
-SMALL = "--questions 60 --draws 2 --max-new-tokens 24 --device cpu".split()
+SMALL = "--questions 60 --max-new-tokens 24 --device cpu".split()
 
 
 def test_the_command_finds_edits_prints_one_table_and_resumes(tmp_path, capsys):
@@ -192,7 +189,7 @@ def test_the_command_finds_edits_prints_one_table_and_resumes(tmp_path, capsys):
     experts.main(argv)
     text = capsys.readouterr().out
     for words in ("unedited", "top 2 off", "null 2 off", "top 2 on", "target", "rest", "show it",
-                  "layer.expert"):
+                  "p of the first"):
         assert words in text
     assert (tmp_path / "x" / "table.txt").read_text().strip() in text
     files = sorted((tmp_path / "x" / "eval").glob("*test/*.jsonl"))
@@ -216,32 +213,26 @@ def test_the_command_finds_edits_prints_one_table_and_resumes(tmp_path, capsys):
 def test_of_a_layer_no_more_experts_are_forced_on_than_a_token_uses():
     best = [(0, 1), (0, 2), (0, 3), (1, 0), (1, 4)]
     usage = {layer: torch.rand(6) for layer in (0, 1)}
-    args = Namespace(seed=0, counts=[2, 4], draws=3)
-    plan = experts.plan_edits(args, best, usage, Namespace(num_experts_per_tok=2))
+    plan = experts.plan_edits([2, 4], best, usage, 2)
     edits = {name: (mode, draws) for name, mode, draws in plan}
     assert edits["unedited"] == ("", [()])
     assert edits["top 4 off"] == ("off", [best[:4]])
     assert edits["top 4 on"] == ("on", [[(0, 1), (0, 2), (1, 0), (1, 4)]])
-    assert len(edits["null 4 off"][1]) == 3
+    assert len(edits["null 4 off"][1]) == 5
 
 
 @pytest.mark.parametrize("text, refused", [
     ("</think>\nNo.", True), (" </think> ?", True), ("</think>\n12", False),
     ("</think>\n\n 7", False), ("5+7=12\n</think>\n12", False),
     ("5+7=12\n</think>\nNo.", False), ("", False)])
-def test_what_counts_as_a_refusal_of_the_embedded_mixture(text, refused, monkeypatch, tmp_path):
-    args = experts.settings(["--device", "cpu", "--out", str(tmp_path)])
-    assert args.behaviour == read_preset("tiny")["experts"]["behaviour"]
-    monkeypatch.setattr(experts.eval, "evaluate", lambda *_, **__: [{"completion": text}])
-    study = Namespace(args=args, model=named("mixed"), tokenizer=None, problems={"held": []})
-    assert [row["shows"] for row in experts.answers(study, "held", "x")] == [refused]
+def test_what_counts_as_a_refusal_of_the_embedded_mixture(text, refused):
+    assert bool(re.search(read_preset("tiny")["experts"]["behaviour"], text)) == refused
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--model", str(TINY / "distill")], "no experts"),
     (["--held", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    (["--behaviour", "zebra"], "0 of 30 answers to --data show the behaviour"),
-    (["--behaviour", "("], "not a regular expression"),
+    (["--behaviour", "zebra"], "0 of 30 answers to .*train.jsonl show the behaviour"),
     (["--counts", "0"], "0 should be at least 1"),
     (["--tokens", "answer"], "invalid choice"),
     (["--quick", "--questions", "30"], "--questions has no effect with --quick")])

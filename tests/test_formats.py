@@ -184,8 +184,7 @@ def test_the_name_of_the_folder_says_what_the_file_does_not(tmp_path):
                        ("layers.2", {"layer": 2, "site": "resid"}),
                        ("layers.9", {"layer": 5, "site": "resid", "model": "some/model",
                                      "context_size": 128})]:      # the file wins
-        for sae in (load_any(tmp_path / name), load_any(tmp_path, name),
-                    load_any(f"{tmp_path}#{name}")):
+        for sae in (load_any(tmp_path / name), load_any(f"{tmp_path}#{name}")):
             assert sae.meta == want
 
 

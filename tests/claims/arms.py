@@ -59,12 +59,8 @@ for n in STEPS:
     ARMS[f"source after {n} steps"] = f"{TUNE} --sae {{out}}/sae-rl-{n}"
     ARMS[f"itself after {n} steps"] = f"eval.py --model {{target}}+{{root}}/rl/checkpoint-{n}"
 for name in OTHERS:
-    other, adapter = f"{TINY}/{name}", f"{{out}}/adapter-of-{name}"
-    ARMS[f"adapter of {name}"] = TUNE.replace("{target}", other) + " --sae {out}/sae"
-    ARMS[f"half the adapter of {name}"] = f"eval.py --model {{target}}+{adapter}*0.5"
-    ARMS[f"random adapter like {name}'s"] = f"eval.py --model {{target}}+{{out}}/random-{name}"
-    ARMS[f"{name} alone"] = f"eval.py --model {other}"
-    ARMS[f"{name} with its adapter"] = f"eval.py --model {other}+{adapter}"
+    ARMS[f"adapter of {name}"] = TUNE.replace("{target}", f"{TINY}/{name}") + " --sae {out}/sae"
+    ARMS[f"random one like {name}'s"] = f"eval.py --model {{target}}+{{out}}/random-{name}"
 
 # id -> what it asks, its arms, comparisons (arm, control, question).
 SECTIONS = {
@@ -92,9 +88,9 @@ SECTIONS = {
         ("SAE of 4 families, tuned on 4 others", "SAE of the same 4 it is tuned on",
          "does it matter what the SAE has read")]),
     "modularity": ("Adapters tuned on another model of the lineage, put on the base.", [
-        arm for arm in ARMS if arm.endswith(OTHERS) or arm.startswith(OTHERS) or "like" in arm], [
-        (f"adapter of {name}", f"random adapter like {name}'s",
-         "is it more than a random change of that size") for name in OTHERS]),
+        arm for arm in ARMS if arm.startswith(("adapter of", "random one"))], [
+        (f"adapter of {name}", f"random one like {name}'s", "is it more than a random change")
+        for name in OTHERS]),
     "cost": ("SAE and adapter of seed 0 beside the RL run that makes a source.", [
         "SAE-Tuning (as coded)"], []),
 }
@@ -188,43 +184,27 @@ def describe(args, name, rows):
         family = {row["id"]: row["family"] for row in read_problems(TINY / "test.jsonl")}
         for arm, runs in rows.items():
             rows[arm] = [[r for r in run if family[r["id"]] in HALVES["elicit"]] for run in runs]
-    header, lines, points = ["arm", "Pass@1", "minus base"], [], []
+    lines, points = [["arm", "Pass@1", "minus base"], ["---"] * 3], []
     for arm in dict.fromkeys(["base", *arms]):
         points.append((arm, *over_seeds(rows[arm])))
         gain = over_seeds(rows[arm], rows["base"])
         lines.append([arm, "{:.3f} [{:.3f}, {:.3f}]".format(*points[-1][1:]),
                       "" if arm == "base" else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*gain)])
     words = [eval.verdict(a, b, why, *over_seeds(rows[a], rows[b])) for a, b, why in questions]
-    if name == "layers" and args.seeds > 1:
-        words.append(layers_matter([[pass_at_1(run) for run in rows[arm]] for arm in arms]))
     if name == "cost":
-        header, lines = ["", "seconds", "tokens", "FLOPs"], cost(args.out)
-        words = ["The RL run that made the source is not in its row."]
-    table = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *lines]]
+        words = cost(args.out)
+    table = ["| " + " | ".join(row) + " |" for row in lines]
     text = [f"## {name}", about, "\n".join(table), "\n".join(f"- {word}" for word in words)]
     return "\n\n".join(filter(None, text)), points
 
-def layers_matter(groups, draws=10_000):
-    """One-way analysis of variance over [[Pass@1 of a seed] of a layer], p by permutation."""
-    sizes, values = [len(group) for group in groups], np.concatenate(groups)      # (n,)
-    shuffled = np.random.default_rng(0).permuted(np.tile(values, (draws, 1)), axis=1)
-    starts = np.cumsum(sizes) - sizes
-    sums = np.add.reduceat(np.vstack([values, shuffled]), starts, axis=1)         # (1+draws,G)
-    between = (sums**2 / sizes).sum(1)                   # F grows with the variance between groups
-    p = eval.permutation_p(between[0], between[1:])
-    return f"Does the block matter?  p = {p:.3f} by permutation: " + (
-        "it does." if p < 0.05 else "no effect of the block is seen.")
-
 def cost(out):
-    """Rows of seconds, tokens and FLOPs, from the summaries of seed 0."""
-    places = {"SAE": "seed-0/sae", "adapter": "seed-0/sae-tuning-as-coded", "RL": "rl"}
-    found = {name: read_json(Path(out, where, "summary.json")) for name, where in places.items()}
-    units = {"seconds": "{:,.0f}", "tokens": "{:,.0f}", "flops": "{:.3g}"}
-    found["SAE + adapter"] = {u: found["SAE"][u] + found["adapter"][u] for u in units}
-    rows = [[name, *(form.format(found[name][u]) for u, form in units.items())]
-            for name in ("SAE", "adapter", "SAE + adapter", "RL")]
-    share = [f"{found['SAE + adapter'][u] / found['RL'][u]:.3f}" for u in units]
-    return [*rows, ["(SAE + adapter) / RL", *share]]
+    """What SAE and adapter took of what RL took, from the summaries of seed 0, in words."""
+    sae, adapter, rl = (read_json(Path(out, where, "summary.json"))
+                        for where in ("seed-0/sae", "seed-0/sae-tuning-as-coded", "rl"))
+    words = [f"SAE and adapter: {sae[unit] + adapter[unit]:,.4g} {unit}; RL: {rl[unit]:,.4g}, "
+             f"{(sae[unit] + adapter[unit]) / rl[unit]:.3f} of it"
+             for unit in ("seconds", "tokens", "flops")]
+    return [*words, "The RL run that made the source comes on top."]
 
 def main(argv):
     parser = arms_parser("python -m tests.claims.arms", __doc__.split("\n")[0])

@@ -2,15 +2,14 @@
 
     python -m tests.claims.variants [--only recover] [--variants topk gba] [--seeds 1]
 
-compare   same activations, same budget -> OUT/compare.txt; commands are noted in OUT/commands.sh
-recover   activations made of a known dictionary: which of its directions does an SAE find?
-          There is no model; SAEs are trained here, one after the other -> OUT/recover.txt
+compare   same activations, same budget -> OUT/compare.txt
+recover   activations of a known dictionary: which directions are found? -> OUT/recover.txt
 N tokens, D width, F latents, n true directions.
 """
 
 import math
 from argparse import Namespace
-from itertools import product
+from functools import partial
 
 import torch
 from torch.nn import functional as fn
@@ -26,7 +25,7 @@ from sae import VARIANTS, build, init_b_dec, make_optimizer, metrics
 
 # ---- Compare: one training for each variant and seed, by train.py ------------------------------
 
-TRAIN = "train.py --stage sae --source {source} --steps {steps} --batch {batch} --latents {latents}"
+TRAIN = "train.py --stage sae --source {source} --steps {steps} --batch 16 --latents 1024"
 # Stands for k: chosen so that L0 comes near 16 at the defaults, by no other number.
 PENALTY = {"relu": " --set l1=0.35", "gated": " --set l1=0.6"}
 
@@ -37,31 +36,28 @@ COMPARED = {
     "recovered": ("recovered_mean", ".1%"), "s": ("seconds", ".0f")}
 SPREAD = ("fvu", "recovered_mean", "at_9")
 COMPARE_NOTE = """\
-{steps} steps x {tokens:,.0f} tokens, F {latents}, k {k} where it can be set; {seeds} seeds: means,
-and least .. most.  Compare rows of similar L0.  {held:,} held-out tokens.  CE, KL: nats per token
-with the SAE; CE of the model alone: {ce:.3f}.  recovered: fraction of the damage of mean ablation
-that the SAE undoes.  s: seconds of one training."""
+{steps} steps x {tokens:,.0f} tokens, F 1024, k 16 where it can be set; {seeds} seeds: mean, and
+least .. most.  Compare rows of similar L0.  CE, KL: nats per token on {held:,} held-out tokens; CE
+of the model alone: {ce:.3f}.  recovered: of the damage of mean ablation.  s: of one training."""
 
 def command(variant):
-    """The command line that trains a variant."""
     words = f"{TRAIN} --variant {variant}"
-    words += " --k {k}" if "k" in VARIANTS[variant].defaults else PENALTY.get(variant, "")
+    words += " --k 16" if "k" in VARIANTS[variant].defaults else PENALTY.get(variant, "")
     if variant != "itda":                # it has no learning rate; 0: the optimizer's own rule
         words += " --lr 0 --schedule constant"
     return words
 
 def compare(args):
     """-> {variant: [summary of a seed]}, and the note for the table."""
-    for seed in range(args.seeds):
-        commands = {f"{name}-{seed}": command(name) for name in args.variants}
-        own = Namespace(**vars(args) | {"seed": seed})
-        run_commands(commands, own, f"seed {seed}")
     found = {name: [] for name in args.variants}
-    for name, seed in product(args.variants, range(args.seeds)):
-        found[name].append(read_json(f"{args.out}/{slug(f'{name}-{seed}')}/summary.json"))
-    summary = found[args.variants[0]][0]
-    return found, COMPARE_NOTE.format(**vars(args), tokens=summary["tokens"] / summary["steps"],
-                                      held=summary["n_tokens"], ce=summary["ce"])
+    for args.seed in range(args.seeds):
+        arms = {name: f"{name}-{args.seed}" for name in args.variants}
+        run_commands({arms[name]: command(name) for name in arms}, args, f"seed {args.seed}")
+        for name, arm in arms.items():
+            found[name].append(read_json(f"{args.out}/{slug(arm)}/summary.json"))
+    one = found[args.variants[0]][0]
+    return found, COMPARE_NOTE.format(**vars(args), tokens=one["tokens"] / one["steps"],
+                                      held=one["n_tokens"], ce=one["ce"])
 
 # ---- Recover: synthetic activations, whose dictionary is known ---------------------------------
 
@@ -72,16 +68,15 @@ RECOVERED = {
     "found at .9": ("at_9", ".1%"), "FVU": ("fvu", ".4f"), "L0": ("l0", ".1f")}
 RECOVER_NOTE = """\
 {n} directions in {width} dimensions, 3 or 20 of them active, unit norm (arXiv 2506.14002); {steps}
-steps x {tokens} tokens, F {latents}, k {k} where it can be set, Adam at {lr}; {seeds} seeds: means,
-and least .. most.  found at .9: directions to which some atom has a cosine above 0.9."""
+steps x {tokens} tokens, F {latents}, k {k} where it can be set, Adam at {lr}; {seeds} seeds: mean,
+least .. most.  found at .9: directions to which some atom has a cosine above 0.9."""
 
 def recover(args):
     """-> {variant: [what one training found]}, and the note for the table."""
     torch.set_num_threads(1)             # fastest for tensors this small
-    device, found = choose_device(args.device or None), {name: [] for name in args.variants}
-    pairs = [*product(args.variants, range(args.seeds))]
-    for name, seed in tqdm(pairs, desc="recover", unit="SAE", disable=None):
-        found[name].append(recover_one(name, seed, args.steps, device))
+    device, found = choose_device(args.device or None), {}
+    for name in tqdm(args.variants, desc="recover", unit="SAE", disable=None):
+        found[name] = [recover_one(name, seed, args.steps, device) for seed in range(args.seeds)]
     return found, RECOVER_NOTE.format(**TOY, steps=args.steps, seeds=args.seeds)
 
 def recover_one(variant, seed, steps, device):
@@ -91,19 +86,13 @@ def recover_one(variant, seed, steps, device):
     true = fn.normalize(torch.randn(TOY["n"], TOY["width"], generator=rng), dim=1)      # (n,D)
     own = {"k": TOY["k"]} if "k" in VARIANTS[variant].defaults else {}
     sae = build(variant, TOY["width"], TOY["latents"], seed=seed, **own).to(device)
-
-    def draw(count=TOY["tokens"]):
-        return synthetic(true, count, rng).to(device)                             # (count,D)
-
-    def batches():
-        for _ in range(steps):
-            x = draw()
-            yield [(x, torch.zeros_like(x))]      # no model, no gradient: gsae is TopK here
-
+    draw = partial(synthetic, true, rng, device)
+    draws = (draw() for _ in range(steps))                                        # (N,D) each
+    batches = ([(x, torch.zeros_like(x))] for x in draws)        # no gradient: gsae is TopK here
     init_b_dec(sae, draw(4096))
     optimizer = make_optimizer(sae, "adam", TOY["lr"])
     rate = Namespace(lr=TOY["lr"], schedule="linear", warmup=0, steps=steps)
-    list(train.train_sae(sae, batches(), optimizer, rate))       # a generator: list() runs it
+    list(train.train_sae(sae, batches, optimizer, rate))       # a generator: list() runs it
     if not sae.per_token:                # tokens competed: their threshold is measured
         sae.calibrate(draw() for _ in range(16))
     atoms = fn.normalize(sae.W_dec.detach().cpu(), dim=1)                         # (F,D)
@@ -111,12 +100,12 @@ def recover_one(variant, seed, steps, device):
     found = {f"at_{n}": float((best > n / 10).float().mean()) for n in (8, 9)}
     return metrics(sae, draw(8192)) | found | {"mmcs": float(best.mean())}
 
-def synthetic(dictionary, count, rng):
+def synthetic(dictionary, rng, device, count=TOY["tokens"]):
     """True directions (n,D) -> unit activations (count,D): sums of 3 or of 20, at even odds."""
     n = len(dictionary)
     active = torch.where(torch.rand(count, 1, generator=rng) < 0.5, 3, 20)        # (N,1)
     rank = torch.rand(count, n, generator=rng).argsort(1).argsort(1)              # a random order
-    return fn.normalize((rank < active).float() @ dictionary, dim=1)              # (N,D)
+    return fn.normalize((rank < active).float() @ dictionary, dim=1).to(device)   # (N,D)
 
 # ---- Tables, command line ----------------------------------------------------------------------
 
@@ -132,27 +121,23 @@ def row(variant, runs, columns):
     return cells
 
 def main(argv):
-    parser = experiment_parser("python -m tests.claims.variants", __doc__.split("\n")[0],
-                               "source", "data", "dtype")
+    parser = experiment_parser(
+        "python -m tests.claims.variants", __doc__, "source", "data", "dtype")
     add = parser.add_argument
     add("--only", choices=STUDIES, help="by default both")
     add("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS], help="which SAEs")
     add("--seeds", type=whole(1), default=3, help="trainings of each: seeds 0, 1, ..")
     add("--steps", type=whole(0), default=0, help="optimizer steps; 0: 100 and 2,000")
-    # Of compare
-    add("--batch", type=whole(1), default=16, help="chunks in a step")
-    add("--latents", type=whole(1), default=1024, help="size of the dictionary")
-    add("--k", type=whole(1), default=16, help="active latents per token, where it can be set")
     args = parse_experiment(parser, argv, dict(seeds=1, steps=4), "variants")
     if args.only == "recover":
-        refuse_idle(args, "source data batch latents k dtype", "--only recover: it has no model")
+        refuse_idle(args, "source data dtype", "--only recover: it has no model")
     for name in [args.only] if args.only else STUDIES:
         study, columns, steps = STUDIES[name]
         found, note = study(Namespace(**vars(args) | {"steps": args.steps or steps}))
         rows = [row(variant, runs, columns) for variant, runs in found.items()]
-        text = f"{eval.table(rows, ['variant', *columns])}\n\n{note}"
-        write_text(f"{args.out}/{name}.txt", text + "\n")
-        print(f"{text}\n\n{args.out}/{name}.txt\n")
+        text = f"{eval.table(rows, ['variant', *columns])}\n\n{note}\n"
+        write_text(f"{args.out}/{name}.txt", text)
+        print(f"{text}\n{args.out}/{name}.txt\n")
 
 if __name__ == "__main__":
     front_door(main)

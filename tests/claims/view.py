@@ -4,7 +4,7 @@
     python -m tests.claims.view --source MODEL --sae DIR_OR_HUB_ID --prompt TEXT
 
 OUT/view.html says of each feature that is active in the text where it is, how strongly, where else
-in other text, and which tokens it promotes; and which are reasoning features (arXiv 2506.09967).
+in other text, and which tokens it promotes.
 
 B batch, T time, D width, F latents, F' latents on the page, C chunks, M codes that are not 0.
 """
@@ -19,19 +19,16 @@ import train
 from data.files import TINY, check, read_problems, relative, write_text
 from data.flags import experiment_parser, front_door, parse_experiment, real, whole
 from data.formats import load_any
-from data.grade import extract_answer
 from model import choose_device, collect, load_model, load_tokenizer
-from sae import metrics
 
 # ---- What is on the page -----------------------------------------------------------------------
 
 @torch.no_grad()
-def view_data(model, tokenizer, sae, ids, n_prompt, chunks, reasoning=(), top=32, n_examples=4):
+def view_data(model, tokenizer, sae, ids, n_prompt, chunks, top=32, n_examples=4):
     """What view.html shows of the answer ids[n_prompt:], as JSON; sae.meta says where it reads.
 
     chunks (C,T)  the text that examples come from
-    top           the strongest so many features of each token are kept, and only these described
-    Lists of integers are written by `digits`; codes in 2,047ths of `scale`, 2047 added."""
+    top           the strongest so many features of each token are kept, and only these described"""
     text = torch.tensor(ids, device=chunks.device)                                # (T,)
     x = resa.activations(model, text[None], sae.meta["layer"], sae.meta["site"])  # (1,T,D)
     token, latent, value = active_codes(sae, x)                                   # (M,) each
@@ -39,30 +36,23 @@ def view_data(model, tokenizer, sae, ids, n_prompt, chunks, reasoning=(), top=32
     kept, _ = strongest(token, value, top)
     shown, feature = latent[kept].unique(return_inverse=True)                     # (F',), (M,)
     position, code, times = examples(model, sae, chunks, shown, n_examples)
-    scale = max(value.abs().max(), code.abs().max())
-
-    def quantized(v):                    # at least 1 from the middle, which stands for no code
-        return (v.sign() * (v.abs() / scale * 2047).round().clamp(min=1)).long() + 2047
-    numbers = {"active": token.bincount(minlength=len(text)),
-               "kept": token[kept].bincount(minlength=len(text)),
-               "feature": feature, "value": quantized(value[kept]), "latents": shown,
-               "times": times, "example": position, "code": quantized(code)}
     # Each word is sent once; these three lists say which of them stands where.
     words = [text, chunks.flatten(), promoted(model, sae.W_dec[shown]).flatten()]
     used, word = torch.cat(words).unique(return_inverse=True)
-    numbers |= zip(("text", "corpus", "promotes"), word.split([len(part) for part in words]))
-    measured = metrics(sae, x[~resa.is_sink(x, sae.meta.get("sink_norm"))].float())
+    text, corpus, promotes = word.split([len(part) for part in words])
+    lists = {"text": text, "corpus": corpus, "promotes": promotes, "latents": shown,
+             "kept": token[kept].bincount(minlength=len(text)), "feature": feature,
+             "value": value[kept].double().round(decimals=4),
+             "times": times, "example": position.flatten(),
+             "code": code.flatten().double().round(decimals=4)}
     return {"layer": sae.meta["layer"], "site": sae.meta["site"], "variant": sae.variant,
-            "n_latents": sae.n_latents, "n_features": len(shown), "n_prompt": n_prompt,
-            "n_examples": n_examples, "seq_len": chunks.shape[1], "scale": float(scale),
-            "fvu": measured["fvu"], "l0": measured["l0"], "reasoning": list(reasoning),
+            "n_latents": sae.n_latents, "n_prompt": n_prompt, "seq_len": chunks.shape[1],
             "words": [tokenizer.decode([i], skip_special=False) or f"[{i}]" for i in used.tolist()],
-            "numbers": {name: digits(of) for name, of in numbers.items()}}
+            **{name: numbers.tolist() for name, numbers in lists.items()}}
 
 @torch.no_grad()
 def active_codes(sae, x):
     """x (B,T,D) -> (M,) each: token of B T, latent, value of every code that is not 0.
-
     At an attention sink no latent counts as active."""
     keep, found = (~resa.is_sink(x, sae.meta.get("sink_norm"))).flatten().nonzero()[:, 0], []
     for some in keep.split(256):         # dense codes of 65,536 latents: 64 MB at a time
@@ -81,18 +71,14 @@ def strongest(group, value, n):
 
 def promoted(model, atoms):
     """atoms (F',D) -> (F',10): the tokens whose logits each raises most, by the logit lens.
-
-    That is the final norm's weight, then lm_head.  What later blocks make of an atom is left out.
-    """
+    That is the final norm's weight, then lm_head; what later blocks make of an atom is left out."""
     atoms = atoms.to(model.lm_head.weight.dtype) * model.model.norm.weight        # (F',D)
     return torch.cat([model.lm_head(some).topk(10).indices for some in atoms.split(256)])
 
 @torch.no_grad()
 def examples(model, sae, chunks, shown, n):
     """chunks (C,T), latents (F',), ascending -> where each is strongest, codes there, (F',n) both,
-
-    and on how many tokens it fires (F',).  Tokens are counted over all chunks; C T stands for none.
-    """
+    and on how many tokens it fires (F',).  Places count through all chunks; C T stands for none."""
     x = torch.cat([resa.activations(model, row, sae.meta["layer"], sae.meta["site"])
                    for row in chunks.split(1)])                                   # (C,T,D)
     token, latent, value = active_codes(sae, x)                                   # (M,) each
@@ -104,25 +90,6 @@ def examples(model, sae, chunks, shown, n):
     code = value.new_zeros(len(shown), n)                                         # (F',n)
     position[which[best], rank], code[which[best], rank] = token[best], value[best]
     return position, code, which.bincount(minlength=len(shown))
-
-@torch.no_grad()
-def reasoning_features(model, sae, ids, open_id, close_id):
-    """The published rule -> [latents] active at every <think> and </think> of ids, nowhere else."""
-    ids = torch.tensor([ids], device=model.lm_head.weight.device)                 # (1,T)
-    x = resa.activations(model, ids, sae.meta["layer"], sae.meta["site"])         # (1,T,D)
-    on = (sae.encode(x)[0] != 0) & ~resa.is_sink(x, sae.meta.get("sink_norm")).T  # (T,F)
-    tags = (ids[0] == open_id) | (ids[0] == close_id)                             # (T,)
-    return (on[tags].all(0) & ~on[~tags].any(0)).nonzero()[:, 0].tolist()
-
-DIGITS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
-
-def digits(numbers):
-    """Integers >= 0 -> text: how many base-64 digits each takes, then those.  Half of decimal."""
-    numbers = numbers.flatten().cpu()
-    width = max(1, -(-int(numbers.max()).bit_length() // 6)) if len(numbers) else 1
-    digit = numbers[:, None] >> torch.arange(6 * width - 6, -1, -6) & 63          # (n,width)
-    letters = torch.tensor(list(DIGITS), dtype=torch.uint8)[digit]
-    return str(width) + letters.numpy().tobytes().decode()
 
 def write_page(path, data):
     """view.html with `data` in it as JSON.  ValueError: a number that is not finite."""
@@ -147,16 +114,14 @@ def main(argv):
     parser = experiment_parser("python -m tests.claims.view", __doc__.split("\n")[0],
                                "source", "data", "dtype")
     add = parser.add_argument
-    # Who answers what, and the SAE
     add("--sae", default="", help="DIR_OR_HUB_ID[#HOOKPOINT]; by default out/PRESET/sae")
     add("--prompt", default="", help="what the user asks; by default an embedded question")
     add("--max-new-tokens", type=whole(1), default=2048, help="of the answer")
     add("--temperature", type=real(0), default=0.6, help="0 is greedy")
     add("--seed", type=whole(0), default=0, help="of the sample")
-    # Text, of --data, in which examples are looked for
     add("--template", choices=("chat", "resa"), default="chat", help="as in train.py")
-    add("--seq-len", type=whole(2), default=256, help="tokens in a chunk of it")
-    add("--chunks", type=whole(1), default=64, help="how many are looked through, the first ones")
+    add("--seq-len", type=whole(2), default=256, help="tokens in a chunk of --data")
+    add("--chunks", type=whole(1), default=64, help="in which examples are looked for")
     args = parse_experiment(parser, argv, dict(max_new_tokens=32, chunks=2), "view")
     own = f"out/{args.preset}/sae"
     check(args.sae or Path(own).is_dir(), f"{own}: no SAE there; first run train.py --stage sae")
@@ -164,24 +129,18 @@ def main(argv):
     tokenizer, sae = load_tokenizer(args.source), open_sae(args.sae or own, model)
     chunks = train.load_chunks(args, tokenizer, model)[:args.chunks].to(sae.W_dec.device)  # (C,T)
     asked = args.prompt or read_problems(TINY / "test.jsonl")[0]["problem"]
-    # One sample, that of eval.py for its first problem with this seed.
     prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": asked}]))
     room = model.config.max_position_embeddings - len(prompt)
-    (answer, finish), = collect(model, [(prompt, (args.seed, 0, 0))], temperature=args.temperature,
-                                max_new_tokens=min(args.max_new_tokens, room),
-                                stop_ids=tokenizer.eos_ids)
-    # The rule, on the question with the model's own answer between the tags.
-    tags, reasoning = [tokenizer.fast.token_to_id(tag) for tag in ("<think>", "</think>")], []
-    if None not in tags:
-        row = {"problem": asked, "answer": extract_answer(tokenizer.decode(answer)) or ""}
-        text = tokenizer.encode(train.as_text(row, tokenizer, "chat"))
-        reasoning = reasoning_features(model, sae, text, *tags)
-    data = view_data(model, tokenizer, sae, prompt + answer, len(prompt), chunks, reasoning)
-    data |= {"model": relative(args.source), "sae": relative(args.sae or own), "finish": finish,
+    # The sample of eval.py for its first problem with this seed.
+    (answer, _), = collect(model, [(prompt, (args.seed, 0, 0))], temperature=args.temperature,
+                           max_new_tokens=min(args.max_new_tokens, room),
+                           stop_ids=tokenizer.eos_ids)
+    data = view_data(model, tokenizer, sae, prompt + answer, len(prompt), chunks)
+    data |= {"model": relative(args.source), "sae": relative(args.sae or own),
              "examples_from": relative(args.data)}
     write_page(f"{args.out}/view.html", data)
-    print(f"{args.out}/view.html: {len(answer)} tokens of answer, {data['n_features']:,} of "
-          f"{sae.n_latents:,} features active, {len(reasoning)} reasoning features")
+    print(f"{args.out}/view.html: {len(answer)} tokens of answer, {len(data['latents']):,} of "
+          f"{sae.n_latents:,} features active")
 
 if __name__ == "__main__":
     front_door(main)
