@@ -343,7 +343,7 @@ def split_spec(spec):
     base, *words = [str(spec)] if Path(spec).exists() else str(spec).split("+")
     adapters = []
     for word in words:
-        match = re.fullmatch(r"(.+?)(?:\*([-+]?[\d.]{1,30}(?:e[-+]?\d)?))?", word)
+        match = re.fullmatch(r"(.+?)(?:\*([-+]?\d{0,20}\.?\d{1,20}(?:e[-+]?\d)?))?", word)
         check(match, f"{spec}: no adapter is named after '+'")
         adapters.append((match[1], float(match[2] or 1)))
     return base, adapters
@@ -381,14 +381,18 @@ def load_model(spec, dtype=None, device=None):
 def load_weights(model, directory, dtype, device=None):
     """Fills a model on the meta device from a checkpoint, one memory-mapped tensor at a time."""
     with open_tensors(weight_files(directory)) as files:
-        found = dict(files)
-        if model.config.tie_word_embeddings:
-            found.pop("lm_head.weight", None)            # some files hold the embedding twice
+        # Files of old hold the rotary frequencies too, which follow from rope_theta.
+        found = {n: t for n, t in files.items() if not n.endswith("rotary_emb.inv_freq")}
+        tied = found.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
         check_tensors(found, as_stored(model), directory)
         model.to(dtype).to_empty(device=device or "cpu")             # only now memory is taken
         model.tie()
         for name, view in as_stored(model).items():
             view.copy_(found[name][:])
+        if tied is not None:                             # some files hold the embedding twice
+            check(torch.equal(tied[:].to(model.lm_head.weight), model.lm_head.weight),
+                  f"{directory}: tie_word_embeddings is true, yet lm_head.weight is not the "
+                  "embedding")
 
 def weight_files(directory):
     """The paths of a checkpoint's safetensors files: a single one, or those its index names."""
