@@ -241,18 +241,6 @@ def adapters_off(model):
         for layer in active:
             layer.on = True
 
-@contextmanager
-def adapters_folded(model):
-    """Inside, B A is part of the weights: sampling costs what the base costs.  Undone after."""
-    kept = [(layer, layer.weight) for layer in lora_layers(model).values() if layer.on]
-    try:
-        for layer, _ in kept:
-            layer.weight, layer.on = layer.folded(), False
-        yield
-    finally:
-        for layer, weight in kept:
-            layer.weight, layer.on = weight, True
-
 def merge_adapter(model):
     """Folds the attached adapters into plain Linear layers for good."""
     for name, layer in lora_layers(model).items():

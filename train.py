@@ -25,6 +25,7 @@ from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -102,16 +103,18 @@ def hold_out(chunks):
     return chunks[:-count], chunks[-count:]       # the end was never trained on
 
 @lru_cache(maxsize=1)
-def order(n, seed):
-    """A permutation of 0 .. n-1.  The last one is cached: every step of an epoch asks for it."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+def order(n, seed, epoch):
+    """A permutation of 0 .. n-1 for an epoch, or a step of RL; the last one is cached.
+    Keyed by the pair: with seed + epoch, seed 1 would see what seed 0 sees an epoch later."""
+    key = np.random.SeedSequence(seed, spawn_key=(epoch,))
+    return np.random.default_rng(key).permutation(n).tolist()
 
 def chunk_indices(step, n, args):
     """Indices of the chunks, of n, used at `step`: by step and seed alone, so resuming is easy."""
     indices = []
     for i in range(step * args.batch, (step + 1) * args.batch):
         epoch, j = divmod(i, n)              # a batch may span two epochs
-        indices.append(order(n, args.seed + epoch)[j] if args.shuffle else j)
+        indices.append(order(n, args.seed, epoch)[j] if args.shuffle else j)
     return indices
 
 def micro_batches(ids, args):
@@ -287,9 +290,9 @@ def finish_sae(model, sae, chunks, args):
     if not sae.unit_rows:
         sae.fold_rows_()            # keeps what the SAE computes
     if isinstance(sae, Chosen) and not sae.per_token:
-        picked = torch.tensor(order(len(chunks), args.seed)[:16 * (args.micro_batch or args.batch)])
+        picked = order(len(chunks), args.seed, 0)[:16 * (args.micro_batch or args.batch)]
         sae.calibrate(harvest(model, sae, chunks, part, args)[0]
-                      for part in micro_batches(picked, args))
+                      for part in micro_batches(torch.tensor(picked), args))
 
 def ablation(value, sae):
     """A function that puts one vector (D,) in place of every activation, sinks left alone."""
@@ -443,7 +446,7 @@ def run_rl(args):
         return policy_loss(model, *part, args.beta, args.temperature)
     run = Run("rl", args, model, optimizer, training_flops("rl", args, model))
     for step in range(run.start, args.steps):
-        questions = [rows[i] for i in order(len(rows), args.seed + step)[:args.questions]]
+        questions = [rows[i] for i in order(len(rows), args.seed, step)[:args.questions]]
         samples, rewards = rollout(model, tokenizer, questions, step, args)       # S pairs, (Q,G)
         spread = rewards.std(1, keepdim=True) + 1e-4                              # (Q,1)
         advantages = (rewards - rewards.mean(1, keepdim=True)) / spread           # (Q,G)
@@ -465,10 +468,10 @@ def rollout(model, tokenizer, rows, step, args):
         prompts.append(tokenizer.chat([{"role": "user", "content": row["problem"]}]))
         ids = tokenizer.encode(prompts[i])       # each request: ids, what seeds the sample
         requests += [(ids, (args.seed, step, i, j)) for j in range(args.group)]
-    with resa.adapters_folded(model):
-        done = collect(model, requests, max_new_tokens=args.max_new_tokens, top_p=1.0,
-                       temperature=args.temperature, stop_ids=tokenizer.eos_ids,
-                       slots=len(requests))
+    model.eval()                         # no dropout: the policy itself answers
+    done = collect(model, requests, max_new_tokens=args.max_new_tokens, top_p=1.0,
+                   temperature=args.temperature, stop_ids=tokenizer.eos_ids, slots=len(requests))
+    model.train()
     for i, row in enumerate(rows):
         group = [ids for ids, _ in done[i * args.group:(i + 1) * args.group]]         # G of ids
         texts = [think_prefix(prompts[i]) + tokenizer.decode(ids) for ids in group]

@@ -29,7 +29,7 @@ from data.flags import front_door
 
 RECIPE = read_json(TINY / "recipe.json")
 # family -> bounds of its numbers, steps, wordings.  In a step, a to d are the story's numbers and
-# p, q the results of earlier steps.  In a wording, {n}, {m} are two names and {t} is a thing.
+# p, q the results of earlier steps.  In a wording, {n}, {m}, {o} are three names, {t} is a thing.
 FAMILIES = RECIPE["families"]
 
 def work_out(steps, numbers, rng=None, slips=0.0):
@@ -58,9 +58,9 @@ def draw(rng, test):
         numbers = {name: rng.randint(*bounds) for name, bounds in recipe["numbers"].items()}
         steps = work_out(recipe["steps"], numbers)
         if is_test(family, numbers) == test and all(1 <= result <= 99 for _, result in steps):
-            n, m = rng.sample(RECIPE["names"], 2)
+            n, m, o = rng.sample(RECIPE["names"], 3)     # three persons, never one twice
             wording = rng.choice(recipe["wordings"])
-            text = wording.format(n=n, m=m, t=rng.choice(RECIPE["things"]), **numbers)
+            text = wording.format(n=n, m=m, o=o, t=rng.choice(RECIPE["things"]), **numbers)
             return {"problem": text, "answer": str(steps[-1][-1]), "family": family,
                     "numbers": numbers, "steps": steps}
 
