@@ -31,7 +31,8 @@ from torch import nn
 
 from data.files import check, staged
 from data.flags import Parser, arms_parser, front_door, parse, parse_experiment, run_commands
-from model import at_least_fp32, check_adapter, fold, load_model, read_adapter, save_model
+from model import (AdaptedLinear, at_least_fp32, check_adapter, fold, load_model, low_rank,
+                   read_adapter, replace, save_model, split_spec)
 from sae import Chosen, build
 
 # ---- The objective -----------------------------------------------------------------------------
@@ -187,6 +188,8 @@ class LoRALinear(nn.Linear):
         self.training = base.training
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
+        # Adapters that the model itself has, and keeps beside half-precision weights
+        self.own = base if isinstance(base, AdaptedLinear) else None
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))     # as PEFT; B = 0: no change yet
@@ -194,17 +197,18 @@ class LoRALinear(nn.Linear):
         self.dropout, self.on = dropout, True                     # on: see adapters_off
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
+        y = self.own(x) if self.own else F.linear(x, self.weight, self.bias)
         if not self.on:
             return y
-        x = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
-        low = x @ self.lora_A.T                                                   # (...,r)
-        return (y + low @ self.lora_B.T * self.scale).to(y.dtype)   # the sum in fp32, as PEFT does
+        x = F.dropout(x, self.dropout, self.training)
+        delta = low_rank(x, self.lora_A, self.lora_B, self.scale)                 # (...,out)
+        return (y + delta).to(y.dtype)                              # the sum in fp32, as PEFT does
 
     def folded(self):
-        """The weight (out,in) with B A in it, frozen."""
-        merged = fold(self.weight, self.lora_A, self.lora_B, self.scale)
-        return nn.Parameter(merged, requires_grad=False)
+        """The weight (out,in) with all adapters in it, rounded to its dtype."""
+        if self.own is None:
+            return fold(self.weight, self.lora_A, self.lora_B, self.scale)
+        return AdaptedLinear(self.own, self.lora_A, self.lora_B * self.scale).folded()
 
 def lora_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -225,10 +229,6 @@ def add_lora(model, r=32, alpha=128, dropout=0.05, targets=TARGETS):
         replace(model, name, LoRALinear(model.get_submodule(name), r, alpha, dropout))
     return model
 
-def replace(model, name, module):
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
 @contextmanager
 def adapters_off(model):
     """Inside, the model is its own base."""
@@ -241,12 +241,15 @@ def adapters_off(model):
         for layer in active:
             layer.on = True
 
+@torch.no_grad()
 def merge_adapter(model):
-    """Folds the attached adapters into plain Linear layers for good."""
-    for name, layer in lora_layers(model).items():
+    """Folds all adapters into plain Linear layers for good."""
+    adapted = {name: m for name, m in model.named_modules()
+               if isinstance(m, (LoRALinear, AdaptedLinear)) and not name.endswith(".own")}
+    for name, layer in adapted.items():
         has_bias = layer.bias is not None
         linear = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
-        linear.weight, linear.bias = layer.folded(), layer.bias
+        linear.weight, linear.bias = nn.Parameter(layer.folded(), False), layer.bias
         replace(model, name, linear)
     return model
 
@@ -391,8 +394,25 @@ def merge(argv):
     args = parse(parser, argv)
     check("+" in args.model, "resa.py merge: --model names no adapter, BASE+ADAPTER")
     check(not Path(args.out).exists(), f"{args.out} exists already; --out must be a new directory")
-    save_model(load_model(args.model), args.out)
-    print(f"{args.out}: {args.model}, merged")
+    model = merge_adapter(load_model(args.model))
+    save_model(model, args.out)
+    print(f"{args.out}: {args.model}, merged; rounding to {model.config.dtype} changed what the "
+          f"adapters add by {rounding(model, args.model):.2g} of its size")
+
+def rounding(merged, spec):
+    """How far what merging added is from what the adapters add: |W' - W - dW| / |dW|, of all W."""
+    base, adapters = split_spec(spec)
+    before, wanted, errors, sizes = load_model(base), {}, 0.0, 0.0
+    for path, factor in adapters:
+        adapter = read_adapter(path)
+        for name, (A, B) in adapter["pairs"].items():
+            delta = factor * adapter["scale"] * (B.double() @ A.double())         # (out,in)
+            wanted[name] = wanted.get(name, 0) + delta
+    for name, delta in wanted.items():
+        weights = (model.get_submodule(name).weight.double() for model in (merged, before))
+        errors += float((next(weights) - next(weights) - delta).square().sum())
+        sizes += float(delta.square().sum())
+    return math.sqrt(errors / sizes) if sizes else 0.0
 
 def main(argv):
     merge(argv[1:]) if argv[:1] == ["merge"] else experiment(argv)

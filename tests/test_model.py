@@ -22,7 +22,7 @@ from torch import nn
 from data.files import read_json
 from model import (
     Cache, Config, Tokenizer, Transformer, check_adapter, check_sampling, choose_device, collect,
-    fold, generate, load_model, load_tokenizer, merge_tensors, read_adapter, right_pad,
+    fold, generate, load_model, load_tokenizer, put_on, read_adapter, right_pad,
     rope_table, sample, save_model, split_spec, stream, think_prefix)
 
 # ------------------------------------------------------------------------------------------------
@@ -848,9 +848,11 @@ def test_merge_sums_in_fp32_for_a_bf16_model(tmp_path):
     read = read_adapter(adapter(tmp_path / "ad"))
     model = named("tied, one kv head", torch.bfloat16)
     base = model.get_submodule(Q).weight.clone()
-    merge_tensors(model, read)
+    put_on(model, read)
     A, B = read["pairs"][Q]
-    assert torch.equal(model.get_submodule(Q).weight, (base.float() + 3.0 * (B @ A)).bfloat16())
+    own = model.get_submodule(Q)
+    assert torch.equal(own.weight, base)                    # the change is kept beside it
+    assert torch.equal(own.folded(), (base.float() + 3.0 * B @ A).bfloat16())
 
 
 def test_a_factor_scales_an_adapter(tmp_path):
@@ -955,7 +957,7 @@ def test_adapter_that_does_not_fit_the_model(tmp_path, module, a, b, word):
     check_refused(lambda: load_model(f"{base}+{spec}"), spec, module, word)
     check_refused(lambda: check_adapter(model, read_adapter(spec), "here"), "here", module)
     with pytest.raises(ValueError):
-        merge_tensors(model, read_adapter(spec))
+        put_on(model, read_adapter(spec))
     assert same_weights(model, named("tied, one kv head"))  # refused before the first change
 
 

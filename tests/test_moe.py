@@ -17,7 +17,7 @@ import resa
 from data.files import TINY, read_problems
 from data.grade import grade
 from model import (
-    Config, MoE, Transformer, generate, load_model, load_tokenizer, merge_tensors, read_adapter,
+    Config, MoE, Transformer, generate, load_model, load_tokenizer, put_on, read_adapter,
     save_model)
 from tests.conftest import ROOT
 from tests.test_model import (
@@ -448,7 +448,7 @@ def test_an_adapter_of_a_routed_expert_or_the_router_is_refused_by_name(tmp_path
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1})
     )
-    check_refused(lambda: merge_tensors(named("mixed"), read_adapter(str(tmp_path))), name)
+    check_refused(lambda: put_on(named("mixed"), read_adapter(str(tmp_path))), name)
 
 
 def test_our_adapter_loads_in_peft_live(tmp_path):

@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resa
-from model import Config, Transformer, generate, load_model, rope_table, save_model
+from model import (
+    Config, Transformer, generate, load_model, read_adapter, rope_table, save_model)
 from sae import build
 from tests.conftest import ROOT
 
@@ -181,33 +182,67 @@ def test_adapters_off_is_the_base_whatever_they_hold_and_they_come_back():
     assert torch.equal(model(IDS), y)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_folding_equals_the_attached_adapters_and_restores_the_bits(dtype):
-    model = adapted(toy(dtype=dtype), above=-1)
-    before, weights = bits(model), {n: m.weight for n, m in resa.lora_layers(model).items()}
-    y = model(IDS)
-    with resa.adapters_folded(model):
-        if dtype == torch.float32:
-            check_close(model(IDS), y)
-        assert not any(torch.equal(m.weight, weights[n]) for n, m in resa.lora_layers(model).items())
-        assert not any(m.weight.requires_grad for m in resa.lora_layers(model).values())
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    assert all(m.weight is weights[n] for n, m in resa.lora_layers(model).items())
-    with pytest.raises(KeyError), resa.adapters_folded(model):
-        raise KeyError
-    assert torch.equal(model(IDS), y)
+def small_adapter(tmp_path):
+    """A bf16 base on disk, and an adapter on it of the size that 100 steps at a rate of 1e-6 give."""
+    base, model = tmp_path / "base", toy(dtype=torch.bfloat16)
+    save_model(model, base)
+    resa.add_lora(model, 4, 8, 0.0)
+    rng = torch.Generator().manual_seed(5)
+    for layer in resa.lora_layers(model).values():
+        layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=rng) * 1e-4
+    resa.save_adapter(model, tmp_path / "small")
+    return model.eval(), f"{base}+{tmp_path}/small"
 
 
-def test_folded_sampling_costs_no_adapter_and_gives_the_attached_text():
-    model, prompts = adapted(above=-1), IDS.tolist()
-    attached = generate(model, prompts, 8, temperature=0)
-    with resa.adapters_folded(model):
-        assert generate(model, prompts, 8, temperature=0) == attached
-        for layer in resa.lora_layers(model).values():          # not even multiplied
-            layer.lora_A.data, layer.kept = torch.empty(0), layer.lora_A.data
-        assert generate(model, prompts, 8, temperature=0) == attached
-        for layer in resa.lora_layers(model).values():
-            layer.lora_A.data = layer.kept
+def test_half_precision_keeps_a_small_adapter_beside_the_weight(tmp_path):
+    model, spec = small_adapter(tmp_path)
+    loaded, before = load_model(spec), toy(dtype=torch.bfloat16)
+    for name, layer in resa.lora_layers(model).items():
+        own, weight = loaded.get_submodule(name), before.get_submodule(name).weight
+        assert torch.equal(own.weight, weight) and own.lora_B.dtype == torch.float32
+        wanted = layer.scale * layer.lora_B @ layer.lora_A
+        check_close(own.lora_B @ own.lora_A, wanted, 1e-6)
+        lost = (own.folded().float() - weight.float()).flatten()         # what folding would leave
+        assert torch.cosine_similarity(lost, wanted.detach().flatten(), dim=0) < 0.8
+    assert torch.equal(loaded(IDS), model(IDS)) and not torch.equal(loaded(IDS), before(IDS))
+    twice = load_model(f"{spec}*0.5+{spec.partition('+')[2]}*0.5")       # adapters add up
+    check_close(twice(IDS).float(), loaded(IDS).float(), 1e-2)
+    assert generate(loaded, IDS.tolist(), 4, seed=1) == generate(model, IDS.tolist(), 4, seed=1)
+    wide = load_model(spec, "float32")                                   # has room: folded
+    assert not any("lora" in name for name in wide.state_dict())
+
+
+def test_an_adapter_learns_on_top_of_those_of_a_half_precision_model(tmp_path):
+    _, spec = small_adapter(tmp_path)
+    model, alone = resa.add_lora(load_model(spec), 2, 4, 0.0), load_model(spec)(IDS)
+    assert torch.equal(model(IDS), alone)
+    for layer in resa.lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.2)
+    y, change = model(IDS).float(), (model(IDS) - alone).float().norm()
+    with resa.adapters_off(model):                                       # the new one, not the model's
+        assert torch.equal(model(IDS), alone)
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A", "lora_B"}
+    resa.save_adapter(model, tmp_path / "new")
+    assert (load_model(f"{spec}+{tmp_path}/new")(IDS) - y).norm() < 0.1 * change     # bf16's rounding
+    merged = resa.merge_adapter(model)
+    assert not any("lora" in name for name in merged.state_dict())
+    assert (merged(IDS) - y).norm() < 0.1 * change
+
+
+def test_merge_prints_what_rounding_cost(tmp_path, capsys):
+    _, spec = small_adapter(tmp_path)
+    resa.main(["merge", "--model", spec, "--out", f"{tmp_path}/merged"])
+    cost = float(capsys.readouterr().out.split(" by ")[1].split()[0])
+    base, merged, errors, sizes = toy(dtype=torch.bfloat16), load_model(f"{tmp_path}/merged"), 0, 0
+    for name, (A, B) in read_adapter(f"{tmp_path}/small")["pairs"].items():
+        delta, weights = 2 * B @ A, [m.get_submodule(name).weight.float() for m in (merged, base)]
+        errors += (weights[0] - weights[1] - delta).square().sum()
+        sizes += delta.square().sum()
+    assert cost == pytest.approx(float(errors / sizes)**0.5, rel=0.05) and cost > 0.3
+    save_model(toy(), tmp_path / "wide")
+    resa.main(["merge", "--model", f"{tmp_path}/wide+{tmp_path}/small", "--out", f"{tmp_path}/exact"])
+    assert float(capsys.readouterr().out.split(" by ")[1].split()[0]) < 1e-2
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -295,13 +330,11 @@ def test_a_bf16_base_has_fp32_adapters_that_a_rate_of_1e_6_moves(tmp_path):
     assert torch.equal(resa.load_adapter(toy(dtype=torch.bfloat16), str(tmp_path))(IDS), model(IDS))
 
 
-@pytest.mark.parametrize("outer", [resa.adapters_off, resa.adapters_folded])
-@pytest.mark.parametrize("inner", [resa.adapters_off, resa.adapters_folded])
-def test_contexts_nest(outer, inner):
+def test_contexts_nest():
     model = adapted(above=-1)
-    with outer(model):
+    with resa.adapters_off(model):
         y = model(IDS)
-        with inner(model):
+        with resa.adapters_off(model):
             pass
         assert torch.equal(model(IDS), y)
 
