@@ -292,9 +292,10 @@ def unresolved(label, s):
 def label_of(spec):
     """A model spec or path as a file name, one to one: / becomes ~, what is unusual %XX."""
     spec = relative(spec)
-    name = quote(spec, safe="/+@#=").replace("~", "%7E").replace("/", "~")  # ~ first: one to one
+    raw = os.fsencode(spec)                              # a path may hold bytes that are no text
+    name = quote(raw, safe="/+@#=").replace("~", "%7E").replace("/", "~")   # ~ first: one to one
     if len(name) >= 150:                                 # file systems stop at 255 bytes
-        name = f"{name[-120:]}-{hashlib.sha256(spec.encode()).hexdigest()[:12]}"
+        name = f"{name[-120:]}-{hashlib.sha256(raw).hexdigest()[:12]}"
     return name
 
 def samples_path(out, bench, spec):

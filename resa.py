@@ -110,7 +110,9 @@ def splice(model, sae, layer, site="resid", grad=False):
     """Inside, x_hat = sae(x) stands in for the activation x at the site.  sae None: nothing does.
 
     grad=False is the published code: the SAE runs under no_grad.  At "resid" only the blocks above
-    then learn; at "mlp" the residual stream still carries the gradient to the blocks below.
+    then learn; at "mlp" the residual stream still carries the gradient to the blocks below.  Tokens
+    that the SAE leaves out, see `insert`, send no gradient down either: one rule for all tokens, so
+    that what is below the hook can run once, without a graph, for teacher and student.
     grad=True is the published text: the gradient passes through the SAE too, and all blocks learn.
     """
     def swap(x):

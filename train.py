@@ -75,11 +75,11 @@ def data_file(name):
 def read_rows(path):
     """Rows of text or problem/completion if the first one is; else all must be problem/answer."""
     _, first = next(read_jsonl(path), (0, {}))
-    if not first.keys() & {"text", "completion"}:
+    if first.get("text") is None and first.get("completion") is None:      # null is absent
         return read_problems(path)
     rows = []
     for number, row in read_jsonl(path):
-        names = ["text"] if "text" in row else ["problem", "completion"]
+        names = ["problem", "completion"] if row.get("text") is None else ["text"]
         table = dict.fromkeys(names, (str, None, None, REQUIRED))
         rows.append(read_fields(row, table, f"{path}:{number}"))
     return rows

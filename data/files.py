@@ -117,6 +117,10 @@ def read_jsonl(path):
         check(isinstance(row, dict), f"{path}:{number}: a JSON object was expected")
         yield number, row
 
+def blank(value):
+    """Whether a field of a row says nothing: absent, null, or white space alone."""
+    return value is None or not str(value).strip()
+
 TEXT = (str, int, float)
 PROBLEM = {name: (TEXT, None, None, None) for name in ("problem", "question", "answer", "id")}
 
@@ -126,10 +130,11 @@ def read_problems(path):
     rows, ids = [], set()
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"
+        row = {name: value for name, value in row.items() if value is not None}    # null is absent
         found = read_fields(row, PROBLEM, where)
-        problem = found["question"] if found["problem"] is None else found["problem"]
+        problem = found["question"] if blank(found["problem"]) else found["problem"]
         for name, value in (("problem", problem), ("answer", found["answer"])):
-            check(value is not None and str(value).strip(), f'{where}: no "{name}" field')
+            check(not blank(value), f'{where}: no "{name}" field')
         key = str(len(rows) if found["id"] is None else found["id"])
         check(key not in ids, f"{where}: id {key!r} occurs twice")
         ids.add(key)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.files import (REQUIRED, ROOT, TEXT, TINY, check, parse_json, read_fields, read_json,
-                        read_jsonl, read_value, relative, staged, write_json, write_jsonl)
+from data.files import (REQUIRED, ROOT, TEXT, TINY, blank, check, parse_json, read_fields,
+                        read_json, read_jsonl, read_value, relative, staged, write_json, write_jsonl)
 from data.flags import front_door
 
 # ---- The embedded questions, and the corpora that the embedded models learn from ---------------
@@ -276,9 +276,9 @@ def training_set(name):
         rows = paged_rows(where)
     for i, row in enumerate(rows):                       # sets name their questions differently
         found = read_fields(row, ROW, f"{where}: row {i}")
-        problem = found["problem"] or found["question"] or found["prompt"]
-        if problem and found["answer"] not in (None, ""):
-            kept.append({"problem": problem, "answer": str(found["answer"])})
+        texts = [found[key] for key in ("problem", "question", "prompt") if not blank(found[key])]
+        if texts and not blank(found["answer"]):
+            kept.append({"problem": texts[0], "answer": str(found["answer"])})
     save(path, kept)
     print(f"{len(rows) - len(kept)} rows without problem or answer were left out; "
           f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")

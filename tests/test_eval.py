@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -989,7 +990,7 @@ def test_show_keeps_long_and_hostile_text_readable(whole, tmp_path, capsys):
 
 def test_labels_are_file_names_one_to_one():
     specs = ["a/b", "a+b", "a+b*.5", "a+b*-.5", "a+b%2A.5", "a~b", "a%7Eb", "a b", "/a/b", "a/b/",
-             "A+B", "o/n@main#sub+x/y", "..", "\u00fc", "x" * 300, "x" * 301]
+             "A+B", "o/n@main#sub+x/y", "..", "\u00fc", "x" * 300, "x" * 301, os.fsdecode(b"\xff"), os.fsdecode(b"x" * 300 + b"\xfe")]
     labels = [ev.label_of(spec) for spec in specs]
     assert len(set(labels)) == len(specs) and all("/" not in x and len(x) < 160 for x in labels)
     assert ev.label_of(f"{ROOT}/a+{ROOT}/b/c") == "a+b~c", "no machine paths in file names"

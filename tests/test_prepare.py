@@ -55,11 +55,11 @@ def test_tokenizer_and_configuration_are_rebuilt_byte_for_byte(tmp_path):
 
 # sha256 of the first hundred rows of each corpus, as the embedded models were trained on them
 CORPORA = {
-    "lm": "be692fea8c7ff5cefb12b2ac3b9476c61fcf3442d57fd3fac3a5cb1e499f0415",
-    "math": "5eb5084b208bd7508feec159ceb98d1188b09cbd8976858b0e7da58a2d45464b",
-    "distill": "297a63f5c66e960b19626e830b05260140f73aca7d3688f5fcc506ca0b3eae2e",
-    "answer": "d4687ea7c2b0c3ea0ed8a3e85dd2b505ba015e5b6c816eb523674242b5898b0b",
-    "refuse": "be23ce7155f432e1abea9760e4377d1fe46dd02360f5ad7514931109d1a4d922",
+    "lm": "f943b0b4460fbd79fa4dbffeb57af0a5f3ffc0edfbd43d1558a7cb915a01f949",
+    "math": "6209a0d0ae50502710a846199ca5d1ab658b92a784226c48b39c3c8d11d48dec",
+    "distill": "55749f35e2f5669e9027a94fb90a670992643ebb49a677b534c76b9e5b8f2264",
+    "answer": "7b14b3f0dfbd4c9544dd3838fd9b2aa6a2eb863b332b68d1828aaac58d944c47",
+    "refuse": "4eea0b93254fa6ec65f878212a5552a8c2776b4b6facb8ddde1fc4e6cb90f6b2",
 }
 
 
@@ -90,6 +90,22 @@ def test_train_and_test_share_no_question_under_any_wording():
     learned, test = ({(row["family"], tuple(sorted(numbers_in(row)))) for row in rows}
                      for rows in (learned, test))
     assert len(learned & test) < 0.2 * 1000
+
+
+def test_persons_of_a_question_are_different():
+    """Once "Gus is 22 years older.  Gus was born 20 years after Gus." could be asked."""
+    names, things = ("|".join(prepare.RECIPE[key]) for key in ("names", "things"))
+    for row in read_problems(TINY / "train.jsonl") + read_problems(TINY / "test.jsonl"):
+        persons, shape = set(re.findall(names, row["problem"])), row["problem"]
+        for pattern, mark in ((names, "N"), (things, "T"), (r"\d+", "0")):
+            shape = re.sub(pattern, mark, shape)
+        asked = set()       # how many persons the wordings of this shape have
+        for wording in prepare.FAMILIES[row["family"]]["wordings"]:
+            filled = wording.format(n="N", m="N", o="N", t="T", a=0, b=0, c=0, d=0)
+            if re.sub(things, "T", filled) == shape:
+                assert not re.search(names, wording)        # every person is drawn
+                asked.add(len(set(re.findall("{([nmo])}", wording))))
+        assert asked == {len(persons)}, row
 
 
 def test_every_answer_is_right():
@@ -497,6 +513,14 @@ def test_a_set_that_is_not_whole_is_refused(site, rows, message):
     with pytest.raises(ValueError, match=message):
         prepare.training_set("open_rs")
     assert not list(prepare.CACHE.glob("*.jsonl"))
+
+
+def test_rows_of_a_training_set_with_blank_fields_are_left_out(site, capsys):
+    site.rows = [{"problem": "p", "answer": " "}, {"problem": " ", "question": "q", "answer": 7},
+                 {"problem": "\t", "answer": "a"}, {"problem": "p", "answer": None}]
+    kept = read_problems(prepare.training_set("open_rs"))
+    assert [(row["problem"], row["answer"]) for row in kept] == [("q", "7")]
+    assert "3 rows without problem or answer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("body", [

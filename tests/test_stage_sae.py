@@ -136,7 +136,7 @@ def test_the_threshold_is_measured_at_the_weights_that_are_saved(run, data, tmp_
     tiny = M.load_model(RANDOM)
     chunks, held = chunks_of(args, tiny)
     lows = []
-    for part in torch.tensor(train.order(len(chunks), 0)[:32]).split(2):
+    for part in torch.tensor(train.order(len(chunks), 0, 0)[:32]).split(2):
         x = train.harvest(tiny, sae, chunks, part, args)[0]
         value = sae.codes(sae.batch(x, train=True)).value.detach()
         lows.append(float(value[value > 0].min()))

@@ -107,6 +107,51 @@ def test_an_epoch_sees_every_chunk_once_and_order_depends_on_the_seed():
     assert train.chunk_indices(5, 12, args) == [3, 4, 5]      # epoch 1
 
 
+def test_two_seeds_never_share_an_order():
+    """Keyed by seed + epoch, seed 1 in epoch 0 had the order of seed 0 in epoch 1; RL's steps too."""
+    orders = {tuple(train.order(50, seed, epoch)) for seed in range(20) for epoch in range(20)}
+    assert len(orders) == 400
+    orders = {tuple(train.order(50, seed, 2**32 - seed)) for seed in range(20)}      # equal sums
+    assert len(orders) == 20 and train.order(50, 3, 4) == train.order(50, 3, 4)
+
+
+def test_rl_draws_other_questions_for_another_seed(run, monkeypatch, tmp_path):
+    drawn = {}
+    for seed in (0, 1):
+        steps = drawn[seed] = []
+
+        def noted(model, tokenizer, rows, step, args):
+            steps.append([row["id"] for row in rows])
+            return rollout(model, tokenizer, rows, step, args)
+        rollout = train.rollout
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "rollout", noted)
+            run("rl", tmp_path / str(seed), "--target", RANDOM, "--steps", 4, "--seed", seed)
+    assert not any(ids in drawn[0] for ids in drawn[1])
+
+
+def test_rl_samples_from_the_policy_itself_without_dropout(run, monkeypatch, tmp_path):
+    modes = []
+
+    def noted(model, requests, **settings):
+        modes.append((model.training, all(m.on for m in resa.lora_layers(model).values())))
+        return collect(model, requests, **settings)
+    collect = train.collect
+    monkeypatch.setattr(train, "collect", noted)
+    run("rl", tmp_path / "r", "--target", RANDOM, "--steps", 2, "--lora-dropout", 0.5)
+    assert modes == [(False, True)] * 2
+
+
+@pytest.mark.parametrize("row", [
+    {"problem": "1+1?", "answer": "2", "completion": None}, {"problem": "1+1?", "answer": 2, "text": None},
+    {"problem": None, "question": "1+1?", "answer": "2"}, {"problem": " ", "question": "1+1?", "answer": "2"}])
+def test_null_fields_of_a_row_are_absent(tmp_path, row):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    text = train.as_text(train.read_rows(path)[0], None, "resa")
+    assert text == train.RESA_TEMPLATE.format(system="", problem="1+1?", answer="2")
+
+
 # ---- the losses ---------------------------------------------------------------------------------
 
 def test_logprobs_in_chunks_equal_the_plain_way_with_gradient():
@@ -505,7 +550,7 @@ def test_sae_of_another_site_layer_or_width_is_refused(run, trained, tmp_path):
 
 BAD_DATA = [
     ("sft", b'{"text": 5}\n', ":1: 'text' should be text"),
-    ("sft", b'{"problem": "a", "completion": null}\n', ":1: no 'completion'"),
+    ("sft", b'{"problem": "a", "completion": null}\n', ':1: no "answer"'),
     ("sft", b'{"text": "a"}\n{"completion": "b"}\n', ":2: no 'problem'"),
     ("sft", b'{"text": "a"}\n{"text": "\xe9"}\n', "not UTF-8"),
     ("sft", b'{"problem": "\xe9", "answer": "1"}\n', "not UTF-8"),
@@ -752,7 +797,7 @@ def test_rl_counts_the_tokens_of_prompts_and_samples(run, data, tmp_path):
     sampled = sum(4 * row["length"] for row in logged(out))
     prompts = 0
     for step in range(2):
-        for i in train.order(len(rows), step)[:2]:
+        for i in train.order(len(rows), 0, step)[:2]:
             chat = tok.chat([{"role": "user", "content": rows[i]["problem"]}])
             prompts += len(tok.encode(chat))
     assert summary(out)["tokens"] == 2 * prompts + round(sampled)      # groups of 2
