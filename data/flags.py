@@ -216,10 +216,13 @@ def run_commands(arms, args, title="arms"):
         for name, lines in commands.items():
             pasted = [relative("python " + shlex.join(line)) for line in lines]
             file.write("\n".join([f"# {name}", *pasted, ""]))
+    check(len({slug(name) for name in arms}) == len(arms), f"{title}: two names, one folder")
+    # Base and source may be one model: asked once, as two processes must not write one file.
+    once = {str(lines): lines for lines in commands.values()}
     pool = ThreadPoolExecutor(args.workers)
-    futures = as_completed([pool.submit(run_lines, lines) for lines in commands.values()])
+    futures = as_completed([pool.submit(run_lines, lines) for lines in once.values()])
     try:
-        for future in tqdm(futures, title, total=len(commands), unit="arm", disable=None):
+        for future in tqdm(futures, title, total=len(once), unit="arm", disable=None):
             future.result()
     finally:                             # after an error, what has not begun is dropped
         pool.shutdown(cancel_futures=True)

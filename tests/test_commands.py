@@ -14,7 +14,7 @@ import pytest
 import eval
 import resa
 import train
-from data import stats
+from data import flags, stats
 from data.flags import arms_parser, parse_experiment, run_commands
 from tests.conftest import ROOT
 
@@ -166,6 +166,18 @@ def test_an_arm_is_made_again_by_pasting_its_lines(tmp_path):
         if line.startswith("python "):
             command(ROOT, *shlex.split(line)[1:])
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_arms_that_are_one_command_run_once_and_no_two_share_a_folder(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(flags, "run_lines", ran.append)
+    argv = ["--out", str(tmp_path), "--target", "M", "--source", "M"]       # source = target: presets v4, v5
+    args = parse_experiment(arms_parser("resa.py", ""), argv, {})
+    two = {"base": "eval.py --model {target}", "RL source": "eval.py --model {source}"}
+    assert run_commands(two, args) == {"base": "M", "RL source": "M"} and len(ran) == 1
+    assert len(run_commands(resa.ARMS, args)) == len(resa.ARMS) and len(ran) == len(resa.ARMS)
+    with pytest.raises(ValueError, match="one folder"):
+        run_commands({"random SAE": resa.ARMS["random SAE"], "random-sae": resa.ARMS["random SAE"]}, args)
 
 
 def test_a_failed_command_is_named_with_what_it_said(tmp_path):
