@@ -472,12 +472,11 @@ class FeatureChoice(BatchTopK):
         size = torch.where(z.value > 0, z.value, math.inf).to(low.dtype)
         return low.scatter_reduce_(0, z.flat_index % self.n_latents, size, "amin")
 
-class AbsTopK(BatchTopK):
+class AbsTopK(Chosen):
     """AbsTopK (arXiv 2510.00404): the k largest |pre| of each token, signs kept.
     An atom serves two directions: F signed latents can do what 2 F of TopK can.  Per token and with
     b_enc as in the paper; its code takes the k N largest of a batch, without b_enc."""
     signed = True
-    per_token = True         # so that nothing reads the threshold
 
     def choose(self, b):
         return largest_per_token(b.pre.abs(), self.k)
@@ -1026,16 +1025,37 @@ def load_sae(directory_or_hub_id, hookpoint=None):
     wanted, names = sparsify_names(variant, (known | hyper)["normalize"])
     check(activation == wanted, f"{config}: activation {activation!r} should be {wanted!r}")
     n_latents = fields["num_latents"] or d_in * fields["expansion_factor"]      # F
-    sae = read_sae(config.with_name("sae.safetensors"), variant, d_in, n_latents, hyper, names)
+    weights = config.with_name("sae.safetensors")
+    idle = ["threshold"] if variant == "abstopk" else []      # its older files have one
+    sae = read_sae(weights, variant, d_in, n_latents, hyper, names, idle)
     sae.meta = complete_meta(fields["meta"] or {}, spec)
     return sae
 
 def complete_meta(meta, spec):
-    """Checked; a folder's name, layers.12.mlp or layers.12, gives the layer and site it lacks."""
+    """Checked; a folder's name, like layers.12.mlp, gives the layer and site it lacks."""
     read_fields(meta, META, f"{spec}: meta")
-    match = re.search(r"layers\.(\d{1,9})(\.mlp)?/?$", spec)
-    place = {"layer": int(match[1]), "site": "mlp" if match[2] else "resid"} if match else {}
-    return place | meta
+    place = find_place(re.split("[/#]", spec.rstrip("/"))[-1])
+    return meta | {name: value for name, value in place.items() if meta.get(name) is None}
+
+# Modules of Hugging Face models, as sparsify names its folders, and TransformerLens's hooks; then
+# names of dictionary_learning.  A vision tower's layers are none of ours.
+MODULE = (r"(?:(?:base_model|model|language_model|transformer|gpt_neox|decoder)\.)*"
+          r"(?:layers|h|blocks)\.(?P<layer>\d{1,9})(?:\.(?P<site>.+))?")
+SUBMODULE = r"(?P<site>resid_pre|resid_post|resid_out|mlp_out)_layer_?(?P<layer>\d{1,9})"
+SITES = {None: "resid", "hook_resid_post": "resid", "hook_out": "resid", "resid_post": "resid",
+         "resid_out": "resid", "mlp": "mlp", "hook_mlp_out": "mlp", "mlp.hook_out": "mlp",
+         "mlp_out": "mlp"}
+
+def find_place(name):
+    """Another library's name of a place in a model -> {"layer": .., "site": ..}, {} if none known.
+    A site that we do not have keeps its name: layers.3.self_attn is site self_attn of layer 3."""
+    match = re.fullmatch(MODULE, name) or re.fullmatch(SUBMODULE, name)
+    if not match:
+        return {}
+    layer, site = int(match["layer"]), match["site"]
+    if site in ("hook_resid_pre", "hook_in", "resid_pre") and layer > 0:
+        return {"layer": layer - 1, "site": "resid"}      # what enters a block left the one before
+    return {"layer": layer, "site": SITES.get(site, site)}
 
 @torch.no_grad()
 def read_sae(weights, variant, d_in, n_latents, hyper, names, ignored=()):
@@ -1048,8 +1068,8 @@ def read_sae(weights, variant, d_in, n_latents, hyper, names, ignored=()):
         check(2 * d_in * n_latents <= weights.stat().st_size,      # 2 bytes a number at least
               f"{weights}: too small for n_latents={n_latents}, d_in={d_in}")
         sae = VARIANTS[variant](d_in, n_latents, hyper)    # in fp32
-        if "F64" in [part.get_dtype() for part in found.values()]:
-            sae.double()
+        if "F64" in [part.get_dtype() for part in found.values() if part.get_shape()]:
+            sae.double()                                   # a lone number does not decide
         targets = {}                     # name in the file -> the SAE's own tensor
         for ours, tensor in sae.state_dict().items():
             name = names.get(ours, ours)
