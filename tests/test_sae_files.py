@@ -222,7 +222,7 @@ def test_a_folder_named_as_sparsify_does_says_where_the_sae_belongs(tmp_path):
     ("gpt_neox.layers.3.mlp", (3, "mlp")), ("h.3", (3, "resid")), ("layers.3", (3, "resid")),
     ("resid_post_layer_3", (3, "resid")), ("mlp_out_layer3", (3, "mlp")),
     ("resid_out_layer3", (3, "resid")), ("resid_pre_layer_3", (2, "resid")),
-    ("blocks.3.hook_resid_mid", (3, "hook_resid_mid")), ("blocks.3.hook_mlp_in", (3, "hook_mlp_in")),
+    ("blocks.3.hook_resid_mid", (3, "hook_resid_mid")), ("h.3.attn", (3, "attn")),
     ("model.layers.3.self_attn.o_proj", (3, "self_attn.o_proj")),
     ("model.layers.3.mlp.gate_proj", (3, "mlp.gate_proj")),
     ("layers.3.mlp.experts.5.h.2", (3, "mlp.experts.5.h.2"))])
