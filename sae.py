@@ -1037,11 +1037,12 @@ def complete_meta(meta, spec):
     place = find_place(re.split("[/#]", spec.rstrip("/"))[-1])
     return meta | {name: value for name, value in place.items() if meta.get(name) is None}
 
-# Modules of Hugging Face models, as sparsify names its folders, and TransformerLens's hooks; then
-# names of dictionary_learning.  A vision tower's layers are none of ours.
+# Modules of Hugging Face models, which name sparsify's folders, and hooks of TransformerLens; then
+# what dictionary_learning writes.  Vision towers and encoders have layers, too, but not ours.
 MODULE = (r"(?:(?:base_model|model|language_model|transformer|gpt_neox|decoder)\.)*"
           r"(?:layers|h|blocks)\.(?P<layer>\d{1,9})(?:\.(?P<site>.+))?")
-SUBMODULE = r"(?P<site>resid_pre|resid_post|resid_out|mlp_out)_layer_?(?P<layer>\d{1,9})"
+SUBMODULE = (r"(?P<site>resid_pre|resid_post|resid_out|mlp_out|attention_out|attn_out)"
+             r"_layer_?(?P<layer>\d{1,9})")
 SITES = {None: "resid", "hook_resid_post": "resid", "hook_out": "resid", "resid_post": "resid",
          "resid_out": "resid", "mlp": "mlp", "hook_mlp_out": "mlp", "mlp.hook_out": "mlp",
          "mlp_out": "mlp"}

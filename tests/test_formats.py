@@ -196,14 +196,15 @@ def test_where_the_sae_belongs_is_read(tmp_path):
             ("resid_post_layer_7", {"layer": 7, "site": "resid"}), (None, {"layer": 7}),
             ("resid_pre_layer_8", {"layer": 7, "site": "resid"}),
             ("model.layers.7.mlp", {"layer": 7, "site": "mlp"}),
-            ("attention_out_layer_7", {"layer": 7, "site": "attention_out_layer_7"})]:
+            ("attention_out_layer_7", {"layer": 7, "site": "attention_out"}),
+            ("router_layer_7", {"layer": 7, "site": "router_layer_7"})]:
         cfg = trainer("BatchTopKSAE", k=2, submodule_name=name)
         edit(tmp_path / "BatchTopKSAE" / "config.json", **cfg)
         meta = load_any(tmp_path / "BatchTopKSAE").meta
         assert meta == want | {"model": "some/model"}, name
     cfg |= {"buffer": {"io": "in"}}      # not what the module computes: what enters it
     edit(tmp_path / "BatchTopKSAE" / "config.json", **cfg)
-    assert load_any(tmp_path / "BatchTopKSAE").meta["site"] == "attention_out_layer_7 (in)"
+    assert load_any(tmp_path / "BatchTopKSAE").meta["site"] == "router_layer_7 (in)"
     edit(tmp_path / "BatchTopKSAE" / "config.json", buffer=3)
     with pytest.raises(ValueError, match="config.json: 'buffer' should be an object, it is 3"):
         load_any(tmp_path / "BatchTopKSAE")
@@ -350,6 +351,32 @@ def test_a_threshold_below_zero_is_none(tmp_path):
     save_file(untrained, tmp_path / "ae.safetensors")
     z = load_any(tmp_path).encode(grid(20, "ND"))
     assert (z >= 0).all() and z.sum() > sum(GOLDEN_CODES["BatchTopKSAE"][0]) + 1
+
+
+@pytest.mark.parametrize("stage", ["sae", "tune"])
+def test_the_commands_ask_where_an_sae_of_another_library_belongs(stage, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text('{"text": "one two three four five six"}\n' * 60)
+    width, source = 128, f"{ROOT}/data/tiny/distill"
+    save_saelens(S.build("topk", width, 32, k=4), tmp_path / "lens")
+    flags = {"sae": ["--source", source, "--init", "pretrained", "--sae-from"],
+             "tune": ["--target", source, "--sae"]}
+    argv = ["--stage", stage, "--data", str(tmp_path / "text.jsonl"), "--seq-len", "32",
+            "--batch", "1", *flags[stage], str(tmp_path / "lens")]
+    argv += ["--steps", "1"] if stage == "tune" else []
+    for i, (hook, refused) in enumerate([
+            ("model.layers.3", "layer 3, not at 1: pass --layer 3"),
+            ("model.layers.1.mlp", "site mlp, not at resid: pass --site mlp"),
+            ("model.layers.1.self_attn", "site self_attn, not at resid: --other-site allows"),
+            ("model.layers.1", None), (None, None)]):
+        edit(tmp_path / "lens" / "cfg.json", metadata={"hook_name": hook})
+        run = [*argv, "--out", str(tmp_path / str(i))]
+        if refused:
+            with pytest.raises(ValueError, match=f"the SAE was trained at {refused}"):
+                train.main(run)
+        else:
+            train.main(run)
+        said = "do not say at which site and layer" in capsys.readouterr().err
+        assert said == (hook is None)
 
 
 # ---- what we write for SAELens -------------------------------------------------------------------

@@ -221,7 +221,8 @@ def test_a_folder_named_as_sparsify_does_says_where_the_sae_belongs(tmp_path):
     ("model.language_model.layers.3", (3, "resid")), ("transformer.h.10", (10, "resid")),
     ("gpt_neox.layers.3.mlp", (3, "mlp")), ("h.3", (3, "resid")), ("layers.3", (3, "resid")),
     ("resid_post_layer_3", (3, "resid")), ("mlp_out_layer3", (3, "mlp")),
-    ("resid_out_layer3", (3, "resid")), ("resid_pre_layer_3", (2, "resid")),
+    ("resid_out_layer3", (3, "resid")),
+    ("attention_out_layer_1", (1, "attention_out")), ("resid_pre_layer_3", (2, "resid")),
     ("blocks.3.hook_resid_mid", (3, "hook_resid_mid")), ("h.3.attn", (3, "attn")),
     ("model.layers.3.self_attn.o_proj", (3, "self_attn.o_proj")),
     ("model.layers.3.mlp.gate_proj", (3, "mlp.gate_proj")),
@@ -232,7 +233,7 @@ def test_names_of_places_in_other_libraries(name, want):
 
 def test_names_that_are_no_place_in_a_decoder():
     for name in ("hook_embed", "model.norm", "vision_tower.layers.3", "encoder.layers.3", "layers",
-                 "attention_out_layer_1", "sae_layer_3", "layers.-1", "", f"layers.{'1' * 10}"):
+                 "router_layer_1", "sae_layer_3", "layers.-1", "", f"layers.{'1' * 10}"):
         assert S.find_place(name) == {}
 
 
