@@ -221,19 +221,18 @@ def hyper_of(args):
 
 def check_site(sae, args):
     """ValueError if the SAE was trained at another site or layer: here it reconstructs nothing."""
-    unknown = [name for name in ("site", "layer") if sae.meta.get(name) is None]
-    if unknown:
-        print(f"the SAE's files do not say at which {' and '.join(unknown)} it was trained; it is "
-              f"used at site {args.site}, layer {args.layer}, as asked", file=sys.stderr)
     for name in ("site", "layer"):
-        used = getattr(args, name)
-        trained = used if name in unknown else sae.meta[name]
+        trained, used = sae.meta.get(name), getattr(args, name)
         remedy = "--other-site allows that"
         if name == "layer" or trained in ("resid", "mlp"):
             remedy = f"pass --{name} {trained}, or --other-site"
         # Resa: the released `pretrained` arm used one so; --other-site restores that.
-        check(args.other_site or trained == used,
+        check(args.other_site or trained in (None, used),
               f"the SAE was trained at {name} {trained}, not at {used}: {remedy}")
+    unknown = [name for name in ("site", "layer") if sae.meta.get(name) is None]
+    if unknown:
+        print(f"the SAE's files do not say at which {' and '.join(unknown)} it was trained; it is "
+              f"used at site {args.site}, layer {args.layer}, as asked", file=sys.stderr)
 
 def prepare_sae(model, sae, chunks, args):
     """Fills in meta, rate and steps; from the first batch the sink norm and, if fresh, b_dec."""

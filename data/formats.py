@@ -86,7 +86,7 @@ def hyper_of(variant, n_latents, normalize="none", rows="free", **said):
 def stated_place(name):
     """What a file calls the place of its SAE -> layer and site as far as we know them.
     An unknown name stays the site: train.py then refuses the SAE at any of ours."""
-    return {} if name is None else find_place(name) or {"site": name}
+    return (find_place(name) or {"site": name}) if name else {}
 
 def move_bias(sae):
     """For an encoder that reads x: pre = x W_enc' + b_enc = (x - b_dec) W_enc' + new b_enc."""
@@ -146,7 +146,7 @@ def read_saelens(config, weights):
     names = names | {"threshold": "log_threshold"} if logarithm else names
     sae = read_sae(weights, variant, cfg["d_in"], cfg["d_sae"], hyper, names, ["scaling_factor"])
     if logarithm:
-        sae.threshold.exp_()
+        check(sae.threshold.exp_().isfinite().all(), f"{weights}: 'log_threshold' is too large")
     if normalize == "scale":             # by how much, a file beside the weights says
         path, sae.normalize = config.with_name("activation_scaler.json"), normalize
         scale = read_fields(read_json(path), SCALER, path)["scaling_factor"]

@@ -187,7 +187,8 @@ def test_where_the_sae_belongs_is_read(tmp_path):
             ("model.layers.3", {"layer": 3, "site": "resid"}),
             ("blocks.2.attn.hook_z", {"layer": 2, "site": "attn.hook_z"}),
             ("blocks.0.hook_resid_pre", {"layer": 0, "site": "hook_resid_pre"}),
-            ("hook_embed", {"site": "hook_embed"}), ("model.norm", {"site": "model.norm"})]:
+            ("hook_embed", {"site": "hook_embed"}), ("model.norm", {"site": "model.norm"}),
+            ("", {})]:
         edit(tmp_path / "gated" / "cfg.json", metadata={"hook_name": hook})
         assert load_any(tmp_path / "gated").meta == want
     edit(tmp_path / "old" / "cfg.json", hook_point="transformer.h.8.mlp")
@@ -320,6 +321,10 @@ def test_checkpoints_of_saelens_training_go_on_as_they_were(tmp_path):
     for model in (batch, nested, log):      # one fp64 number makes no fp64 SAE
         assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
     assert torch.equal(log.threshold, grid(4, "F").exp())
+    weights = tmp_path / "jumprelu-log" / "sae_weights.safetensors"
+    save_file(load_file(weights) | {"log_threshold": torch.full((6,), 100.0)}, weights)
+    with pytest.raises(ValueError, match="sae_weights.safetensors: 'log_threshold' is too large"):
+        load_any(tmp_path / "jumprelu-log")
     edit(tmp_path / "matryoshka" / "cfg.json", matryoshka_widths=[2, 3])
     assert load_any(tmp_path / "matryoshka").widths() == [2, 3, 6]      # they add the last
 
@@ -375,7 +380,7 @@ def test_the_commands_ask_where_an_sae_of_another_library_belongs(stage, tmp_pat
                 train.main(run)
         else:
             train.main(run)
-        said = "do not say at which site and layer" in capsys.readouterr().err
+        said = "do not say at which" in capsys.readouterr().err
         assert said == (hook is None)
 
 
