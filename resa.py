@@ -158,7 +158,7 @@ def random_sae(sae, seed):
     if sae.normalize == "scale":
         control.input_scale.copy_(sae.input_scale)
     control.meta = sae.meta
-    return control.to(sae.b_dec.device)
+    return control.to(sae.b_dec)         # its device and precision
 
 class MatchedNoise(nn.Module):
     """x plus Gaussian noise whose norm at each token is that of the SAE's own error.
@@ -170,10 +170,10 @@ class MatchedNoise(nn.Module):
         self.sae, self.meta = sae, getattr(sae, "meta", {})
 
     def forward(self, x):
-        e = (x - self.sae(x)).float()                                             # (B,T,D)
+        e = at_least_fp32(x) - self.sae(x)      # bf16 would round the difference  (B,T,D)
         noise = torch.randn_like(e)
         size = e.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)    # (B,T,1)
-        return x + (noise * size).to(x.dtype)
+        return (x + noise * size).to(x.dtype)
 
 # ---- LoRA (arXiv 2106.09685), with the names and files of PEFT ---------------------------------
 

@@ -222,20 +222,18 @@ class SAE(nn.Module):
         """(F,) bool: latents that have not fired for more than `dead_after` training tokens."""
         return self.tokens_since_fired > self.dead_after
 
-    rare = dead              # what AuxK revives
-
     def choose_aux(self, b):
-        """Flat indices of the k_aux strongest rare latents of each token, of all if fewer."""
-        rare = self.rare.nonzero()[:, 0]      # waits for the device: cheaper than ranking nobody
-        score = b.pre[:, rare].abs() if self.signed else b.pre[:, rare]
-        best = score.topk(min(self.k_aux, len(rare)), dim=-1, sorted=False).indices
-        return flat_indices(rare[best], self.n_latents)
+        """Flat indices of the k_aux strongest dead latents of each token, of all if fewer."""
+        dead = self.dead.nonzero()[:, 0]      # waits for the device: cheaper than ranking nobody
+        score = b.pre[:, dead].abs() if self.signed else b.pre[:, dead]
+        best = score.topk(min(self.k_aux, len(dead)), dim=-1, sorted=False).indices
+        return flat_indices(dead[best], self.n_latents)
 
     def aux_loss(self, b):
-        """AuxK (arXiv 2406.04093): how well rare latents explain the error -> {"aux": ...} or {}.
-            e_hat = z_rare W_dec        aux = sum (e - e_hat)^2 / sum (e - mean e)^2
+        """AuxK (arXiv 2406.04093): how well dead latents explain the error -> {"aux": ...} or {}.
+            e_hat = z_dead W_dec        aux = sum (e - e_hat)^2 / sum (e - mean e)^2
         e is detached.  Divided by the variance of e as in that paper's code (sparsify: of x), times
-        min(n_rare / k_aux, 1) as in sparsify."""
+        min(n_dead / k_aux, 1) as in sparsify."""
         if not getattr(self, "aux_coef", 0):
             return {}
         if "aux" not in b.cache:      # pre is dense and has a graph; `Chosen` has done this before
@@ -440,38 +438,10 @@ class Matryoshka(BatchTopK):
         return total / (len(widths) + 1) if self.weighting == "mean" else total
 
 class MutualChoice(BatchTopK):
-    """Mutual Choice (arXiv 2411.02124): BatchTopK found independently, with aux_zipf_loss.
-    That loss is AuxK for latents that are dead or fire below `tau` of their Zipf share.  Its aim is
-    the paper's; this definition, aux_coef and the inference threshold are ours."""
+    """Mutual Choice (arXiv 2411.02124): BatchTopK found independently, with AuxK on.
+    That paper's aux_zipf_loss, which it defines only by its aim, is AuxK here.  The inference
+    threshold, which it does not define either, is BatchTopK's."""
     defaults = BatchTopK.defaults | dict(aux_coef=1 / 32)
-    tau = 0.5                # 0 makes it AuxK
-
-    def add_tensors(self):
-        super().add_tensors()
-        self.add_counters(density=torch.zeros(self.n_latents),
-                          observed=torch.zeros((), dtype=torch.int64))      # micro-batches
-
-    @property
-    def rare(self):
-        return self.dead | (self.density < self.tau * zipf(self.density))      # (F,)
-
-    def observe(self, b):
-        super().observe(b)
-        rate = (1 / (self.observed + 1.0)).clamp(min=1e-3)      # a mean, later a running one
-        self.density.lerp_((counts(b.z) / len(b.x)).to(self.density), rate)
-        self.observed += 1
-
-def zipf(density, head=0.001, tail=0.5):
-    """density (F,) -> what Zipf's law expects at each latent's rank, (F,).  The fit is ours.
-    log d = c - a log rank by least squares on ranks head F .. tail F: the rarest do not count."""
-    d, order = density.sort(descending=True)                             # (F,)
-    rank = torch.arange(1, len(d) + 1, device=d.device).double()
-    used = (rank >= head * len(d)) & (rank <= tail * len(d)) & (d > 0)
-    x, y = rank.log(), d.double().log()
-    x, y0 = x - x[used].mean(), y[used].mean()
-    slope = (x * (y - y0))[used].sum() / x[used].pow(2).sum()      # NaN where no two make a line:
-    expected = (y0 + slope * x).exp()                              # nothing is below that
-    return torch.empty_like(d).scatter_(0, order, expected.to(d.dtype))
 
 class FeatureChoice(BatchTopK):
     """Feature Choice (arXiv 2411.02124): each latent i selects its m_i tokens; none is ever idle.
@@ -502,12 +472,11 @@ class FeatureChoice(BatchTopK):
         size = torch.where(z.value > 0, z.value, math.inf).to(low.dtype)
         return low.scatter_reduce_(0, z.flat_index % self.n_latents, size, "amin")
 
-class AbsTopK(BatchTopK):
+class AbsTopK(Chosen):
     """AbsTopK (arXiv 2510.00404): the k largest |pre| of each token, signs kept.
     An atom serves two directions: F signed latents can do what 2 F of TopK can.  Per token and with
     b_enc as in the paper; its code takes the k N largest of a batch, without b_enc."""
     signed = True
-    per_token = True         # so that nothing reads the threshold
 
     def choose(self, b):
         return largest_per_token(b.pre.abs(), self.k)
@@ -908,16 +877,16 @@ class Signum(torch.optim.Optimizer):
             group["steps"] += 1
 
     @contextmanager
-    def averaged(self, unit_rows=True):
+    def averaged(self):
         """Inside, the SAE holds x, its weights to evaluate and save; afterwards y, to the bit.
-        Resa: saves x with atoms of any norm; unit_rows=False restores that."""
+        Resa: the released code saves x with atoms of any norm."""
         group, = self.param_groups
         training = {y: y.detach().clone() for y in group["params"]}
         try:
             for y in group["params"]:
                 z = self.state[y].get("z", y)      # before the first step x is y
                 y.data.lerp_(z.data, 1 - 1 / group["momentum"])
-            if unit_rows and group["steps"]:       # without a step: as loaded
+            if group["steps"]:                     # without a step: as loaded
                 self.sae.constrain_()
             yield
         finally:
@@ -1056,16 +1025,38 @@ def load_sae(directory_or_hub_id, hookpoint=None):
     wanted, names = sparsify_names(variant, (known | hyper)["normalize"])
     check(activation == wanted, f"{config}: activation {activation!r} should be {wanted!r}")
     n_latents = fields["num_latents"] or d_in * fields["expansion_factor"]      # F
-    sae = read_sae(config.with_name("sae.safetensors"), variant, d_in, n_latents, hyper, names)
+    weights = config.with_name("sae.safetensors")
+    idle = ["threshold"] if variant == "abstopk" else []      # its older files have one
+    sae = read_sae(weights, variant, d_in, n_latents, hyper, names, idle)
     sae.meta = complete_meta(fields["meta"] or {}, spec)
     return sae
 
 def complete_meta(meta, spec):
-    """Checked; a folder's name, layers.12.mlp or layers.12, gives the layer and site it lacks."""
+    """Checked; a folder's name, like layers.12.mlp, gives the layer and site it lacks."""
     read_fields(meta, META, f"{spec}: meta")
-    match = re.search(r"layers\.(\d{1,9})(\.mlp)?/?$", spec)
-    place = {"layer": int(match[1]), "site": "mlp" if match[2] else "resid"} if match else {}
-    return place | meta
+    place = find_place(re.split("[/#]", spec.rstrip("/"))[-1])
+    return meta | {name: value for name, value in place.items() if meta.get(name) is None}
+
+# Modules of Hugging Face models, which name sparsify's folders, and hooks of TransformerLens; then
+# what dictionary_learning writes.  Vision towers and encoders have layers, too, but not ours.
+MODULE = (r"(?:(?:base_model|model|language_model|transformer|gpt_neox|decoder)\.)*"
+          r"(?:layers|h|blocks)\.(?P<layer>\d{1,9})(?:\.(?P<site>.+))?")
+SUBMODULE = (r"(?P<site>resid_pre|resid_post|resid_out|mlp_out|attention_out|attn_out)"
+             r"_layer_?(?P<layer>\d{1,9})")
+SITES = {None: "resid", "hook_resid_post": "resid", "hook_out": "resid", "resid_post": "resid",
+         "resid_out": "resid", "mlp": "mlp", "hook_mlp_out": "mlp", "mlp.hook_out": "mlp",
+         "mlp_out": "mlp"}
+
+def find_place(name):
+    """Another library's name of a place in a model -> {"layer": .., "site": ..}, {} if none known.
+    A site that we do not have keeps its name: layers.3.self_attn is site self_attn of layer 3."""
+    match = re.fullmatch(MODULE, name) or re.fullmatch(SUBMODULE, name)
+    if not match:
+        return {}
+    layer, site = int(match["layer"]), match["site"]
+    if site in ("hook_resid_pre", "hook_in", "resid_pre") and layer > 0:
+        return {"layer": layer - 1, "site": "resid"}      # what enters a block left the one before
+    return {"layer": layer, "site": SITES.get(site, site)}
 
 @torch.no_grad()
 def read_sae(weights, variant, d_in, n_latents, hyper, names, ignored=()):
@@ -1078,8 +1069,8 @@ def read_sae(weights, variant, d_in, n_latents, hyper, names, ignored=()):
         check(2 * d_in * n_latents <= weights.stat().st_size,      # 2 bytes a number at least
               f"{weights}: too small for n_latents={n_latents}, d_in={d_in}")
         sae = VARIANTS[variant](d_in, n_latents, hyper)    # in fp32
-        if "F64" in [part.get_dtype() for part in found.values()]:
-            sae.double()
+        if "F64" in [part.get_dtype() for part in found.values() if part.get_shape()]:
+            sae.double()                                   # a lone number does not decide
         targets = {}                     # name in the file -> the SAE's own tensor
         for ours, tensor in sae.state_dict().items():
             name = names.get(ours, ours)

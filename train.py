@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import re
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -224,10 +225,17 @@ def hyper_of(args):
 def check_site(sae, args):
     """ValueError if the SAE was trained at another site or layer: here it reconstructs nothing."""
     for name in ("site", "layer"):
-        trained, used = sae.meta.get(name, getattr(args, name)), getattr(args, name)
+        trained, used = sae.meta.get(name), getattr(args, name)
+        remedy = "--other-site allows that"
+        if name == "layer" or trained in ("resid", "mlp"):
+            remedy = f"pass --{name} {trained}, or --other-site"
         # Resa: the released `pretrained` arm used one so; --other-site restores that.
-        check(args.other_site or trained == used, f"the SAE was trained at {name} {trained}, not "
-              f"at {used}: pass --{name} {trained}, or --other-site")
+        check(args.other_site or trained in (None, used),
+              f"the SAE was trained at {name} {trained}, not at {used}: {remedy}")
+    unknown = [name for name in ("site", "layer") if sae.meta.get(name) is None]
+    if unknown:
+        print(f"the SAE's files do not say at which {' and '.join(unknown)} it was trained; it is "
+              f"used at site {args.site}, layer {args.layer}, as asked", file=sys.stderr)
 
 def prepare_sae(model, sae, chunks, args):
     """Fills in meta, rate and steps; from the first batch the sink norm and, if fresh, b_dec."""
@@ -275,14 +283,15 @@ def harvest(model, sae, chunks, picked, args):
     at = (picked[:, None] * T + torch.arange(T)).to(args.device)                  # (B,T)
     keep = ~resa.is_sink(x, sae.meta["sink_norm"])                                # (B,T)
     if sae.needs_gradient:
-        g = gradient(model, ids, x, args.layer, args.site)[keep].float()          # (N,D)
+        g = gradient(model, ids, x, args.layer, args.site)[keep]                  # (N,D)
     return x[keep].float(), g, at[keep]
 
 def gradient(model, ids, x, layer, site):
-    """ids (B,T), their activation x (B,T,D) -> gradient of cross-entropy by x, of mean norm 1."""
+    """ids (B,T), their activation x (B,T,D) -> fp32 gradient of cross-entropy by x, mean norm 1."""
     x = x.detach().requires_grad_()
     with torch.enable_grad(), resa.hooked(model, layer, site, lambda _: x):
         g, = torch.autograd.grad(cross_entropy(model, ids), x)                    # (B,T,D)
+    g = g.float()                        # its mean norm, too, is measured in fp32
     return g / g.norm(dim=-1).mean().clamp_min(1e-30)
 
 def finish_sae(model, sae, chunks, args):

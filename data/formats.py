@@ -10,15 +10,15 @@ changed on reading so that codes and reconstructions stay the same.  No pickle i
 D width (d_in), F latents (n_latents).
 """
 
-import re
 import shlex
 from pathlib import Path
 
 import torch
 
-from data.files import REQUIRED, check, locate, read_fields, read_json
+from data.files import REQUIRED, check, locate, open_tensors, read_fields, read_json
 from data.flags import Parser, front_door, parse
-from sae import VARIANTS, complete_meta, load_sae, read_sae, save_sae, write_sae
+from sae import (VARIANTS, Chosen, complete_meta, find_place, load_sae, read_sae, save_sae,
+                 write_sae)
 
 LAYOUTS = {                              # layout -> its configuration, its weights
     "sparsify": ("cfg.json", "sae.safetensors"),
@@ -83,6 +83,11 @@ def hyper_of(variant, n_latents, normalize="none", rows="free", **said):
         said["k"] = min(32, n_latents)
     return {name: said[name] for name in VARIANTS[variant].defaults if name in said}
 
+def stated_place(name):
+    """What a file calls the place of its SAE -> layer and site as far as we know them.
+    An unknown name stays the site: train.py then refuses the SAE at any of ours."""
+    return (find_place(name) or {"site": name}) if name else {}
+
 def move_bias(sae):
     """For an encoder that reads x: pre = x W_enc' + b_enc = (x - b_dec) W_enc' + new b_enc."""
     shift = sae.W_enc @ sae.b_dec                                               # (F,)
@@ -94,21 +99,28 @@ def move_bias(sae):
 
 BARE = {"W_enc": "W_enc.T"}              # our name -> name in the file, .T: stored transposed
 ARCHITECTURES = {                        # -> our variant, names, tensors that others do not have
-    "standard": ("relu", BARE, ()), "topk": ("topk", BARE, ()),
+    "standard": ("relu", BARE, ()), "topk": ("topk", BARE, ()), "abstopk": ("abstopk", BARE, ()),
     "jumprelu": ("jumprelu", BARE, ("threshold",)),
-    "gated": ("gated", BARE | {"b_enc": "b_gate"}, ("r_mag", "b_mag"))}
+    "gated": ("gated", BARE | {"b_enc": "b_gate"}, ("r_mag", "b_mag")),
+    # Only while they train, in checkpoints; exported, they are jumprelu.
+    "batchtopk": ("batchtopk", BARE | {"threshold": "topk_threshold"}, ()),
+    "matryoshka_batchtopk": ("matryoshka", BARE | {"threshold": "topk_threshold"}, ())}
 EXPORTS = {                              # our variant -> what it is at inference
     "relu": "standard", "gated": "gated", "topk": "topk", "gsae": "topk", "vsae": "topk",
-    "jumprelu": "jumprelu", "batchtopk": "jumprelu", "matryoshka": "jumprelu",
-    "mutual_choice": "jumprelu", "feature_choice": "jumprelu"}
+    "abstopk": "abstopk", "jumprelu": "jumprelu", "batchtopk": "jumprelu",
+    "matryoshka": "jumprelu", "mutual_choice": "jumprelu", "feature_choice": "jumprelu"}
 NORMALIZE = {                            # -> our word; booleans are from before version 6
     "none": "none", False: "none", "layer_norm": "token",
     "expected_average_only_in": "scale", True: "scale"}
-HOOKS = {"hook_resid_post": "resid", "hook_mlp_out": "mlp"}        # -> our word for the site
+HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out"}        # our site -> its hook
+NAMES = {"hook_name": (str, None, 200, None), "hook_point": (str, None, 200, None),
+         "model_name": MAYBE_TEXT}
 
 SAELENS = {                              # the fields of cfg.json
     "architecture": (tuple(ARCHITECTURES), None, None, "standard"),
-    "d_in": SIZE, "d_sae": SIZE, "k": MAYBE_K, "metadata": MAYBE_DICT,
+    "d_in": SIZE, "d_sae": SIZE, "metadata": MAYBE_DICT,
+    "k": ((int, float), 1, None, None),                    # 32.0 where it is a mean
+    "matryoshka_widths": ([int], 1, None, []),
     "normalize_activations": (tuple(NORMALIZE), None, None, "none"),
     "apply_b_dec_to_input": (bool, None, None, True),
     "rescale_acts_by_decoder_norm": (bool, None, None, False),
@@ -117,46 +129,52 @@ SAELENS = {                              # the fields of cfg.json
     "activation_fn": (("relu", "topk"), None, None, None),
     # Before version 6, topk was an activation function and "metadata" lay among the fields.
     "activation_fn_str": (("relu", "topk"), None, None, "relu"),
-    "activation_fn_kwargs": MAYBE_DICT,
-    "hook_name": MAYBE_TEXT, "hook_point": MAYBE_TEXT, "model_name": MAYBE_TEXT}
+    "activation_fn_kwargs": MAYBE_DICT} | NAMES
 SCALER = {"scaling_factor": (float, 1e-30, 1e30, REQUIRED)}        # of activation_scaler.json
 
 def read_saelens(config, weights):
     cfg = read_fields(read_json(config), SAELENS, config)
-    kind, n_latents = cfg["architecture"], cfg["d_sae"]
+    kind = cfg["architecture"]
     if (cfg["activation_fn"] or cfg["activation_fn_str"]) == "topk":
         kind = "topk"
         cfg |= read_fields(cfg["activation_fn_kwargs"] or {}, {"k": MAYBE_K}, config)
     normalize = NORMALIZE[cfg["normalize_activations"]]
     variant, names, _ = ARCHITECTURES[kind]
-    token = "token" if normalize == "token" else "none"
-    hyper = hyper_of(variant, n_latents, k=cfg["k"], normalize=token)
-    sae = read_sae(weights, variant, cfg["d_in"], n_latents, hyper, names, ["scaling_factor"])
+    hyper = saelens_hyper(cfg, variant, "token" if normalize == "token" else "none")
+    with open_tensors([weights]) as found:
+        logarithm = kind == "jumprelu" and "log_threshold" in found      # older checkpoints
+    names = names | {"threshold": "log_threshold"} if logarithm else names
+    sae = read_sae(weights, variant, cfg["d_in"], cfg["d_sae"], hyper, names, ["scaling_factor"])
+    if logarithm:
+        check(sae.threshold.exp_().isfinite().all(), f"{weights}: 'log_threshold' is too large")
     if normalize == "scale":             # by how much, a file beside the weights says
         path, sae.normalize = config.with_name("activation_scaler.json"), normalize
         scale = read_fields(read_json(path), SCALER, path)["scaling_factor"]
         sae.register_buffer("input_scale", torch.tensor(scale))
     if not cfg["apply_b_dec_to_input"]:
         move_bias(sae)
-    if kind == "topk" and cfg["rescale_acts_by_decoder_norm"]:
+    if isinstance(sae, Chosen) and cfg["rescale_acts_by_decoder_norm"]:
         sae.fold_rows_()                 # their codes are ours times the norms of the atoms
-    sae.meta = saelens_meta(cfg)
+    sae.meta = saelens_meta(cfg, config)
     return sae
 
-def saelens_meta(cfg):
-    """Where the SAE belongs, in our words, and whatever else its "metadata" says.
-    A site that we do not have keeps its own name."""
-    hook = cfg["hook_name"] or cfg["hook_point"]
-    meta = cfg["metadata"] or {"hook_name": hook, "model_name": cfg["model_name"]}
-    meta = {name: value for name, value in meta.items() if not name.startswith("sae_lens_")}
-    hook, model = meta.pop("hook_name", None), meta.pop("model_name", None)
-    match = re.fullmatch(r"blocks\.(\d{1,9})\.(.+)", str(hook))      # TransformerLens's names
-    if match:
-        layer, name = int(match[1]), match[2]
-        if name == "hook_resid_pre" and layer > 0:   # what enters a block left the one before
-            layer, name = layer - 1, "hook_resid_post"
-        meta |= {"layer": layer, "site": HOOKS.get(name, name)}
-    return meta | {"model": model}
+def saelens_hyper(cfg, variant, normalize):
+    k, edges = cfg["k"], [0, *cfg["matryoshka_widths"]]
+    if k is not None and k % 1 == 0:     # BatchTopK's is a mean, 32.0; ours are whole
+        k = int(k)
+    if edges[-1] != cfg["d_sae"]:        # the last level is all latents, said or not
+        edges.append(cfg["d_sae"])
+    levels = [high - low for low, high in zip(edges, edges[1:])]
+    return hyper_of(variant, cfg["d_sae"], normalize, k=k, levels=levels)
+
+def saelens_meta(cfg, config):
+    """Where the SAE belongs, in our words, and whatever else its "metadata" says."""
+    meta = {name: value for name, value in (cfg["metadata"] or {}).items()
+            if value is not None and not name.startswith("sae_lens_")}
+    said = read_fields(cfg | meta, NAMES, f"{config}: metadata")
+    place = stated_place(said["hook_name"] or said["hook_point"])
+    meta = {name: value for name, value in meta.items() if name not in NAMES}
+    return meta | place | {"model": said["model_name"]}
 
 def save_saelens(sae, directory):
     """Writes cfg.json and sae_weights.safetensors, for SAELens 6.
@@ -181,7 +199,7 @@ def save_saelens(sae, directory):
            "metadata": to_saelens_meta(sae), "dtype": str(dtype).removeprefix("torch."),
            "normalize_activations": "layer_norm" if sae.normalize == "token" else "none",
            "apply_b_dec_to_input": True, "reshape_activations": "none"}
-    if kind == "topk":
+    if kind in ("topk", "abstopk"):
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     write_sae(directory, "sae_weights.safetensors", cfg, tensors)
 
@@ -191,8 +209,7 @@ def to_saelens_meta(sae):
         meta["model_name"] = meta.pop("model")
     if "layer" in meta and "site" in meta:
         layer, site = meta.pop("layer"), meta.pop("site")
-        hooks = {ours: hook for hook, ours in HOOKS.items()}
-        meta["hook_name"] = f"blocks.{layer}.{hooks.get(site, site)}"
+        meta["hook_name"] = f"blocks.{layer}.{HOOKS.get(site, site)}"
     return meta
 
 # ---- dictionary_learning and OpenAI ------------------------------------------------------------
@@ -211,7 +228,9 @@ TRAINER = {                              # the fields of "trainer" in config.jso
     "dict_class": (tuple(DICTIONARIES), None, None, REQUIRED),
     "activation_dim": SIZE, "dict_size": SIZE, "k": MAYBE_K,
     "group_sizes": ([float], 1, None, None), "layer": (int, 0, None, None),
-    "lm_name": MAYBE_TEXT, "submodule_name": MAYBE_TEXT}
+    "lm_name": MAYBE_TEXT, "submodule_name": (str, None, 200, None)}
+PARTS = {"trainer": (dict, None, None, REQUIRED), "buffer": (dict, None, None, {})}
+BUFFER = {"io": (str, None, 200, "out")}      # of "buffer": "out", "in" or "in_and_out"
 OPENAI = {                               # the fields of config.json, written by `CONVERT`
     "shape": ([int], 2, 2, REQUIRED), "activation": (("ReLU", "TopK"), None, None, "ReLU"),
     "activation_state_dict": MAYBE_DICT}
@@ -221,8 +240,8 @@ def read_dictionary_learning(config, weights):
     raw = read_json(config)
     if "shape" in raw:
         return read_openai(raw, config, weights)
-    trainer = read_fields(raw, {"trainer": (dict, None, None, REQUIRED)}, config)["trainer"]
-    cfg = read_fields(trainer, TRAINER, f"{config}: trainer")
+    parts = read_fields(raw, PARTS, config)
+    cfg = read_fields(parts["trainer"], TRAINER, f"{config}: trainer")
     kind, n_latents = cfg["dict_class"], cfg["dict_size"]
     variant, names, ignored = DICTIONARIES[kind]
     hyper = hyper_of(variant, n_latents, k=cfg["k"], levels=cfg["group_sizes"],
@@ -232,8 +251,13 @@ def read_dictionary_learning(config, weights):
         move_bias(sae)
     if kind == "AutoEncoder":            # as its own loader does
         sae.fold_rows_()
-    hook = f"hook_{cfg['submodule_name']}".split("_layer")[0]      # from mlp_out_layer_7
-    sae.meta = {"layer": cfg["layer"], "site": HOOKS.get(hook), "model": cfg["lm_name"]}
+    place, layer = stated_place(cfg["submodule_name"]), cfg["layer"]
+    check(layer in (None, place.get("layer", layer)),
+          f"{config}: 'layer' is {layer}, but 'submodule_name' is {cfg['submodule_name']!r}")
+    sae.meta = {"layer": layer, "model": cfg["lm_name"]} | place
+    io = read_fields(parts["buffer"], BUFFER, f"{config}: buffer")["io"]
+    if io != "out":                      # what enters that module
+        sae.meta["site"] = f"{place.get('site', 'module')} ({io})"
     return sae
 
 def read_openai(raw, config, weights):

@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import torch
+from torch.nn import functional as fn
 
 from tests.claims import variants
 
@@ -31,6 +33,24 @@ def test_claim_variants(data, tmp_path, capsys):
 def test_recover_gives_the_same_numbers_again():
     first, again = (variants.recover_one("gba", 3, 5, "cpu") for _ in range(2))
     assert first["mmcs"] == again["mmcs"] and first["fvu"] == again["fvu"]
+
+
+@pytest.mark.parametrize("variant, found", [("abstopk", 1), ("itda", 1), ("topk", 0), ("gba", 0)])
+def test_an_atom_that_is_the_opposite_of_a_direction_finds_it_where_codes_are_signed(
+        variant, found, monkeypatch):
+    rng = torch.Generator().manual_seed(3)
+    toy = variants.TOY
+    true = fn.normalize(torch.randn(toy["n"], toy["width"], generator=rng), dim=1)
+
+    def opposite(sae, batches, optimizer, rate):
+        sae.W_dec.data.copy_(-true.repeat(2, 1))
+        return iter([])
+
+    monkeypatch.setattr(variants, "make_optimizer", lambda *args: None)
+    monkeypatch.setattr(variants.train, "train_sae", opposite)
+    result = variants.recover_one(variant, 3, 1, "cpu")
+    assert result["at_9"] == found
+    assert result["mmcs"] > 0.999 if found else result["mmcs"] < 0.9
 
 
 @pytest.mark.parametrize("flags, message", [

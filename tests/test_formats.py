@@ -6,17 +6,22 @@ Tests of data/formats.py: SAEs of SAELens, dictionary_learning and OpenAI.
 The numbers under "golden" were computed once by sae-lens 6.54, dictionary-learning 0.1 and
 OpenAI's model.py; where the first two are installed, the last section compares with them directly.
 """
+import dataclasses
+import importlib
+import inspect
 import json
 import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import sae as S
+import train
 from data import formats
 from data.formats import LAYOUTS, load_any, save_saelens
 from sae import load_sae, save_sae
@@ -56,6 +61,12 @@ SAELENS = {
     "jumprelu": (lens("jumprelu", apply_b_dec_to_input=False), BARE + " threshold:F"),
     "gated": (lens("gated", apply_b_dec_to_input=False),
               "W_enc:DF b_gate:F b_mag:F r_mag:F W_dec:FD b_dec:D"),
+    "abstopk": (lens("abstopk", k=2, rescale_acts_by_decoder_norm=True), BARE),
+    "batchtopk": (lens("batchtopk", k=2.0, rescale_acts_by_decoder_norm=True),
+                  BARE + " topk_threshold:"),
+    "matryoshka": (lens("matryoshka_batchtopk", k=2.0, matryoshka_widths=[2, 6]),
+                   BARE + " topk_threshold:"),
+    "jumprelu-log": (lens("jumprelu"), BARE + " log_threshold:F"),
     "old": (OLD, BARE + " scaling_factor:F"),
     "old-topk": (OLD | {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 2},
                         "architecture": "standard"}, BARE)}
@@ -91,6 +102,7 @@ def foreign(name, folder):
     tensors = {key: grid(i, dims) for i, (key, dims) in enumerate(parts)}
     fixed = {"k": torch.tensor(2, dtype=torch.int32), "group_sizes": torch.tensor([2, 4]),
              "scaling_factor": torch.ones(6),
+             "topk_threshold": torch.tensor(1.1875, dtype=torch.float64),
              "stats_last_nonzero": torch.zeros(6, dtype=torch.int64)}
     fixed |= {} if "threshold:F" in spec else {"threshold": torch.tensor(1.1875)}
     tensors |= {key: value for key, value in fixed.items() if key in tensors}
@@ -116,6 +128,14 @@ GOLDEN_CODES = {      # name -> z (2,6), x_hat (2,4), for x = grid(20, "ND")
         [-4.3829, -0.1897, 1.9181, 0.792, 4.0078, 1.6065, -1.8518, -3.9904]),
     "gated": ([0, 0, 0, 3.0872, 0.7124, 0, 1.7168, 0, 1.6997, 0.8461, 0, 4.0258],
         [0.067, 1.0215, 3.8932, -2.3624, -2.0055, -6.2535, 6.6863, 3.9505]),
+    "abstopk": ([-5.4621, 0, 0, 3.5022, 0, 0, 0, 0, 0, 0, -6.0771, 9.2831],
+        [-6.8903, 2.9561, 1.2956, -0.1, 10.7276, 3.9851, -5.1362, -3.7975]),
+    "batchtopk": ([0, 0, 0, 3.5022, 2.2569, 3.4207, 0, 0, 1.2895, 1.4771, 0, 9.2831],
+        [-2.5532, -0.1764, 0.7661, -0.3582, 5.4292, 1.9515, -2.6502, -5.3603]),
+    "matryoshka": ([0, 0, 0, 3.1143, 1.2097, 1.9048, 0, 0, 0, 1.3135, 0, 5.1692],
+        [-2.5532, -0.1764, 0.7661, -0.3582, 4.9378, 2.1881, -1.9404, -4.4321]),
+    "jumprelu-log": ([0, 0, 0, 0, 1.2097, 0, 0.2793, 0, 0, 0, 0, 5.1692],
+        [-2.6986, 0.8342, 1.8347, -0.3294, 6.2882, 2.5468, -1.9574, -5.0509]),
     "old": ([0, 0, 0, 3.1143, 1.2097, 1.9048, 0.2793, 0, 1.1648, 1.3135, 0, 5.1692],
         [-2.5532, -0.1764, 0.7661, -0.3582, 5.774, 1.6329, -2.7287, -5.1377]),
     "old-topk": ([0, 0, 0, 3.1143, 0, 1.9048, 0, 0, 0, 1.3135, 0, 5.1692],
@@ -162,18 +182,96 @@ def test_where_the_sae_belongs_is_read(tmp_path):
     assert meta["gated"] == meta["topk"] == here | {"context_size": 128}
     assert meta["old"] == {"layer": 7, "site": "resid", "model": "gpt2-small"}      # enters 8
     assert meta["BatchTopKSAE"] == here | {"layer": 7, "site": "mlp"} and meta["openai-topk"] == {}
-    for hook, want in [("blocks.0.hook_mlp_out", {"layer": 0, "site": "mlp"}),
-                       ("hook_embed", {}), (None, {}), (3, {}),
-                       (f"blocks.{'1' * 5000}.hook_mlp_out", {}),
-                       ("blocks.2.attn.hook_z", {"layer": 2, "site": "attn.hook_z"}),
-                       ("blocks.0.hook_resid_pre", {"layer": 0, "site": "hook_resid_pre"})]:
+    for hook, want in [
+            ("blocks.0.hook_mlp_out", {"layer": 0, "site": "mlp"}), (None, {}),
+            ("model.layers.3", {"layer": 3, "site": "resid"}),
+            ("blocks.2.attn.hook_z", {"layer": 2, "site": "attn.hook_z"}),
+            ("blocks.0.hook_resid_pre", {"layer": 0, "site": "hook_resid_pre"}),
+            ("hook_embed", {"site": "hook_embed"}), ("model.norm", {"site": "model.norm"}),
+            ("", {})]:
         edit(tmp_path / "gated" / "cfg.json", metadata={"hook_name": hook})
         assert load_any(tmp_path / "gated").meta == want
-    for name, want in [("resid_post_layer_7", "resid"), (None, None),
-                       ("attention_out_layer_7", None)]:
+    edit(tmp_path / "old" / "cfg.json", hook_point="transformer.h.8.mlp")
+    assert load_any(tmp_path / "old").meta["site"] == "mlp"
+    for name, want in [
+            ("resid_post_layer_7", {"layer": 7, "site": "resid"}), (None, {"layer": 7}),
+            ("resid_pre_layer_8", {"layer": 7, "site": "resid"}),
+            ("model.layers.7.mlp", {"layer": 7, "site": "mlp"}),
+            ("attention_out_layer_7", {"layer": 7, "site": "attention_out"}),
+            ("router_layer_7", {"layer": 7, "site": "router_layer_7"})]:
         cfg = trainer("BatchTopKSAE", k=2, submodule_name=name)
         edit(tmp_path / "BatchTopKSAE" / "config.json", **cfg)
-        assert load_any(tmp_path / "BatchTopKSAE").meta.get("site") == want
+        meta = load_any(tmp_path / "BatchTopKSAE").meta
+        assert meta == want | {"model": "some/model"}, name
+    cfg |= {"buffer": {"io": "in"}}      # not what the module computes: what enters it
+    edit(tmp_path / "BatchTopKSAE" / "config.json", **cfg)
+    assert load_any(tmp_path / "BatchTopKSAE").meta["site"] == "router_layer_7 (in)"
+    edit(tmp_path / "BatchTopKSAE" / "config.json", buffer=3)
+    with pytest.raises(ValueError, match="config.json: 'buffer' should be an object, it is 3"):
+        load_any(tmp_path / "BatchTopKSAE")
+    edit(tmp_path / "BatchTopKSAE" / "config.json",
+         **trainer("BatchTopKSAE", k=2, submodule_name="mlp_out_layer_1"))
+    with pytest.raises(ValueError, match="'layer' is 7, but 'submodule_name' is 'mlp_out_layer_1'"):
+        load_any(tmp_path / "BatchTopKSAE")
+
+
+@pytest.mark.parametrize("layout, name", [
+    ("saelens", "model.layers.3"), ("saelens", "transformer.h.1.attn"), ("saelens", "ln_final"),
+    ("saelens", "blocks.0.hook_resid_post"), ("dictionary_learning", "attention_out_layer_1"),
+    ("dictionary_learning", "mlp_out_layer_1"), ("sparsify", "layers.1.self_attn"),
+    ("sparsify", "h.3")])
+def test_an_sae_of_another_place_is_refused_whatever_its_library_calls_it(tmp_path, layout, name):
+    folder = tmp_path / (name if layout == "sparsify" else "sae")
+    if layout == "saelens":
+        foreign("topk", folder)
+        edit(folder / "cfg.json", metadata={"hook_name": name})
+    elif layout == "dictionary_learning":
+        foreign("BatchTopKSAE", folder)
+        edit(folder / "config.json", **trainer("BatchTopKSAE", k=2, layer=1, submodule_name=name))
+    else:
+        save_sae(make(), folder)
+    place = Namespace(site="resid", layer=1, other_site=False)
+    with pytest.raises(ValueError, match="the SAE was trained at (site|layer) .*, not at ") as err:
+        train.check_site(load_any(folder), place)
+    assert "--other-site" in str(err.value) and "pass --site self_attn" not in str(err.value)
+    place.other_site = True
+    train.check_site(load_any(folder), place)
+
+
+@pytest.mark.parametrize("layout, name", [
+    ("saelens", "model.layers.1"), ("saelens", "blocks.2.hook_resid_pre"),
+    ("saelens", "transformer.h.1"), ("saelens", "model.language_model.layers.1"),
+    ("dictionary_learning", "resid_post_layer_1"), ("sparsify", "gpt_neox.layers.1"),
+    ("sparsify", "layers.1")])
+def test_an_sae_of_this_place_is_used_without_a_word(tmp_path, capsys, layout, name):
+    folder = tmp_path / (name if layout == "sparsify" else "sae")
+    if layout == "saelens":
+        foreign("topk", folder)
+        edit(folder / "cfg.json", metadata={"hook_name": name})
+    elif layout == "dictionary_learning":
+        foreign("BatchTopKSAE", folder)
+        edit(folder / "config.json", **trainer("BatchTopKSAE", k=2, layer=1, submodule_name=name))
+    else:
+        save_sae(make(), folder)
+    train.check_site(load_any(folder), Namespace(site="resid", layer=1, other_site=False))
+    assert capsys.readouterr().err == ""
+
+
+def test_an_sae_whose_place_nobody_states_is_used_and_that_is_said(tmp_path, capsys):
+    foreign("openai-topk", tmp_path / "nothing")
+    foreign("BatchTopKSAE", tmp_path / "layer")
+    edit(tmp_path / "layer" / "config.json",
+         **trainer("BatchTopKSAE", k=2, layer=1, submodule_name=None))
+    model = make()
+    model.meta = {"site": None, "layer": None}      # null is absent
+    save_sae(model, tmp_path / "null")
+    here = Namespace(site="mlp", layer=1, other_site=False)
+    for name, unknown in (("nothing", "site and layer"), ("layer", "site"),
+                          ("null", "site and layer")):
+        train.check_site(load_any(tmp_path / name), here)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"do not say at which {unknown} it was trained" in said
+        assert "used at site mlp, layer 1, as asked" in said
 
 
 def test_the_name_of_the_folder_says_what_the_file_does_not(tmp_path):
@@ -213,6 +311,37 @@ def test_standardised_tokens_go_back_as_they_do_there(tmp_path):
         assert torch.allclose(model(x), want, atol=1e-9)
 
 
+def test_checkpoints_of_saelens_training_go_on_as_they_were(tmp_path):
+    for name in ("batchtopk", "matryoshka", "jumprelu-log"):
+        foreign(name, tmp_path / name)
+    batch, nested, log = (load_any(tmp_path / name) for name in
+                          ("batchtopk", "matryoshka", "jumprelu-log"))
+    assert (batch.variant, batch.k, float(batch.threshold)) == ("batchtopk", 2, 1.1875)
+    assert (nested.variant, nested.k, nested.widths()) == ("matryoshka", 2, [2, 6])
+    for model in (batch, nested, log):      # one fp64 number makes no fp64 SAE
+        assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
+    assert torch.equal(log.threshold, grid(4, "F").exp())
+    weights = tmp_path / "jumprelu-log" / "sae_weights.safetensors"
+    save_file(load_file(weights) | {"log_threshold": torch.full((6,), 100.0)}, weights)
+    with pytest.raises(ValueError, match="sae_weights.safetensors: 'log_threshold' is too large"):
+        load_any(tmp_path / "jumprelu-log")
+    edit(tmp_path / "matryoshka" / "cfg.json", matryoshka_widths=[2, 3])
+    assert load_any(tmp_path / "matryoshka").widths() == [2, 3, 6]      # they add the last
+
+
+def test_whole_numbers_stand_for_real_ones_and_the_other_way(tmp_path):
+    foreign("standard-scaled", tmp_path / "scaled")
+    (tmp_path / "scaled" / "activation_scaler.json").write_text('{"scaling_factor": 2}')
+    model = load_any(tmp_path / "scaled")
+    assert model.input_scale == 2 and model.input_scale.dtype == torch.float32
+    (tmp_path / "scaled" / "activation_scaler.json").write_text('{"scaling_factor": 2.0}')
+    assert same(load_any(tmp_path / "scaled"), model, grid(20, "ND"))
+    foreign("topk", tmp_path / "topk")
+    edit(tmp_path / "topk" / "cfg.json", k=2.0, metadata={"sink_norm": 12})
+    model = load_any(tmp_path / "topk")
+    assert type(model.k) is int and model.k == 2 and model.meta == {"sink_norm": 12}
+
+
 def test_older_files_of_dictionary_learning(tmp_path):
     tensors = foreign("AutoEncoderTopK", tmp_path)
     want = load_any(tmp_path)
@@ -229,11 +358,37 @@ def test_a_threshold_below_zero_is_none(tmp_path):
     assert (z >= 0).all() and z.sum() > sum(GOLDEN_CODES["BatchTopKSAE"][0]) + 1
 
 
+@pytest.mark.parametrize("stage", ["sae", "tune"])
+def test_the_commands_ask_where_an_sae_of_another_library_belongs(stage, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text('{"text": "one two three four five six"}\n' * 60)
+    width, source = 128, f"{ROOT}/data/tiny/distill"
+    save_saelens(S.build("topk", width, 32, k=4), tmp_path / "lens")
+    flags = {"sae": ["--source", source, "--init", "pretrained", "--sae-from"],
+             "tune": ["--target", source, "--sae"]}
+    argv = ["--stage", stage, "--data", str(tmp_path / "text.jsonl"), "--seq-len", "32",
+            "--batch", "1", *flags[stage], str(tmp_path / "lens")]
+    argv += ["--steps", "1"] if stage == "tune" else []
+    for i, (hook, refused) in enumerate([
+            ("model.layers.3", "layer 3, not at 1: pass --layer 3"),
+            ("model.layers.1.mlp", "site mlp, not at resid: pass --site mlp"),
+            ("model.layers.1.self_attn", "site self_attn, not at resid: --other-site allows"),
+            ("model.layers.1", None), (None, None)]):
+        edit(tmp_path / "lens" / "cfg.json", metadata={"hook_name": hook})
+        run = [*argv, "--out", str(tmp_path / str(i))]
+        if refused:
+            with pytest.raises(ValueError, match=f"the SAE was trained at {refused}"):
+                train.main(run)
+        else:
+            train.main(run)
+        said = "do not say at which" in capsys.readouterr().err
+        assert said == (hook is None)
+
+
 # ---- what we write for SAELens -------------------------------------------------------------------
 
 EXPORTED = {"relu": "standard", "gated": "gated", "jumprelu": "jumprelu", "topk": "topk",
-            "gsae": "topk", "vsae": "topk", "batchtopk": "jumprelu", "matryoshka": "jumprelu",
-            "mutual_choice": "jumprelu", "feature_choice": "jumprelu"}
+            "gsae": "topk", "vsae": "topk", "abstopk": "abstopk", "batchtopk": "jumprelu",
+            "matryoshka": "jumprelu", "mutual_choice": "jumprelu", "feature_choice": "jumprelu"}
 
 
 @pytest.mark.parametrize("normalize", ["none", "scale", "token"])
@@ -282,7 +437,7 @@ def test_saelens_files_hold_at_least_fp32(tmp_path, normalize, dtype):
 
 def test_what_saelens_cannot_express_is_refused_and_not_written(tmp_path):
     refused = [dict(variant=variant) for variant in S.VARIANTS if variant not in EXPORTED]
-    assert len(refused) == 4
+    assert len(refused) == 3
     for hyper in [*refused, dict(normalize="unit"), dict(variant="relu", normalize="unit")]:
         model = make(**hyper)
         with pytest.raises(ValueError, match=f"SAELens cannot express {model.variant} with norm"):
@@ -367,7 +522,12 @@ REFUSED = {      # name of the case that is changed -> (message, change)
     "topk": [
         ("'architecture' = 'temporal' is not supported, only 'standard', 'topk'",
          dict(architecture="temporal")),
-        ("'architecture' = 'batchtopk' is not supported", dict(architecture="batchtopk")),
+        ("'architecture' = 'matching_pursuit' is not", dict(architecture="matching_pursuit")),
+        ("missing topk_threshold", dict(architecture="batchtopk")),
+        ("'k' should be a whole number, it is 2.5", dict(k=2.5)),
+        ("'hook_name' should be text, it is 3", dict(metadata={"hook_name": 3})),
+        ("'hook_name' is above 200: 'blocks.111",
+         dict(metadata={"hook_name": f"blocks.{'1' * 5000}.hook_mlp_out"})),
         ("'architecture' = .. is not supported", dict(architecture=[])),
         ("'normalize_activations' = 'covariance_whitening' is not",
          dict(normalize_activations="covariance_whitening")),
@@ -386,12 +546,20 @@ REFUSED = {      # name of the case that is changed -> (message, change)
         ("k=7 ", dict(k=7)),
         ("'k' is below 1: -1", dict(k=-1)),
         ("'metadata' should be an object", dict(metadata=[1])),
-        ("meta: 'model' should be text, it is .1.", dict(metadata={"model_name": [1]})),
+        ("metadata: 'model_name' should be text, it is .1.", dict(metadata={"model_name": [1]})),
         ("meta: 'sink_norm' should be a number, it is 'x'", dict(metadata={"sink_norm": "x"})),
         ("too small for n_latents=1000000000000, d_in=4", dict(d_sae=10**12)),
         ("W_enc has shape .4, 6., the config needs .4, 7.", dict(d_sae=7)),
         ("unexpected b_enc", dict(architecture="gated")),
         ("missing threshold", dict(architecture="jumprelu"))],
+    "matryoshka": [
+        (": levels are not above 0", dict(matryoshka_widths=[4, 2, 6])),
+        (": levels are not above 0", dict(matryoshka_widths=[2, 7])),
+        ("'matryoshka_widths' should be a whole number", dict(matryoshka_widths=[2.5])),
+        ("'matryoshka_widths' should be a list", dict(matryoshka_widths=2)),
+        ("unexpected topk_threshold", dict(architecture="topk")),
+        ("k=None is no number", dict(k=None))],
+    "jumprelu-log": [("unexpected log_threshold", dict(architecture="standard"))],
     "MatryoshkaBatchTopKSAE": [
         ("'dict_class' = 'IdentityDict' is not supported, only 'AutoEncoder', ",
          dict(dict_class="IdentityDict")),
@@ -501,60 +669,153 @@ def test_our_files_give_the_same_codes_in_saelens(tmp_path, variant, normalize):
         assert (found.hook_name, found.model_name) == ("blocks.3.hook_resid_post", "owner/name")
 
 
-@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("kind", ["standard", "gated", "jumprelu", "topk", "topk rescaled"])
-def test_files_of_saelens_give_the_same_codes_here(tmp_path, kind, centred, normalize):
-    sae_lens = pytest.importorskip("sae_lens")
-    cfg = lens(kind.split()[0], d_in=D, d_sae=F, k=K, apply_b_dec_to_input=centred,
-               normalize_activations=normalize,
-               rescale_acts_by_decoder_norm=kind.endswith("rescaled"))
-    theirs = sae_lens.SAE.from_dict(cfg)
-    rng = torch.Generator().manual_seed(0)
-    for p in theirs.parameters():
-        p.data = torch.randn(p.shape, generator=rng) * 0.5
-    theirs.save_model(tmp_path)
-    for size in (1.0, 1e-3):
-        model, x = load_any(tmp_path), data() * size
-        assert torch.allclose(model.encode(x), theirs.encode(x), atol=1e-5, rtol=1e-5)
-        assert torch.allclose(model(x), theirs(x), atol=1e-5, rtol=1e-5)
+def registry(name):
+    """{architecture: its classes}, of SAELens where it is installed; else one that is skipped."""
+    try:
+        from sae_lens import registry
+    except ImportError:
+        return {"standard": None}
+    return getattr(registry, name)
 
 
-def test_what_saelens_exports_of_batchtopk_and_matryoshka(tmp_path):
-    sae_lens = pytest.importorskip("sae_lens")
-    kinds = {"BatchTopK": {}, "MatryoshkaBatchTopK": {"matryoshka_widths": [4, F]}}
-    for i, (kind, more) in enumerate(kinds.items()):
-        cfg = getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=D, d_sae=F, k=K, **more)
-        theirs = getattr(sae_lens, f"{kind}TrainingSAE")(cfg)
-        rng, x = torch.Generator().manual_seed(i), data()
-        for p in theirs.parameters():
-            p.data = torch.randn(p.shape, generator=rng) * 0.5
-        theirs.topk_threshold.fill_(0.8)
-        theirs.save_inference_model(tmp_path / kind)
-        model, exported = load_any(tmp_path / kind), sae_lens.SAE.load_from_disk(tmp_path / kind)
-        assert model.variant == "jumprelu" and (model.encode(x) > 0).any()
-        assert torch.allclose(model.encode(x), exported.encode(x), atol=1e-5)
-        assert torch.allclose(model(x), exported(x), atol=1e-5)
+COMPUTED = ("standard", "gated", "topk", "abstopk", "jumprelu", "batchtopk", "matryoshka_batchtopk")
+SCALED = {"normalize_activations": "expected_average_only_in"}
+NEEDED = {      # settings without which SAELens makes none of this size; each sets those it knows
+    "k": K, "d_out": D, "n_heads": 1, "bottleneck_factor": 1, "matryoshka_widths": [4, F]}
 
 
-@pytest.mark.parametrize("kind", formats.DICTIONARIES)
-def test_files_of_dictionary_learning_give_the_same_codes_here(tmp_path, kind):
-    utils = pytest.importorskip("dictionary_learning.utils")
-    more = {"MatryoshkaBatchTopKSAE": {"k": K, "group_sizes": [5, 7]}, "AutoEncoderTopK": {"k": K},
-            "BatchTopKSAE": {"k": K}}
-    theirs = getattr(utils, kind)(D, F, **more.get(kind, {}))
+def saelens_sae(table, architecture, **more):
+    """One of theirs with random tensors, none of them trivial."""
+    cls, cfg_cls = registry(table)[architecture]
+    known = {field.name for field in dataclasses.fields(cfg_cls)}
+    settings = {"apply_b_dec_to_input": "transcoder" not in architecture} | NEEDED | more
+    theirs = cls(cfg_cls(d_in=D, d_sae=F, **{n: v for n, v in settings.items() if n in known}))
     rng = torch.Generator().manual_seed(0)
     for name, t in theirs.state_dict().items():
+        t.copy_(torch.randn(t.shape, generator=rng) * 0.5)
+        if "threshold" in name:
+            t.abs_().add_(0.2)
+    return theirs
+
+
+def close(a, b):
+    return torch.allclose(a.to_dense(), b, atol=1e-5, rtol=1e-5)
+
+
+VARIATIONS = [{}, {"apply_b_dec_to_input": False}, {"normalize_activations": "layer_norm"},
+              {"rescale_acts_by_decoder_norm": True}, {"rescale_acts_by_decoder_norm": False},
+              {"dtype": "bfloat16"}]
+
+
+@pytest.mark.parametrize("architecture", registry("SAE_CLASS_REGISTRY"))
+@pytest.mark.parametrize("more", VARIATIONS, ids=str)
+def test_files_of_saelens_give_the_same_codes_here_or_are_refused(tmp_path, architecture, more):
+    pytest.importorskip("sae_lens")
+    if "transcoder" in architecture and more.get("apply_b_dec_to_input") is None:
+        more = more | {"apply_b_dec_to_input": False}      # all that they have
+    theirs = saelens_sae("SAE_CLASS_REGISTRY", architecture, **more)
+    theirs.save_model(tmp_path)
+    if architecture not in COMPUTED:
+        with pytest.raises(ValueError, match="cfg.json: 'architecture' = .* is not supp") as err:
+            load_any(tmp_path)
+        assert "\n" not in str(err.value)
+        return
+    theirs.to(dtype=torch.float32)
+    for size in (1.0, 1e-3):
+        model, x = load_any(tmp_path), data() * size
+        assert close(theirs.encode(x), model.encode(x)) and close(theirs(x), model(x))
+        assert model.encode(x).any() or size < 1
+
+
+@pytest.mark.parametrize("architecture", registry("SAE_TRAINING_CLASS_REGISTRY"))
+@pytest.mark.parametrize("more", [*VARIATIONS, SCALED], ids=str)
+def test_checkpoints_of_saelens_give_the_same_codes_here_or_are_refused(
+        tmp_path, architecture, more):
+    """As in training, where BatchTopK ranks a whole batch, and as once exported.
+    Where x is scaled, their export changes the unit of codes ranked by the norms of atoms."""
+    sae_lens = pytest.importorskip("sae_lens")
+    from sae_lens.training.activation_scaler import ActivationScaler
+    theirs, s = saelens_sae("SAE_TRAINING_CLASS_REGISTRY", architecture, **more), 1.0
+    theirs.save_model(tmp_path)
+    for name in ("trainer_state.pt", "runner_cfg.json", "sparsity.safetensors"):
+        (tmp_path / name).touch()        # also in the directory of a checkpoint
+    if more == SCALED:                   # their trainer multiplies x by it
+        s = 0.375
+        ActivationScaler(scaling_factor=s).save(str(tmp_path / "activation_scaler.json"))
+    if architecture not in COMPUTED:
+        with pytest.raises(ValueError, match="cfg.json: 'architecture' = .* is not supp"):
+            load_any(tmp_path)
+        return
+    model, x = load_any(tmp_path), data()
+    theirs.to(dtype=torch.float32)
+    assert close(theirs.encode(x * s), S.dense(model.codes(model.batch(x, train=True))))
+    if s != 1:
+        theirs.fold_activation_norm_scaling_factor(s)
+    theirs.save_inference_model(tmp_path / "export")
+    exported = sae_lens.SAE.load_from_disk(tmp_path / "export")
+    unit = s if getattr(theirs.cfg, "rescale_acts_by_decoder_norm", False) else 1.0
+    assert close(exported.encode(x) * unit, model.encode(x)) and model.encode(x).any()
+    assert close(exported(x), model(x))
+    again = load_any(tmp_path / "export")
+    assert close(exported.encode(x), again.encode(x)) and close(exported(x), again(x))
+
+
+@pytest.mark.parametrize("change", [
+    {"normalize_activations": "covariance_whitening"},
+    {"normalize_activations": "constant_norm_rescale"}, {"reshape_activations": "hook_z"}], ids=str)
+def test_what_saelens_does_to_activations_and_we_do_not_is_refused(tmp_path, change):
+    pytest.importorskip("sae_lens")
+    saelens_sae("SAE_CLASS_REGISTRY", "standard", **change).save_model(tmp_path)
+    with pytest.raises(ValueError, match=f"cfg.json: '{list(change)[0]}' = .* is not supported"):
+        load_any(tmp_path)
+
+
+TRAINERS = {      # their trainers, each of which writes files of its own
+    "standard.StandardTrainer": {}, "standard.StandardTrainerAprilUpdate": {},
+    "p_anneal.PAnnealTrainer": {}, "gated_anneal.GatedAnnealTrainer": {}, "gdm.GatedSAETrainer": {},
+    "jumprelu.JumpReluTrainer": {}, "top_k.TopKTrainer": {"k": K},
+    "batch_top_k.BatchTopKTrainer": {"k": K},
+    "matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer": {"k": K, "group_fractions": [0.25, 0.75]}}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_files_of_dictionary_learning_give_the_same_codes_here(tmp_path, name):
+    utils = pytest.importorskip("dictionary_learning.utils")
+    module, cls = name.split(".")
+    trainers = importlib.import_module(f"dictionary_learning.trainers.{module}")
+    make_trainer = getattr(trainers, cls)
+    known = inspect.signature(make_trainer).parameters
+    settings = dict(steps=10, activation_dim=D, dict_size=F, layer=3, lm_name="some/model",
+                    warmup_steps=1, sparsity_warmup_steps=2, anneal_start=3, anneal_end=9,
+                    device="cpu", submodule_name="resid_post_layer_3") | TRAINERS[name]
+    trainer = make_trainer(**{key: v for key, v in settings.items() if key in known})
+    rng = torch.Generator().manual_seed(0)
+    for key, t in trainer.ae.state_dict().items():
         if t.is_floating_point():
             t.copy_(torch.randn(t.shape, generator=rng) * 0.5)
-            if name == "threshold":
+            if key == "threshold":
                 t.abs_()
-    settings = {"dict_class": kind, "activation_dim": D, "dict_size": F, **more.get(kind, {})}
-    (tmp_path / "config.json").write_text(json.dumps({"trainer": settings}))
-    torch.save(theirs.state_dict(), tmp_path / "ae.pt")
-    tensors = {key: t.contiguous() for key, t in theirs.state_dict().items()}
+    config = {"trainer": trainer.config, "buffer": {"io": "out", "d_submodule": D}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(trainer.ae.state_dict(), tmp_path / "ae.pt")
+    with pytest.raises(ValueError, match="ae.pt is a pickle"):
+        load_any(tmp_path)
+    tensors = {key: t.contiguous() for key, t in trainer.ae.state_dict().items()}
     save_file(tensors, tmp_path / "ae.safetensors")
     model, (theirs, _), x = load_any(tmp_path), utils.load_dictionary(str(tmp_path), "cpu"), data()
     assert (model.encode(x) > 0).any()
-    assert torch.allclose(model.encode(x), theirs.encode(x), atol=1e-5, rtol=1e-5)
-    assert torch.allclose(model(x), theirs(x), atol=1e-5, rtol=1e-5)
+    assert close(theirs.encode(x), model.encode(x)) and close(theirs(x), model(x))
+    site = {"site": "resid"} if "submodule_name" in trainer.config else {}      # one leaves it out
+    assert model.meta == {"layer": 3, "model": "some/model"} | site
+
+
+def test_every_dictionary_of_dictionary_learning_is_tried_or_refused(tmp_path):
+    dictionary = pytest.importorskip("dictionary_learning.dictionary")
+    kinds = {name for name, cls in vars(dictionary).items()
+             if inspect.isclass(cls) and issubclass(cls, dictionary.Dictionary)} - {"Dictionary"}
+    for kind in kinds - formats.DICTIONARIES.keys():
+        foreign("AutoEncoder", tmp_path)
+        edit(tmp_path / "config.json", **trainer(kind))
+        with pytest.raises(ValueError, match=f"'dict_class' = '{kind}' is not supported"):
+            load_any(tmp_path)
+    assert kinds - formats.DICTIONARIES.keys() == {"IdentityDict"}

@@ -475,7 +475,7 @@ def test_signum_equals_a_reference_that_keeps_x_y_z():
         x = sum(zs[1:]) / len(zs[1:])
         y = 0.1 * zs[-1] + 0.9 * x
         assert abs(param.detach().numpy() - y).max() < 1e-12
-        with opt.averaged(unit_rows=False):
+        with opt.averaged():
             assert abs(param.detach().numpy() - x).max() < 1e-12
 
 
@@ -508,7 +508,8 @@ def test_averaged_weights_have_unit_rows_and_training_weights_come_back_to_the_b
         z, y = opt.state[getattr(model, name)]["z"], getattr(model, name)
         assert torch.allclose(0.05 * z + 0.95 * mean[name], y, atol=1e-6)
         assert not torch.equal(mean[name], y)
-    with opt.averaged(unit_rows=False):
+    model.unit_rows = False      # as the released code: the mean itself, with atoms of any norm
+    with opt.averaged():
         z, y = opt.state[model.W_dec]["z"], before.W_dec
         assert torch.allclose(0.05 * z + 0.95 * model.W_dec, y, atol=1e-6)
         assert (model.W_dec.norm(dim=1) - 1).abs().max() > 1e-4
@@ -651,7 +652,8 @@ def test_ten_training_steps_equal_sparsify():
         theirs.remove_gradient_parallel_to_decoder_directions()
         other_opt.step()
         other_opt.zero_grad()
-    with opt.averaged(unit_rows=False):
+    ours.unit_rows = False               # the mean itself: atoms of any norm
+    with opt.averaged():
         theirs.set_decoder_norm_to_unit_norm()
         other_opt.eval()
         for mine, other in pairs:

@@ -105,6 +105,20 @@ def test_files_with_settings_that_are_gone_are_read(tmp_path, variant, former):
     assert same(loaded, model, data()) and loaded.hyper == model.hyper
 
 
+def test_a_threshold_that_nothing_reads_is_left_in_older_files_of_abstopk(tmp_path):
+    model = make(variant="abstopk")
+    assert "threshold" not in model.state_dict()
+    save_sae(model, tmp_path)
+    weights = tmp_path / "sae.safetensors"
+    save_file(load_file(weights) | {"threshold": torch.tensor(0.5)}, weights)
+    assert same(load_sae(tmp_path), model, data())
+    save_sae(make(), tmp_path / "topk")      # elsewhere it is as unexpected as before
+    weights = tmp_path / "topk" / "sae.safetensors"
+    save_file(load_file(weights) | {"threshold": torch.tensor(0.5)}, weights)
+    with pytest.raises(ValueError, match="unexpected threshold"):
+        load_sae(tmp_path / "topk")
+
+
 def test_a_setting_that_is_gone_is_refused_where_codes_depended_on_it(tmp_path):
     save_sae(make(variant="abstopk"), tmp_path)
     edit(tmp_path / "cfg.json", over="batch")
@@ -188,13 +202,39 @@ def test_files_as_sparsify_wrote_them_over_the_years(tmp_path):
 
 def test_a_folder_named_as_sparsify_does_says_where_the_sae_belongs(tmp_path):
     for name, want in [("layers.12.mlp", {"layer": 12, "site": "mlp"}), ("layers.3x", {}),
-                       ("layers.12", {"layer": 12, "site": "resid"}), ("layers.mlp", {})]:
+                       ("layers.12", {"layer": 12, "site": "resid"}), ("layers.mlp", {}),
+                       ("h.3.mlp", {"layer": 3, "site": "mlp"}), ("sae_layer_12", {}),
+                       ("layers.12.self_attn", {"layer": 12, "site": "self_attn"})]:
         write(tmp_path / name)
         assert load_sae(tmp_path / name).meta == want
         assert load_sae(f"{tmp_path / name}/").meta == want
         assert load_sae(tmp_path, name).meta == load_sae(f"{tmp_path}#{name}").meta == want
     write(tmp_path / "layers.5.mlp", meta={"site": "resid", "model": "a/b"})      # the file wins
     assert load_sae(tmp_path, "layers.5.mlp").meta == {"layer": 5, "site": "resid", "model": "a/b"}
+
+
+@pytest.mark.parametrize("name, want", [
+    ("blocks.3.hook_resid_post", (3, "resid")), ("blocks.3.hook_mlp_out", (3, "mlp")),
+    ("blocks.3.hook_resid_pre", (2, "resid")), ("blocks.0.hook_resid_pre", (0, "hook_resid_pre")),
+    ("blocks.3.hook_out", (3, "resid")), ("blocks.3.mlp.hook_out", (3, "mlp")),
+    ("model.layers.3", (3, "resid")), ("model.layers.3.mlp", (3, "mlp")),
+    ("model.language_model.layers.3", (3, "resid")), ("transformer.h.10", (10, "resid")),
+    ("gpt_neox.layers.3.mlp", (3, "mlp")), ("h.3", (3, "resid")), ("layers.3", (3, "resid")),
+    ("resid_post_layer_3", (3, "resid")), ("mlp_out_layer3", (3, "mlp")),
+    ("resid_out_layer3", (3, "resid")),
+    ("attention_out_layer_1", (1, "attention_out")), ("resid_pre_layer_3", (2, "resid")),
+    ("blocks.3.hook_resid_mid", (3, "hook_resid_mid")), ("h.3.attn", (3, "attn")),
+    ("model.layers.3.self_attn.o_proj", (3, "self_attn.o_proj")),
+    ("model.layers.3.mlp.gate_proj", (3, "mlp.gate_proj")),
+    ("layers.3.mlp.experts.5.h.2", (3, "mlp.experts.5.h.2"))])
+def test_names_of_places_in_other_libraries(name, want):
+    assert S.find_place(name) == dict(zip(("layer", "site"), want))
+
+
+def test_names_that_are_no_place_in_a_decoder():
+    for name in ("hook_embed", "model.norm", "vision_tower.layers.3", "encoder.layers.3", "layers",
+                 "router_layer_1", "sae_layer_3", "layers.-1", "", f"layers.{'1' * 10}"):
+        assert S.find_place(name) == {}
 
 
 def test_every_refusal_names_the_file_and_the_thing(tmp_path):
@@ -474,3 +514,28 @@ def test_sparsify_loads_what_it_can_compute_and_nothing_else(tmp_path, variant, 
         edit(tmp_path / "cfg.json", activation=None)      # older versions do not look at it
         with pytest.raises((RuntimeError, TypeError)):
             sparsify.SparseCoder.load_from_disk(tmp_path)
+
+
+@pytest.mark.parametrize("changes, refused", [
+    (dict(num_latents=0, expansion_factor=2), None), (dict(multi_topk=True), None),
+    (dict(normalize_decoder=False), None),
+    (dict(activation="groupmax"), "activation 'groupmax' should be 'topk'"),
+    (dict(skip_connection=True), "'skip_connection' = True is not supported"),
+    (dict(transcode=True), "'transcode' = True is not supported")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_of_every_setting_of_sparsify_load_or_are_refused(tmp_path, changes, refused, dtype):
+    sparsify = pytest.importorskip("sparsify")
+    cfg = sparsify.SparseCoderConfig(**dict(num_latents=F, k=K) | changes)
+    theirs, rng = sparsify.SparseCoder(D, cfg, dtype=dtype), torch.Generator().manual_seed(0)
+    for p in theirs.parameters():
+        p.data = torch.randn(p.shape, generator=rng).mul(0.5).to(dtype)
+    theirs.save_to_disk(tmp_path)
+    if refused:
+        with pytest.raises(ValueError, match=refused):
+            load_sae(tmp_path)
+        return
+    model, x, theirs = load_sae(tmp_path), data(), theirs.float()
+    values, index, _ = theirs.encode(x)
+    codes = torch.zeros(len(x), F).scatter(1, index, values)
+    assert torch.allclose(model.encode(x), codes, atol=1e-5)
+    assert torch.allclose(model(x), theirs.decode(values, index), atol=1e-5)

@@ -17,7 +17,7 @@ import torch
 import sae as S
 
 D, F, K, N = 6, 12, 3, 18
-DEAD, RARE = [1, 4], [1, 4, 8]        # of the latents of `make`; the dead are rare too
+DEAD = [1, 4]                          # of the latents of `make`
 FLAVOURS = [      # every variant, in every setting that computes something else
     ("relu", {}), ("relu", {"rows": "free"}), ("gated", {}), ("jumprelu", {}),
     ("topk", {}), ("batchtopk", {}), ("matryoshka", {}), ("matryoshka", {"weighting": "mean"}),
@@ -73,9 +73,6 @@ def make(variant, d=D, f=F, seed=0, **hyper):
         if "input_scale" in tensors:
             model.input_scale.fill_(0.25)
         model.tokens_since_fired[[i for i in DEAD if i < f]] = model.dead_after + 1
-        if variant == "mutual_choice":
-            model.density.copy_(0.5 / torch.arange(1, f + 1))      # Zipf's law, but for the rare
-            model.density[[i for i in RARE if i < f]] = 1e-4
     return model.double()
 
 
@@ -227,13 +224,12 @@ def plain_extra(sae, q, x, pre, z, error, ramp):
 
 
 def plain_aux(sae, q, pre, e):
-    rare = RARE if sae.variant == "mutual_choice" else DEAD
     among = torch.zeros_like(pre, dtype=torch.bool)
-    among[:, rare] = True
+    among[:, DEAD] = True
     score = (pre.abs() if sae.signed else pre).masked_fill(~among, -math.inf)
-    z = (pre if sae.signed else pre.relu()) * (largest(score, min(sae.k_aux, len(rare))) & among)
+    z = (pre if sae.signed else pre.relu()) * (largest(score, min(sae.k_aux, len(DEAD))) & among)
     ratio = ((e - z @ q.W_dec) ** 2).sum() / ((e - e.mean(0)) ** 2).sum()
-    return sae.aux_coef * min(1, len(rare) / sae.k_aux) * ratio
+    return sae.aux_coef * min(1, len(DEAD) / sae.k_aux) * ratio
 
 
 def plain(sae, x, g=None, progress=1.0, train=True):
@@ -302,8 +298,7 @@ def no_aux(variant):
 def test_with_aux_loss_and_every_gradient_equal_the_plain_twin(variant, hyper, monkeypatch):
     monkeypatch.setattr(S, "CHUNK", 5 * F)
     model = make(variant, **hyper)
-    assert model.rare.nonzero()[:, 0].tolist() == (
-        RARE if variant == "mutual_choice" else DEAD)
+    assert model.dead.nonzero()[:, 0].tolist() == DEAD
     assert equals_the_twin(model, data(), random(N, D, seed=5), 1.0)
 
 
@@ -344,15 +339,15 @@ def test_latents_that_are_not_active_get_exactly_zero_gradient(variant, hyper):
 
 
 @with_aux
-def test_the_gradient_of_aux_reaches_the_encoder_of_rare_latents_and_no_other(variant, hyper):
+def test_the_gradient_of_aux_reaches_the_encoder_of_dead_latents_and_no_other(variant, hyper):
     model, x = make(variant, **hyper), data()
     b = model.batch(x, g=random(N, D, seed=5), train=True)
     model.batch_loss(b)
     model.aux_loss(b)["aux"][1].backward()
-    rare = model.rare
+    dead = model.dead
     for name in {"W_enc", "b_enc", "W_dec"} - ({"b_enc"} if variant == "topafa" else set()):
         grad = getattr(model, name).grad
-        assert grad[rare].any() and not grad[~rare].any(), name
+        assert grad[dead].any() and not grad[~dead].any(), name
 
 
 @pytest.mark.parametrize("variant",
@@ -750,12 +745,11 @@ def test_gradient_exists_only_at_what_was_chosen_and_active(variant):
     assert len(d_value) == K * N and torch.equal(d_pre != 0, S.dense(b.z) != 0)
 
 
-def test_mutual_choice_is_batchtopk_with_another_auxiliary_loss():
+def test_mutual_choice_is_batchtopk_with_auxk_on():
     a, b = make("mutual_choice"), make("batchtopk", aux_coef=1 / 32)
-    a.tau = 0.0
+    assert torch.equal(a.loss(data())[0], b.loss(data())[0]) and a.loss(data())[1]["aux"] > 0
     ga, gb = gradients(a, data()), gradients(b, data())
     assert ga.keys() == gb.keys() and all(torch.equal(ga[name], gb[name]) for name in ga)
-    assert S.VARIANTS["mutual_choice"].tau > 0
 
 
 # ---- thresholds of BatchTopK ---------------------------------------------------------------------
@@ -879,61 +873,20 @@ def test_a_micro_batch_too_small_for_the_budget_is_refused():
         model.loss(data(3))
 
 
-# ---- AuxK by Zipf's law --------------------------------------------------------------------------
+# ---- AuxK ----------------------------------------------------------------------------------------
 
 
-def zipf_sae(density, **hyper):
-    model = S.build("mutual_choice", D, len(density), k=K, aux_coef=1.0, **hyper).double()
-    model.density.copy_(density)
-    return model
-
-
-def test_where_nobody_is_rare_aux_is_zero_with_zero_gradient():
+def test_where_nobody_is_dead_aux_is_zero_with_zero_gradient():
     model, plain_one = (make("mutual_choice", aux_coef=weight) for weight in (1.0, 0.0))
     model.tokens_since_fired.zero_()
-    model.density.copy_(0.5 / torch.arange(1, F + 1))
-    assert not model.rare.any() and model.loss(data())[1]["aux"] == 0
+    assert not model.dead.any() and model.loss(data())[1]["aux"] == 0
     with_aux, without = gradients(model, data()), gradients(plain_one, data())
     assert all(torch.equal(with_aux[name], without[name]) for name in without)
 
 
-def test_tau_zero_is_auxk_to_the_bit():
-    a, b = make("mutual_choice", aux_coef=0.3), make("batchtopk", aux_coef=0.3)
-    a.tau = 0.0
-    assert torch.equal(a.loss(data())[0], b.loss(data())[0]) and b.loss(data())[1]["aux"] > 0
-    ga, gb = gradients(a, data()), gradients(b, data())
-    assert all(torch.equal(ga[name], gb[name]) for name in gb)
-
-
-def test_exact_zipf_densities_give_their_exponent_and_nobody_rare():
-    order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
-    for alpha in (0.6, 1.0, 1.7):
-        density = 0.3 * torch.arange(1, 2001, dtype=torch.float64) ** -alpha
-        expected = S.zipf(density[order])
-        assert torch.allclose(expected, density[order], rtol=1e-6)
-        found = math.log(expected.max() / expected.min()) / math.log(2000)
-        assert found == pytest.approx(alpha, abs=1e-3) and not zipf_sae(density[order]).rare.any()
-
-
-def test_a_tail_below_the_law_is_what_is_rare():
-    density = 0.3 / torch.arange(1, 2001, dtype=torch.float64)
-    density[1500:] *= 0.1
-    order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(zipf_sae(density[order]).rare, order >= 1500)
-    dead = zipf_sae(density[order])
-    # The dead are rare whatever their density
-    dead.tokens_since_fired[order == 3] = dead.dead_after + 1
-    assert torch.equal(dead.rare, (order >= 1500) | (order == 3))
-
-
-def test_zipf_without_a_line_to_fit_expects_nothing():
-    for density in (torch.zeros(F), torch.eye(F)[0]):
-        assert not zipf_sae(density).rare.any()
-
-
 @pytest.mark.parametrize("variant", ["mutual_choice"])
-def test_aux_zipf_pulls_neither_through_the_error_nor_by_the_decoder_bias(variant):
-    """The pre-encoder bias does pass a gradient on, through the encoder of the rare; here that way
+def test_aux_pulls_neither_through_the_error_nor_by_the_decoder_bias(variant):
+    """The pre-encoder bias does pass a gradient on, through the encoder of the dead; here that way
     is cut."""
     model, x = make(variant, aux_coef=1.0), data()
     b = model.batch(x, train=True)
@@ -941,11 +894,11 @@ def test_aux_zipf_pulls_neither_through_the_error_nor_by_the_decoder_bias(varian
     b.cache["aux"] = b.cache["aux"]._replace(value=b.cache["aux"].value.detach())
     assert torch.autograd.grad(model.aux_loss(b)["aux"][1], [model.b_dec],
                                allow_unused=True)[0] is None
-    rare = model.rare
+    dead = model.dead
     a, without = gradients(model, x), gradients(make(variant, aux_coef=0.0), x)
     for name in ("W_enc", "b_enc", "W_dec"):      # through e, living latents would feel it
-        assert torch.allclose(a[name][~rare], without[name][~rare], atol=1e-14)
-        assert not torch.allclose(a[name][rare], without[name][rare], atol=1e-6)
+        assert torch.allclose(a[name][~dead], without[name][~dead], atol=1e-14)
+        assert not torch.allclose(a[name][dead], without[name][dead], atol=1e-6)
 
 
 @each([(v, h) for v, h in WITH_AUX if v != "topafa" and h.get("sample", "none") == "none"])
@@ -960,16 +913,6 @@ def test_aux_does_not_depend_on_the_scale_of_x(variant, hyper):
     if variant == "jumprelu":
         model.bandwidth *= 7
     assert before > 0 and torch.allclose(model.loss(7 * x, g=g)[1]["aux"], before)
-
-
-def test_densities_are_a_running_mean_and_sum_to_the_mean_l0():
-    model = S.build("mutual_choice", D, F, k=K).double()
-    S.init_b_dec(model, data())
-    opt, l0 = S.make_optimizer(model, "adam", lr=0.01), []
-    for step in range(5):
-        l0.append(float(S.train_step(model, opt, [data(seed=step)])["l0"]))
-    assert float(model.density.sum()) == pytest.approx(sum(l0) / 5, rel=1e-6) and sum(l0) > 0
-    assert model.observed == 5
 
 
 # ---- g-SAE ---------------------------------------------------------------------------------------

@@ -148,7 +148,6 @@ def test_negative_codes_count_by_their_size_and_keep_their_sign(tiny):
     model, tokenizer, ids, chunks = tiny
     sae = S.build("abstopk", 32, 256, k=8).requires_grad_(False)
     sae.meta = random_sae(64, 1).meta
-    sae.calibrate([resa.activations(model, chunks, 1).flatten(0, 1)])
     data = V.view_data(model, tokenizer, sae, ids[:200], 20, chunks, top=1)
     z = sae.encode(resa.activations(model, torch.tensor([ids[:200]]), 1)[0])    # (T,F)
     value = torch.tensor(data["value"])

@@ -69,7 +69,8 @@ RECOVERED = {
 RECOVER_NOTE = """\
 {n} directions in {width} dimensions, 3 or 20 of them active, unit norm (arXiv 2506.14002); {steps}
 steps x {tokens} tokens, F {latents}, k {k} where it can be set, Adam at {lr}; {seeds} seeds: mean,
-least .. most.  found at .9: directions to which some atom has a cosine above 0.9."""
+least .. most.  found at .9: directions to which some atom has a cosine above 0.9, of either sign
+where codes are signed."""
 
 def recover(args):
     """-> {variant: [what one training found]}, and the note for the table."""
@@ -96,7 +97,10 @@ def recover_one(variant, seed, steps, device):
     if not sae.per_token:                # tokens competed: their threshold is measured
         sae.calibrate(draw() for _ in range(16))
     atoms = fn.normalize(sae.W_dec.detach().cpu(), dim=1)                         # (F,D)
-    best = (true @ atoms.T).amax(1)                                               # (n,), signed
+    cosine = true @ atoms.T                                                       # (n,F)
+    if sae.signed:                       # an atom used with negative codes is its opposite
+        cosine = cosine.abs()
+    best = cosine.amax(1)                                                         # (n,)
     found = {f"at_{n}": float((best > n / 10).float().mean()) for n in (8, 9)}
     return metrics(sae, draw(8192)) | found | {"mmcs": float(best.mean())}
 
