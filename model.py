@@ -20,9 +20,11 @@ width of an MLP, r rank of an adapter.
 
 import json
 import math
+import os
 import re
 import shutil
-from functools import lru_cache
+from datetime import datetime
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,13 +35,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data.files import (REQUIRED, check, check_tensors, locate, open_tensors, read_fields,
-                        read_json, read_text, read_value, shorten, staged, write_json)
+                        read_json, read_text, read_value, refuse_unknown, shorten, staged,
+                        write_json)
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+FLOATS = ("F32", "BF16", "F16", "F64")       # the same, in safetensors' words
 
 def at_least_fp32(x):
     """x in fp32; fp64 stays fp64."""
     return x if x.dtype == torch.float64 else x.float()
+
+def check_finite(x, what):
+    """ValueError: x holds NaN or an infinity.  One pass without another tensor: half of a copy."""
+    low, high = x.aminmax()                  # NaN is both
+    check(bool(low.isfinite() & high.isfinite()), f"{what} holds NaN or infinite numbers")
 
 def choose_device(name=None):
     """"cpu", "cuda" or "cuda:N"; None picks a GPU where there is one.  ValueError: not there."""
@@ -52,7 +61,7 @@ def choose_device(name=None):
 # ---- Config: every field of config.json is used, known to be harmless, or refused by name ------
 
 SIZE, MAYBE_SIZE = (int, 1, None, REQUIRED), (int, 1, None, None)
-TOKEN_ID, TOKEN_IDS = (int, None, None, None), ((int, list), None, None, None)
+TOKEN_ID, TOKEN_IDS = (int, None, None, None), ((int, [int]), None, None, None)
 DTYPE, DEFAULT = (tuple(DTYPES), None, None, None), (("default",), None, None, None)
 POSITIVE = (int, float), 1e-30, 1e30
 
@@ -82,10 +91,18 @@ OTHER_FIELDS = {                             # choices of which we compute one, 
 }
 # Another type changes every position
 ROPE_FIELDS = {"rope_theta": (*POSITIVE, None), "rope_type": DEFAULT, "type": DEFAULT}
-# Not used by the forward pass; sliding_window only with use_sliding_window, which is refused.
+# Not used, or only with another field, which is refused; in config.json and adapter_config.json
 HARMLESS = """architectures transformers_version use_cache initializer_range return_dict
     _name_or_path _attn_implementation_autoset sliding_window max_window_layers
-    output_router_logits router_aux_loss_coef""".split()
+    output_router_logits router_aux_loss_coef
+    auto_mapping base_model_name_or_path revision inference_mode peft_version task_type
+    megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size
+    ensure_weight_tying""".split()
+# Of tools, labels and sampling: ignored with a note.  q, k, v have biases without attention_bias.
+BOOKKEEPING = """_.* (unsloth|peft|trl|torch|transformers|mergekit)[._].* .*_class auto_map
+    torchscript custom_pipelines attention_bias attn_implementation id2label label2id num_labels
+    problem_type finetuning_task task_specific_params name_or_path model_max_length output_.*
+    (max|min)(_new)?_(length|tokens) do_sample temperature top_[kp] .*_penalty num_beams""".split()
 
 class Config:
     """A Qwen2 or Qwen2-MoE architecture: the fields of the tables above are its attributes."""
@@ -108,9 +125,7 @@ class Config:
         other = read_fields(raw, OTHER_FIELDS, where)
         ours = DENSE_FIELDS | (MOE_FIELDS if other["model_type"] == "qwen2_moe" else {})
         found = read_fields(raw, ours, where)
-        for name, value in raw.items():      # anything else may be there if it is switched off
-            known = name in {*ours, *OTHER_FIELDS, *HARMLESS}
-            check(known or not value, f"{where}: {name!r} = {shorten(value)} is not supported")
+        refuse_unknown(raw, {*ours, *OTHER_FIELDS, *HARMLESS}, BOOKKEEPING, where)
         rope = other["rope_parameters"] | other["rope_scaling"]
         rope = read_fields(rope, ROPE_FIELDS, f"{where}: rope_parameters or rope_scaling")
         found["rope_theta"] = rope["rope_theta"] or found["rope_theta"]
@@ -339,14 +354,24 @@ def init_weights(model, seed=0, std=0.02):
 
 def split_spec(spec):
     """'base@rev#sub+adapter*0.5' -> ('base@rev#sub', [('adapter', 0.5)]); a factor not given is 1.
-    A path that exists is taken as it is.  ValueError: no adapter after +."""
-    base, *words = [str(spec)] if Path(spec).exists() else str(spec).split("+")
+    A path that exists is taken as it is, + and all.  ValueError: no adapter after +."""
+    words, parts = str(spec).split("+"), []
+    while words:
+        joined = ["+".join(words[:n]) for n in range(len(words), 0, -1)]
+        parts.append(next(filter(names_path, joined), words[0]))
+        words = words[parts[-1].count("+") + 1:]
     adapters = []
-    for word in words:
-        match = re.fullmatch(r"(.+?)(?:\*([-+]?\d{0,20}\.?\d{1,20}(?:e[-+]?\d)?))?", word)
+    for part in parts[1:]:
+        match = re.fullmatch(r"(.+?)(?:\*([-+]?\d{0,20}\.?\d{1,20}(?:e[-+]?\d)?))?", part)
         check(match, f"{spec}: no adapter is named after '+'")
-        adapters.append((match[1], float(match[2] or 1)))
-    return base, adapters
+        adapters.append((part, 1.0) if os.path.exists(part) else (match[1], float(match[2] or 1)))
+    return parts[0], adapters
+
+def names_path(part):
+    """Whether a part of a spec names a path that is there: as a whole, or up to its #, * or @."""
+    path = part.removeprefix("random:")
+    heads = [path, path.replace("#", "/"), *(path.rpartition(mark)[0] for mark in "#*@")]
+    return any(os.path.exists(head) for head in heads if "+" not in path[len(head):])
 
 def config_path(spec):
     """Where the config.json of a spec is; its other files are beside it."""
@@ -380,7 +405,7 @@ def load_model(spec, dtype=None, device=None):
 @torch.no_grad()
 def load_weights(model, directory, dtype, device=None):
     """Fills a model on the meta device from a checkpoint, one memory-mapped tensor at a time."""
-    with open_tensors(weight_files(directory)) as files:
+    with open_tensors(weight_files(directory), FLOATS) as files:
         # Files of old hold the rotary frequencies too, which follow from rope_theta.
         found = {n: t for n, t in files.items() if not n.endswith("rotary_emb.inv_freq")}
         tied = found.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
@@ -389,6 +414,7 @@ def load_weights(model, directory, dtype, device=None):
         model.tie()
         for name, view in as_stored(model).items():
             view.copy_(found[name][:])
+            check_finite(view, f"{directory}: {name}, in {model.config.dtype},")
         if tied is not None:                             # some files hold the embedding twice
             check(torch.equal(tied[:].to(model.lm_head.weight), model.lm_head.weight),
                   f"{directory}: tie_word_embeddings is true, yet lm_head.weight is not the "
@@ -398,9 +424,9 @@ def weight_files(directory):
     """The paths of a checkpoint's safetensors files: a single one, or those its index names."""
     names, index = ["model.safetensors"], directory / "model.safetensors.index.json"
     if index.exists() and not (directory / names[0]).exists():       # in this order, as in HF
-        table = {"weight_map": (dict, None, None, REQUIRED)}
-        files = list(read_fields(read_json(index), table, index)["weight_map"].values())
-        names = sorted(set(read_value(files, [str], 1, where=f"{index}: 'weight_map'")))
+        found = read_fields(read_json(index), {"weight_map": (dict, 1, None, REQUIRED)}, index)
+        files = list(found["weight_map"].values())
+        names = sorted(set(read_value(files, [str], where=f"{index}: 'weight_map'")))
     for name in names:
         check(Path(name).name == name, f"{index}: file name {name!r} leads out of the directory")
         if not (directory / name).exists():
@@ -429,6 +455,8 @@ def save_model(model, directory):
     model.config.dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")  # maybe cast since
     with staged(directory) as temporary:
         state = {name: view.detach().contiguous().cpu() for name, view in state.items()}
+        for name, tensor in state.items():
+            check_finite(tensor, f"{directory} was not written: {name}")
         save_file(state, temporary / "model.safetensors", {"format": "pt"})
         write_json(temporary / "config.json", model.config.to_dict())         # put in place last
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
@@ -438,49 +466,93 @@ def save_model(model, directory):
 
 # ---- PEFT adapters: read, check, put on ----------------------------------------------------------
 
+ALPHA, RANK = ((int, float), -1e30, 1e30), (int, 1, None)
+WORDS, PATTERNS = ((str, [str]), None, None, []), (dict, None, None, {})
 ADAPTER_FIELDS = {
-    "peft_type": (("LORA",), None, None, REQUIRED), "r": (int, 1, None, REQUIRED),
-    "lora_alpha": ((int, float), -1e30, 1e30, REQUIRED),
+    "peft_type": (("LORA",), None, None, REQUIRED), "r": (*RANK, REQUIRED),
+    "lora_alpha": (*ALPHA, REQUIRED), "use_rslora": (bool, None, None, False),
+    "rank_pattern": PATTERNS, "alpha_pattern": PATTERNS,         # r and lora_alpha of some modules
+    "target_modules": WORDS, "exclude_modules": WORDS, "layers_pattern": WORDS,
+    "layers_to_transform": ((int, [int]), None, None, []),
     "lora_dropout": ((int, float), 0, 1, 0.0), "bias": (("none",), None, None, "none"),
-    # Those left out (PiSSA, OLoRA, LoftQ, CorDA) change the base weights too.
-    "init_lora_weights": ((True, False, "gaussian", "eva", "orthogonal"), None, None, True),
+    # Those left out (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) change the base weights too.
+    "init_lora_weights": ((True, False, "gaussian", "eva", "orthogonal", "mica"), None, None, True),
 }
-# What PEFT can write there and we do not compute.
-PEFT_REFUSED = """use_dora use_rslora fan_in_fan_out modules_to_save lora_bias rank_pattern
-    alpha_pattern layer_replication trainable_token_indices target_parameters use_qalora use_bdlora
-    alora_invocation_tokens velora_config monteclora_config kasa_config arrow_config""".split()
+def lora_scale(alpha, r, rslora):
+    """The factor of B A: alpha / r, or alpha / sqrt(r), rank-stabilised (arXiv 2312.03732)."""
+    return alpha / (math.sqrt(r) if rslora else r)
+
+def name_pattern(words):
+    """PEFT's rule for names as a regular expression: a text is one, a list holds ends of names."""
+    return words if isinstance(words, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, words))})"
+
+def selection(adapter):
+    """A regular expression for the linear layers that an adapter_config.json selects."""
+    pattern, layers = name_pattern(adapter["target_modules"]), adapter["layers_to_transform"]
+    if pattern.lower() == "all-linear":
+        pattern = r"model\.layers\..+"       # all but the head
+    if layers != []:
+        numbers = "|".join(map(str, np.atleast_1d(layers)))
+        lists = "|".join(np.atleast_1d(adapter["layers_pattern"] or "layers"))
+        pattern = rf"(?=(?:.*\.)?(?:{lists})\.(?:{numbers})\.)(?:{pattern})"
+    return rf"(?!(?:{name_pattern(adapter['exclude_modules'])})$)(?:{pattern})"
+
+def value_for(module, patterns, default):
+    """The value of the first pattern that matches the end of a module's name, as in PEFT."""
+    found = (v for text, v in patterns.items() if re.fullmatch(rf"(.*\.)?({text})", module))
+    return next(found, default)
 
 def read_adapter(spec):
-    """A PEFT LoRA adapter (arXiv 2106.09685) -> dict of r, lora_alpha, lora_dropout, scale, pairs.
-    pairs {module: [A (r,in), B (out,r)]}.  ValueError names a setting that we do not compute."""
+    """A PEFT LoRA adapter (arXiv 2106.09685) -> dict of ADAPTER_FIELDS, `selects` (see above),
+    pairs {layer: [A (r,in), B (out,r)]}, alphas {layer: lora_alpha}, scales {layer: factor of B A}.
+    ValueError names what is not supported."""
     path = locate(spec) / "adapter_config.json"
     raw = read_json(path)
     adapter = read_fields(raw, ADAPTER_FIELDS, path)
-    for name in PEFT_REFUSED:
-        check(not raw.get(name), f"{path}: {name} = {shorten(raw.get(name))} is not supported")
-    r, pairs = adapter["r"], {}
+    refuse_unknown(raw, {*ADAPTER_FIELDS, *HARMLESS}, BOOKKEEPING, path)
+    ranks, alphas = adapter["rank_pattern"], adapter["alpha_pattern"]
+    read_fields(ranks, dict.fromkeys(ranks, (*RANK, REQUIRED)), f"{path}: rank_pattern")
+    read_fields(alphas, dict.fromkeys(alphas, (*ALPHA, REQUIRED)), f"{path}: alpha_pattern")
+    adapter |= {"selects": selection(adapter), "pairs": {}, "alphas": {}, "scales": {}}
+    try:
+        for text in adapter["selects"], *ranks, *alphas:
+            re.compile(f"({text})")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: a name is not a regular expression ({error})") from None
     path = path.with_name("adapter_model.safetensors")
-    with open_tensors([path]) as found:
-        for name in sorted(found):           # A of a module, then its B
+    with open_tensors([path], FLOATS) as found:
+        for name in sorted(found):           # A of a layer, then its B
             match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
-            shape = found[name].get_shape()
-            check(match and len(shape) == 2 and shape["AB".index(match[2])] == r,
+            check(match, f"{path}: {name} is not of a linear layer's LoRA, and only that is read, "
+                  "not biases or weights of embeddings (save_embedding_layers, lm_head)")
+            r, shape = value_for(match[1], ranks, adapter["r"]), found[name].get_shape()
+            check(len(shape) == 2 and shape["AB".index(match[2])] == r and 0 not in shape,
                   f"{path}: {name} of shape {shape} is not a LoRA matrix of rank {r}")
-            pairs.setdefault(match[1], []).append(found[name][:])
-    for module, pair in pairs.items():
-        check(len(pair) == 2, f"{path}: {module} has only one of lora_A and lora_B")
-    return adapter | {"scale": adapter["lora_alpha"] / r, "pairs": pairs}     # scale: of B A
+            adapter["pairs"].setdefault(match[1], []).append(found[name][:].float())
+            check_finite(adapter["pairs"][match[1]][-1], f"{path}: {name}")
+    for name, pair in adapter["pairs"].items():
+        check(len(pair) == 2, f"{path}: {name} has only one of lora_A and lora_B")
+        alpha = adapter["alphas"][name] = value_for(name, alphas, adapter["lora_alpha"])
+        adapter["scales"][name] = lora_scale(alpha, len(pair[0]), adapter["use_rslora"])
+    return adapter
 
 def check_adapter(model, adapter, where):
-    """ValueError: an adapter changes a layer that the model has not, or has in another size."""
+    """ValueError: an adapter is for layers that its config does not select, or lacks some that it
+    does, or those of the model are of another size or not there."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name, (A, B) in adapter["pairs"].items():
+    pairs = adapter["pairs"]
+    for name, (A, B) in pairs.items():
         check(name in linears,
               f"{where}: the adapter changes {name}, which this model does not have")
         check(name != "lm_head" or not model.config.tie_word_embeddings,
               f"{where}: the adapter changes lm_head, which is tied to the embedding here")
         ours, theirs = tuple(linears[name].weight.shape), (B.shape[0], A.shape[1])
         check(theirs == ours, f"{where}: {name} of the adapter is {theirs}, the model's is {ours}")
+    chosen = {n for n in (*linears, "model.embed_tokens") if re.fullmatch(adapter["selects"], n)}
+    wrong = [f"{name} has no lora_A and lora_B" for name in sorted(chosen - pairs.keys())]
+    wrong += [f"{name} has them, unselected" for name in sorted(pairs.keys() - chosen)]
+    check(chosen and not wrong, f"{where}: the adapter is not what target_modules in its config "
+          f"selects: {'; '.join(wrong[:3]) or 'no layer'}; {len(wrong)} in all")
 
 def fold(weight, A, B, scale):
     """weight (out,in) + scale * B (out,r) A (r,in).  Summed in fp32: bf16 drops small updates."""
@@ -523,9 +595,10 @@ def put_on(model, adapter, where="adapter", factor=1.0):
     Weights of fp32 take it in; those of half precision keep it beside them, see AdaptedLinear."""
     check_adapter(model, adapter, where)
     for name, (A, B) in adapter["pairs"].items():
-        layer, scale = model.get_submodule(name), factor * adapter["scale"]
+        layer, scale = model.get_submodule(name), factor * adapter["scales"][name]
         if layer.weight.dtype.itemsize >= 4:
             layer.weight.copy_(fold(layer.weight, A, B, scale))
+            check_finite(layer.weight, f"{where}: {name} with the adapter in it")
         else:                            # losses read the head's weight, not its output
             check(name != "lm_head", f"{where}: changes lm_head, which needs --dtype float32")
             A, B = (side.to(layer.weight.device, torch.float32) for side in (A, B))
@@ -536,7 +609,7 @@ def put_on(model, adapter, where="adapter", factor=1.0):
 TOKENIZER_FIELDS = dict.fromkeys(            # as text, or {"content": "<s>", "lstrip": false}
     ("bos_token", "eos_token", "unk_token", "pad_token"), ((str, dict), None, None, None))
 TOKENIZER_FIELDS |= {"chat_template": (str, None, None, None),
-                     "eos_token_id": ((int, list), None, None, [])}
+                     "eos_token_id": ((int, [int]), None, None, [])}
 CONTENT = {"content": (str, None, None, REQUIRED)}
 
 class Tokenizer:
@@ -560,8 +633,7 @@ class Tokenizer:
             path = directory / name
             found = read_fields(read_json(path) if path.exists() else {}, TOKENIZER_FIELDS, path)
             ids = found.pop("eos_token_id")
-            ids = ids if isinstance(ids, list) else [ids]
-            self.eos_ids |= set(read_value(ids, [int], where=f"{path}: eos_token_id"))
+            self.eos_ids |= set(ids if isinstance(ids, list) else [ids])
             for field, token in found.items():
                 if isinstance(token, dict):
                     token = read_fields(token, CONTENT, f"{path}: {field}")["content"]
@@ -610,38 +682,43 @@ def compiled(template):
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def to_json(value, indent=None):         # jinja2's own filter escapes for HTML
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
     def raise_exception(message):
         raise jinja2.exceptions.TemplateError(message)
 
+    # {% generation %} marks what training on answers would keep; for the text it is a scope.
+    template = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", r"\1\2with", template)
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                             extensions=["jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"], sandbox.globals["raise_exception"] = to_json, raise_exception
+    sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's escapes for HTML
+    sandbox.globals["raise_exception"] = raise_exception
+    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return sandbox.from_string(template)
 
 # ---- Sample: from logits to a token ------------------------------------------------------------
+
+NOT_FINITE = "sampling: logits are NaN or infinite; are the weights too large for their dtype?"
 
 def sample(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     """logits (B,V), u (B,) uniform in [0,1) -> token ids (B,).  Temperature 0 is argmax.
     Inverse CDF of the sorted, truncated distribution: the token of a row depends on its own
     logits and its own u alone.  Top-p (arXiv 1904.09751) keeps the token that crosses p, and sees
     the whole distribution; in transformers it sees what top-k left, which differs when both bind.
+    Of a row whose largest logit is not finite, -1, and on a CPU ValueError.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float()
-    logits = logits - logits.amax(-1, keepdim=True)      # a tiny temperature must not overflow
-    p = torch.softmax(logits / temperature, -1)
-    p, ids = p.sort(dim=-1, descending=True, stable=True)                     # (B,V) each
-    keep = p.cumsum(-1) - p < top_p
-    if top_k:
-        keep[:, top_k:] = False
-    cdf = (p * keep).cumsum(-1)                          # (B,V), not normalised
-    rank = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)      # (B,1)
-    last = keep.sum(-1, keepdim=True) - 1                # rounding must not lead out of the set
-    return ids.gather(-1, torch.minimum(rank, last))[:, 0]
+    top, ids = logits.max(-1, keepdim=True)              # (B,1) each; NaN is the largest of all
+    if temperature:
+        p = (logits.float() - top.float()) / temperature     # a tiny one must not overflow
+        p, order = p.softmax(-1).sort(dim=-1, descending=True, stable=True)   # (B,V) each
+        keep = p.cumsum(-1) - p < top_p
+        if top_k:
+            keep[:, top_k:] = False
+        cdf = (p * keep).cumsum(-1)                      # (B,V), not normalised
+        rank = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # (B,1)
+        last = keep.sum(-1, keepdim=True) - 1            # rounding must not lead out of the set
+        ids = order.gather(-1, torch.minimum(rank, last).clamp(min=0))
+    ids = ids.where(top.isfinite(), -1)[:, 0]
+    check(ids.is_cuda or -1 not in ids, NOT_FINITE)      # of a GPU it would wait; `stream` looks
+    return ids
 
 def check_sampling(model, requests, max_new_tokens, temperature, top_p, top_k, slots):
     """ValueError: a setting out of range, or a prompt that the model cannot read."""
@@ -754,6 +831,7 @@ def stream(model, requests, *, max_new_tokens, temperature=0.6, top_p=0.95, top_
         u = np.array([rows[s].u[len(rows[s].ids) - rows[s].start] for s in picked])
         u = torch.from_numpy(u).to(logits.device)
         tokens = sample(logits, u, temperature, top_p, top_k).tolist()
+        check(-1 not in tokens, NOT_FINITE)
         for s, token in zip(picked, tokens):
             row = rows[s]
             if row is idle:

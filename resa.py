@@ -31,8 +31,8 @@ from torch import nn
 
 from data.files import check, staged
 from data.flags import Parser, arms_parser, front_door, parse, parse_experiment, run_commands
-from model import (AdaptedLinear, at_least_fp32, check_adapter, fold, load_model, low_rank,
-                   read_adapter, replace, save_model, split_spec)
+from model import (AdaptedLinear, at_least_fp32, check_adapter, fold, load_model, lora_scale,
+                   low_rank, read_adapter, replace, save_model, split_spec)
 from sae import Chosen, build
 
 # ---- The objective -----------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class LoRALinear(nn.Linear):
 
     A and B stay in fp32, whatever the base is: at a rate of 1e-6 bf16 would never move."""
 
-    def __init__(self, base, r, alpha, dropout=0.0):
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
         nn.Module.__init__(self)         # not nn.Linear's, which would allocate another weight
         check(r >= 1, f"a LoRA rank must be at least 1, it is {r}")
         self.training = base.training
@@ -195,7 +195,8 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))     # as PEFT; B = 0: no change yet
-        self.r, self.alpha, self.scale = r, alpha, alpha / r
+        self.r, self.alpha, self.rslora = r, alpha, rslora
+        self.scale = lora_scale(alpha, r, rslora)
         self.dropout, self.on = dropout, True                     # on: see adapters_off
 
     def forward(self, x):
@@ -266,10 +267,18 @@ def save_adapter(model, directory, base=None):
         for side in ("lora_A", "lora_B"):
             key = f"base_model.model.{name}.{side}.weight"
             tensors[key] = getattr(layer, side).detach().contiguous().cpu()
+    ends = {name.rpartition(".")[2] for name in layers}
+    alike = [name for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ends]
+    # Ends of names where these say it all, else names in full
+    targets = ends if len(alike) == len(layers) else layers
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=layer.r, lora_alpha=layer.alpha,
                   lora_dropout=layer.dropout, bias="none", inference_mode=True,
-                  target_modules=sorted({name.rpartition(".")[2] for name in layers}),
-                  base_model_name_or_path=base)
+                  target_modules=sorted(targets), base_model_name_or_path=base)
+    ranks = {name: other.r for name, other in layers.items() if other.r != layer.r}
+    alphas = {name: other.alpha for name, other in layers.items() if other.alpha != layer.alpha}
+    more = dict(rank_pattern=ranks, alpha_pattern=alphas, use_rslora=layer.rslora)
+    config |= {field: value for field, value in more.items() if value}
     with staged(directory) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -281,8 +290,8 @@ def load_adapter(model, spec):
     check_adapter(model, adapter, spec)
     model.requires_grad_(False)
     for name, (A, B) in adapter["pairs"].items():
-        layer = LoRALinear(model.get_submodule(name), adapter["r"], adapter["lora_alpha"],
-                           adapter["lora_dropout"])
+        layer = LoRALinear(model.get_submodule(name), len(A), adapter["alphas"][name],
+                           adapter["lora_dropout"], adapter["use_rslora"])
         with torch.no_grad():
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
@@ -394,7 +403,7 @@ def merge(argv):
     parser.add_argument("--model", required=True, help="BASE+ADAPTER, or BASE+ADAPTER*FACTOR")
     parser.add_argument("--out", required=True, help="directory to write; it must be new")
     args = parse(parser, argv)
-    check("+" in args.model, "resa.py merge: --model names no adapter, BASE+ADAPTER")
+    check(split_spec(args.model)[1], "resa.py merge: --model names no adapter, BASE+ADAPTER")
     check(not Path(args.out).exists(), f"{args.out} exists already; --out must be a new directory")
     model = merge_adapter(load_model(args.model))
     save_model(model, args.out)
@@ -408,7 +417,7 @@ def rounding(merged, spec):
     for path, factor in adapters:
         adapter = read_adapter(path)
         for name, (A, B) in adapter["pairs"].items():
-            delta = factor * adapter["scale"] * (B.double() @ A.double())         # (out,in)
+            delta = factor * adapter["scales"][name] * (B.double() @ A.double())         # (out,in)
             wanted[name] = wanted.get(name, 0) + delta
     for name, delta in wanted.items():
         weights = (model.get_submodule(name).weight.double() for model in (merged, before))

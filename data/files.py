@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -64,7 +65,7 @@ REQUIRED = object()      # as the default of a field: it must be there
 def read_fields(raw, table, where):
     """A parsed JSON object -> {field: value} for the fields of `table`.
     table      {field: (kind, low, high, default)}
-    kind       a type; a tuple of types; [type] for a list of it; a tuple of words, one of them
+    kind       a type; [type] for a list of it; a tuple of these; a tuple of words, one of them
     low, high  bounds of a number, or of how long a text or list is; None: no bound
     default    what an absent field, or null, means; REQUIRED: there is none
     Other fields are left out: the caller decides whether they may be ignored.
@@ -82,7 +83,9 @@ KIND_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true
 
 def read_value(value, kind, low=None, high=None, where="value"):
     """One value of a kind, within bounds, as in `read_fields`.  An int may stand for a float."""
-    kinds = kind if isinstance(kind, tuple) else (list,) if isinstance(kind, list) else (kind,)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    inner = [k[0] for k in kinds if isinstance(k, list)]
+    kinds = [k for k in kinds if not isinstance(k, list)] + [list] * len(inner)
     if not isinstance(kinds[0], type):
         check(any(value == word and type(value) is type(word) for word in kinds),
               f"{where} = {shorten(value)} is not supported, only {', '.join(map(repr, kinds))}")
@@ -95,7 +98,18 @@ def read_value(value, kind, low=None, high=None, where="value"):
     size = value if isinstance(value, (int, float)) else len(value)
     check(low is None or size >= low, f"{where} is below {low}: {shorten(value)}")
     check(high is None or size <= high, f"{where} is above {high}: {shorten(value)}")
-    return [read_value(x, kind[0], where=where) for x in value] if isinstance(kind, list) else value
+    listed = inner and isinstance(value, list)
+    return [read_value(x, inner[0], where=where) for x in value] if listed else value
+
+def refuse_unknown(raw, known, harmless, where):
+    """ValueError: a field that is switched on and not known; it may change what is computed.
+    Names that match an expression in `harmless` are ignored with a note."""
+    on = [name for name, value in raw.items() if value and name not in known]
+    for name in on:
+        check(re.fullmatch("|".join(harmless), name), f"{where}: {name!r} = {shorten(raw[name])} "
+              "is not supported; delete it there if the model does not depend on it")
+    if on:
+        print(f"{where}: ignored: {', '.join(on)}", file=sys.stderr)
 
 def shorten(value):
     """A value as an error message shows it."""
@@ -107,7 +121,7 @@ def shorten(value):
 def read_jsonl(path):
     """Yields (line number, object) of a JSONL file without its blank lines.
     A file that begins with [ is one JSON list, whose objects are counted instead of lines."""
-    text = read_text(path)
+    text = read_text(path).replace("\n\ufeff", "\n")        # marks where files were joined
     if text.lstrip().startswith("["):
         rows = enumerate(parse_json(text, path), start=1)
     else:                                # not splitlines(), which also cuts at U+2028
@@ -145,8 +159,9 @@ def read_problems(path):
 # ---- Tensors -----------------------------------------------------------------------------------
 
 @contextmanager
-def open_tensors(paths):
-    """Memory-mapped safetensors files -> {name: lazy slice}.  ValueError names a damaged file."""
+def open_tensors(paths, dtypes=None):
+    """Memory-mapped safetensors files -> {name: lazy slice}.  dtypes: ("F32", ..), None is any.
+    ValueError names a damaged file, or a tensor of another dtype."""
     with ExitStack() as stack:
         slices = {}
         for path in paths:
@@ -156,13 +171,22 @@ def open_tensors(paths):
                 raise FileNotFoundError(f"{path}: no such file") from None
             except Exception as error:
                 raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-            slices |= {name: handle.get_slice(name) for name in handle.keys()}
+            for name in handle.keys():
+                slices[name] = handle.get_slice(name)
+                dtype = slices[name].get_dtype()
+                check(not dtypes or dtype in dtypes, f"{path}: {name} is {dtype}, not {dtypes}")
         yield slices
 
 def check_tensors(found, wanted, where):
     """ValueError names what is missing, unexpected or of another shape.  Reads only headers.
     found {name: slice}, wanted {name: tensor, or anything with a .shape}"""
-    wrong = [f"missing {name}" for name in wanted if name not in found]
+    missing = [name for name in wanted if name not in found]
+    first = missing[0] if missing else "/"
+    for prefix in [name.removesuffix(first) for name in found if name.endswith(f".{first}")]:
+        count = sum(name.startswith(prefix) for name in found)
+        check(count < 2, f"{where}: {count} of {len(found)} tensors have {prefix!r} before their "
+              "names, as in the state dict of a wrapped model; save the model inside")
+    wrong = [f"missing {name}" for name in missing]
     wrong += [f"unexpected {name}" for name in found if name not in wanted]
     for name in wanted:
         shape = tuple(found[name].get_shape()) if name in found else tuple(wanted[name].shape)

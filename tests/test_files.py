@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from data import files, flags
 from data.files import (
     REQUIRED, check, check_tensors, locate, open_tensors, parse_json, printable, read_fields,
-    read_json, read_jsonl, read_problems, read_text, read_value, relative, shorten, staged,
-    write_json, write_jsonl)
+    read_json, read_jsonl, read_problems, read_text, read_value, refuse_unknown, relative, shorten,
+    staged, write_json, write_jsonl)
 from data.flags import Parser, open_run, parse, read_preset, real, refuse_idle, to_argv, whole
 from tests.conftest import ROOT
 
@@ -162,6 +162,27 @@ def test_words_are_compared_with_their_type():
     check_refused(lambda: read_value(["a", "c"], [("a", "b")]), "'c'")
 
 
+def test_one_or_a_list_of_it():
+    kind = (str, [str])
+    assert read_value("a", kind) == "a" and read_value(["a", "b"], kind) == ["a", "b"]
+    assert read_value([], kind) == [] and read_value(3, (int, [int])) == 3
+    for value in (5, ["a", 5], {"a": 1}, [["a"]], [None], True):
+        check_refused(lambda: read_value(value, kind, where="here"), "here", "text")
+    check_refused(lambda: read_value(5, kind), "text or a list")
+
+
+def test_unknown_fields_that_are_switched_on(capsys):
+    harmless = ["_.*", "a|b"]
+    refuse_unknown({"k": 1, "x": None, "y": 0, "z": False, "w": {}}, {"k"}, harmless, "x.json")
+    assert capsys.readouterr().err == ""
+    refuse_unknown({"k": 1, "_p": 1, "b": "2"}, {"k"}, harmless, "x.json")
+    assert capsys.readouterr().err == "x.json: ignored: _p, b\n"
+    for name in ("x", "ab", "x_p", "A", "_\n"):
+        raw = {"_p": 1, name: "v" * 999}
+        text = check_refused(lambda: refuse_unknown(raw, {"k"}, harmless, "x.json"), "x.json: ", "v")
+        assert len(text) < 200 and capsys.readouterr().err == ""
+
+
 def test_a_list_that_is_no_number_is_never_shown_in_full():
     text = check_refused(lambda: read_value(["x" * 10**6] * 3, int, where="here"), "here")
     assert len(text) < 200
@@ -222,6 +243,16 @@ def test_problems_of_a_file_with_a_byte_order_mark(tmp_path):
     assert read_problems(path) == [{"problem": "p", "answer": "a", "id": "0"}]
 
 
+def test_byte_order_marks_where_files_were_joined(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\xef\xbb\xbf{"a": "\xef\xbb\xbf"}\n\xef\xbb\xbf\n')
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (2, {"a": "\ufeff"})]
+    path.write_bytes(b'\xef\xbb\xbf [{"a": 1}]')
+    assert list(read_jsonl(path)) == [(1, {"a": 1})]
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(path) == {"a": 1} and read_text(path) == '{"a": 1}'
+
+
 @pytest.mark.parametrize("row, words", [
     ('{"problem": "p"}', ['no "answer"']), ('{"answer": "a"}', ['no "problem"']),
     ('{"problem": "p", "answer": null}', ['no "answer"']),
@@ -265,6 +296,31 @@ def test_open_tensors_of_several_files(tmp_path):
         assert "more" not in text
         many = {f"t{i}": torch.empty(1) for i in range(20)}
         check_refused(lambda: check_tensors(found, many, "here"), "missing t0", "and 14 more")
+
+
+def test_dtypes_of_tensors(tmp_path):
+    path = tmp_path / "1.safetensors"
+    save_file({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.int32)}, path)
+    with open_tensors([path]) as found:
+        assert set(found) == {"a", "b"}
+    with open_tensors([path], ("F32", "I32")) as found:
+        assert set(found) == {"a", "b"}
+    with pytest.raises(ValueError, match=f"{path}: b is I32, not"), open_tensors([path], ("F32",)):
+        pass
+
+
+def test_a_prefix_before_the_names_is_counted_and_named(tmp_path):
+    path, wanted = tmp_path / "1.safetensors", {"a.w": torch.ones(2), "b.w": torch.ones(3)}
+    save_file({f"net.module.{n}": t for n, t in wanted.items()} | {"more": torch.ones(1)}, path)
+    with open_tensors([path]) as found:
+        check_refused(lambda: check_tensors(found, wanted, "here"), "here", "2 of 3", "'net.module.'")
+    save_file({"a.w": torch.ones(2), "deep.b.w": torch.ones(3)}, path)       # one name is no prefix
+    with open_tensors([path]) as found:
+        check_refused(lambda: check_tensors(found, wanted, "here"), "missing b.w",
+                      "unexpected deep.b.w")
+    save_file(wanted | {f"ema.{n}": t.clone() for n, t in wanted.items()}, path)     # nothing is missing
+    with open_tensors([path]) as found:
+        check_refused(lambda: check_tensors(found, wanted, "here"), "unexpected ema.a.w")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 60, -1])

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import resa
 from data.files import read_json
 from model import (
     Cache, Config, Tokenizer, Transformer, check_adapter, check_sampling, choose_device, collect,
@@ -473,6 +474,52 @@ def test_an_untied_head_that_is_missing_is_named(tmp_path):
     check_refused(lambda: load_model(str(directory)), "missing lm_head.weight")
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight",
+                                  "model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, name, value):
+    directory = checkpoint(tmp_path / "m")
+    edit_weights(directory, lambda t: t[name].view(-1)[-3:-2].fill_(value))
+    check_refused(lambda: load_model(str(directory)), directory, name, "NaN or infinite")
+    check_refused(lambda: load_model(str(directory), dtype="bfloat16"), name)
+
+
+def test_weights_too_large_for_a_dtype_are_refused_by_name(tmp_path):
+    directory, name = checkpoint(tmp_path / "m"), "model.layers.1.self_attn.o_proj.weight"
+    edit_weights(directory, lambda t: t[name].view(-1)[:1].fill_(70_000))
+    assert load_model(str(directory), dtype="bfloat16")
+    check_refused(lambda: load_model(str(directory), dtype="float16"), name, "float16")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint32, torch.int8, torch.int64, torch.bool,
+                                   torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_another_dtype_are_refused_by_name(tmp_path, dtype):
+    directory, name = checkpoint(tmp_path / "m"), "model.layers.1.mlp.up_proj.weight"
+    edit_weights(directory, lambda t: t.update({name: t[name].to(dtype)}))
+    check_refused(lambda: load_model(str(directory)), "model.safetensors", name)
+
+
+def test_a_model_that_is_not_finite_is_neither_saved_nor_sampled(tmp_path):
+    directory = checkpoint(tmp_path / "m")
+    for name, value in ("model.norm.weight", "nan"), ("model.embed_tokens.weight", "inf"):
+        model = named("tied, one kv head")
+        model.get_parameter(name).view(-1)[5] = float(value)
+        check_refused(lambda: save_model(model, directory), directory, name)
+        assert same_weights(load_model(str(directory)), named("tied, one kv head"))
+        for temperature in (0, 0.7):
+            check_refused(lambda: generate(model, [[1, 2]], 3, temperature), "sampling: logits")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module.",
+                                    "base_model.model."])
+def test_a_prefix_before_all_names_is_named_and_counted(tmp_path, prefix):
+    directory = checkpoint(tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    save_file({prefix + n: t for n, t in tensors.items()}, directory / "model.safetensors")
+    text = check_refused(lambda: load_model(str(directory)), repr(prefix), f"26 of {len(tensors)}")
+    assert len(tensors) == 26 and len(text) < 300
+
+
 @pytest.mark.parametrize("keep", [0, 7, 200, -1])
 def test_truncated_file(tmp_path, keep):
     path = checkpoint(tmp_path / "m") / "model.safetensors"
@@ -608,10 +655,43 @@ def test_config_fields_of_a_wrong_type(field, value):
     ("eos_token_id", "<end>"), ("eos_token_id", {"id": 1}), ("pad_token_id", 0.5),
     ("rope_parameters", {"rope_theta": "1e6"}), ("rope_parameters", {"rope_theta": 0}),
     ("layer_types", "full_attention"), ("layer_types", [1]), ("model_type", ["qwen2"]),
-    ("qkv_bias", 1), ("hidden_act", 0),
+    ("qkv_bias", 1), ("hidden_act", 0), ("layer_types", 5), ("layer_types", {}),
+    ("max_position_embeddings", "x"), ("max_position_embeddings", 0), ("eos_token_id", {}),
+    ("eos_token_id", [{}]), ("eos_token_id", [1, None]), ("eos_token_id", 1.5),
+    ("rope_scaling", {"rope_theta": 10**400}), ("rope_parameters", 10**400),
+    ("mlp_only_layers", 10**400), ("rms_norm_eps", []), ("dtype", {}),
 ])
 def test_config_fields_that_no_forward_pass_could_use(field, value):
-    check_refused(lambda: Config.from_dict(TINY | {field: value}, "x.json"), "x.json", field)
+    raw = TINY | {field: value}
+    if field == "mlp_only_layers":
+        raw |= dict(model_type="qwen2_moe", num_experts=4, num_experts_per_tok=2,
+                    moe_intermediate_size=8, shared_expert_intermediate_size=8)
+    check_refused(lambda: Config.from_dict(raw, "x.json"), "x.json", field)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(unsloth_version="2025.3.1"), dict(_commit_hash="0ad1f3"), dict(auto_map={"AutoModel": "x"}),
+    dict(id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}), dict(attention_bias=True),
+    dict(unsloth_fixed=True), dict(torchscript=True), dict(tokenizer_class="Qwen2Tokenizer"),
+    dict(problem_type="single_label_classification"), dict(max_length=20, do_sample=True),
+    dict(_attn_implementation="sdpa"), {"transformers.js_config": {"dtype": "q4"}},
+], ids=str)
+def test_bookkeeping_is_ignored_with_a_note(capsys, fields):
+    want = Config.from_dict(TINY).to_dict()
+    assert capsys.readouterr().err == ""
+    assert Config.from_dict(TINY | fields, "here/config.json").to_dict() == want
+    assert capsys.readouterr().err == f"here/config.json: ignored: {', '.join(fields)}\n"
+
+
+@pytest.mark.parametrize("fields", [
+    dict(rope_scaling={"type": "yarn", "factor": 4.0}), dict(use_sliding_window=True),
+    dict(quantization_config={"bits": 4}), dict(partial_rotary_factor=0.5), dict(qk_norm=True),
+    dict(logit_scale=0.5), dict(final_logit_softcapping=30.0), dict(attention_multiplier=2),
+    dict(pruned_heads={"0": [1]}), dict(use_tomorrow="x"), dict(layer_norm_type="rms2"),
+    dict(tie_word_embedding=True), dict(add_cross_attention=True),
+], ids=str)
+def test_what_may_change_the_computation_is_refused(fields):
+    check_refused(lambda: Config.from_dict(TINY | fields, "x.json"), "x.json", *fields)
 
 
 def test_a_config_can_be_copied_and_changed():
@@ -706,6 +786,33 @@ def test_split_spec(tmp_path, monkeypatch):
     assert split_spec("x+c*0.30000000000000004+d*1e-5+e*-.5") == ("x", exact)
 
 
+def test_paths_with_a_plus_in_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = checkpoint(tmp_path / "c++" / "m+1")
+    of_layers(tmp_path / "c++" / "lora+x", QS, target_modules=["q_proj"])
+    (tmp_path / "ad").symlink_to(tmp_path / "c++" / "lora+x")
+    one, two = "c++/m+1", "c++/lora+x"
+    assert split_spec(one) == (one, [])
+    assert split_spec(f"{one}+{two}") == (one, [(two, 1.0)])
+    assert split_spec(f"{one}+{two}*0.5+ad*-2") == (one, [(two, 0.5), ("ad", -2.0)])
+    assert split_spec(f"c++#m+1+ad+{two}") == ("c++#m+1", [("ad", 1.0), (two, 1.0)])
+    assert split_spec("c++#lora+ad") == ("c++#lora", [("ad", 1.0)])
+    assert split_spec(f"{two}#sub*0.5") == (f"{two}#sub*0.5", [])
+    assert split_spec(f"m+{two}#sub*0.5") == ("m", [(f"{two}#sub", 0.5)])
+    assert split_spec(f"random:{one}/config.json@3+{two}") == (
+        f"random:{one}/config.json@3", [(two, 1.0)])
+    merged, plain = load_model(f"{base}+{tmp_path}/{two}*0.5"), load_model(str(base))
+    assert not torch.equal(merged(INPUT), plain(INPUT))
+    assert same_weights(merged, load_model(f"{one}+ad*0.5"))
+    assert load_model(f"random:{one}/config.json@3+{two}")
+    with pytest.raises(ValueError, match="names no adapter"):        # the + is of the base's name
+        resa.main(["merge", "--model", one, "--out", "merged"])
+    check_refused(lambda: load_model(f"{one}+"), "no adapter is named")
+    check_refused(lambda: load_model(f"{one}++{two}"), "no adapter is named")
+    (tmp_path / "half*0.5").symlink_to(tmp_path / "ad")
+    assert split_spec("x+half*0.5") == ("x", [("half*0.5", 1.0)])
+
+
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device() == choose_device(None) == choose_device("cpu") == "cpu"
@@ -782,7 +889,7 @@ def adapter(directory, r=2, tensors=None, **fields):
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": 6,
-        "target_modules": ["q_proj", "down_proj"],
+        "target_modules": [Q, DOWN],
     } | fields
     (directory / "adapter_config.json").write_text(json.dumps(raw))
     shapes = {f"{Q}.lora_A": (2, 20), f"{Q}.lora_B": (20, 2),
@@ -813,8 +920,8 @@ def test_merge_is_base_plus_scaled_product(tmp_path):
         task_type="CAUSAL_LM",
     )
     read = read_adapter(spec)
-    assert (read["r"], read["lora_alpha"], read["lora_dropout"], read["scale"]) == (2, 6, 0.1, 3.0)
-    assert set(read["pairs"]) == {Q, DOWN}
+    assert (read["r"], read["lora_alpha"], read["lora_dropout"], read["scales"][Q]) == (2, 6, 0.1, 3.0)
+    assert set(read["pairs"]) == {Q, DOWN} and read["alphas"] == {Q: 6, DOWN: 6}
     base = checkpoint(tmp_path / "m")
     merged, want = load_model(f"{base}+{spec}"), named("tied, one kv head").state_dict()
     for module in (Q, DOWN):
@@ -884,12 +991,30 @@ def test_a_factor_scales_an_adapter(tmp_path):
         (dict(lora_alpha=None), "lora_alpha"),
         (dict(use_dora=True), "use_dora"),
         (dict(bias="all"), "bias"),
-        (dict(use_rslora=True), "use_rslora"),
+        (dict(use_rslora=1), "use_rslora"),
         (dict(lora_bias=True), "lora_bias"),
         (dict(fan_in_fan_out=True), "fan_in_fan_out"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
-        (dict(rank_pattern={"q_proj": 4}), "rank_pattern"),
-        (dict(alpha_pattern={"q_proj": 4}), "alpha_pattern"),
+        (dict(rank_pattern={"q_proj": 4}), "rank 4"),
+        (dict(rank_pattern={"q_proj": 0}), "rank_pattern"),
+        (dict(rank_pattern={"q_proj": None}), "rank_pattern"),
+        (dict(rank_pattern={"(": 2}), "regular expression"),
+        (dict(rank_pattern=["q_proj"]), "rank_pattern"),
+        (dict(alpha_pattern={"q_proj": "4"}), "alpha_pattern"),
+        (dict(alpha_pattern={"q_proj": 10**400}), "alpha_pattern"),
+        (dict(alpha_pattern={"*": 2}), "regular expression"),
+        (dict(target_modules=5), "target_modules"),
+        (dict(target_modules=["q_proj", 5]), "target_modules"),
+        (dict(target_modules="q_proj("), "regular expression"),
+        (dict(exclude_modules="[z-a]"), "regular expression"),
+        (dict(exclude_modules={"q_proj": 1}), "exclude_modules"),
+        (dict(layers_to_transform="1"), "layers_to_transform"),
+        (dict(layers_to_transform=[0.5]), "layers_to_transform"),
+        (dict(layers_to_transform=1, layers_pattern="a{99999999999999999999}"), "expression"),
+        # whatever a field of tomorrow is, it may change what is computed
+        (dict(use_tomorrow=True), "use_tomorrow"),
+        (dict(scale_vector=[1.0]), "scale_vector"),
+        (dict(peft_mode="x", variant="dora"), "variant"),
         (dict(layer_replication=[[0, 1]]), "layer_replication"),
         (dict(target_parameters=["w"]), "target_param"),
         (dict(trainable_token_indices=[1]), "trainable_token_indices"),
@@ -959,6 +1084,170 @@ def test_adapter_that_does_not_fit_the_model(tmp_path, module, a, b, word):
     with pytest.raises(ValueError):
         put_on(model, read_adapter(spec))
     assert same_weights(model, named("tied, one kv head"))  # refused before the first change
+
+
+def of_layers(directory, modules, change=lambda pairs: None, **fields):
+    """An adapter of rank 2 for these modules of the model of TINY."""
+    model, pairs = named("tied, one kv head"), {}
+    for module in modules:
+        out, width = model.get_submodule(module).weight.shape
+        pairs[tensor_name(module, "A")] = recipe(f"{module}.A", (2, width))
+        pairs[tensor_name(module, "B")] = recipe(f"{module}.B", (out, 2))
+    change(pairs)
+    directory.mkdir(exist_ok=True)
+    save_file(pairs, directory / "adapter_model.safetensors")
+    raw = {"peft_type": "LORA", "r": 2, "lora_alpha": 6} | fields
+    (directory / "adapter_config.json").write_text(json.dumps(raw))
+    return str(directory)
+
+
+LINEARS = [n for n, m in Transformer(Config(**TINY)).named_modules()
+           if isinstance(m, nn.Linear) and n != "lm_head"]
+QS, UPS = ([n for n in LINEARS if n.endswith(end)] for end in ("q_proj", "up_proj"))
+SELECTIONS = [          # fields of adapter_config.json, the modules that they select
+    (dict(target_modules=["q_proj"]), QS),
+    (dict(target_modules=["up_proj", "self_attn.q_proj"]), QS + UPS),
+    (dict(target_modules=QS[:1] + ["mlp.up_proj"]), QS[:1] + UPS),
+    (dict(target_modules=r"model\.layers\.\d+\.self_attn\.q_proj"), QS),
+    (dict(target_modules=r".*(q|up)_proj|nothing"), QS + UPS),
+    (dict(target_modules="all-linear"), LINEARS),
+    (dict(target_modules="All-Linear", exclude_modules=r".*mlp.*"),
+     [n for n in LINEARS if "self_attn" in n]),
+    (dict(target_modules=["q_proj", "up_proj"], exclude_modules=["q_proj"]), UPS),
+    (dict(target_modules=["q_proj", "up_proj"], exclude_modules=QS[:1] + ["0.mlp.up_proj"]),
+     QS[1:] + UPS[1:]),
+    (dict(target_modules=["q_proj"], exclude_modules="q_proj"), QS),     # the whole name, as PEFT
+    (dict(target_modules=["q_proj"], layers_to_transform=0), QS[:1]),
+    (dict(target_modules=["q_proj"], layers_to_transform=[1, 7], layers_pattern="layers"), QS[1:]),
+    (dict(target_modules=["q_proj"], layers_to_transform=[], layers_pattern=None), QS),
+    (dict(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern=["h", "layers"]),
+     QS[:1]),
+]
+
+
+@pytest.mark.parametrize("fields, modules", SELECTIONS, ids=str)
+def test_an_adapter_has_the_layers_that_its_config_selects_no_more_and_no_fewer(
+        tmp_path, fields, modules):
+    """What is missing would load as the base; what is not selected PEFT would not load."""
+    base = checkpoint(tmp_path / "m")
+    spec = of_layers(tmp_path / "ad", modules, **fields)
+    merged, plain = load_model(f"{base}+{spec}"), load_model(str(base))
+    for name in LINEARS:
+        changed = not torch.equal(merged.get_submodule(name).weight,
+                                  plain.get_submodule(name).weight)
+        assert changed == (name in modules), name
+    for i in {0, len(modules) - 1}:
+        fewer = modules[:i] + modules[i + 1:]
+        spec = of_layers(tmp_path / "ad", fewer, **fields)
+        check_refused(lambda: load_model(f"{base}+{spec}"), spec, modules[i], "target_modules")
+    if others := [n for n in LINEARS if n not in modules]:
+        spec = of_layers(tmp_path / "ad", modules + others[:1], **fields)
+        check_refused(lambda: load_model(f"{base}+{spec}"), spec, others[0], "target_modules")
+
+
+@pytest.mark.parametrize("fields", [dict(target_modules=["q_proj"]), dict(target_modules=[]), {},
+                                    dict(target_modules="none"), dict(target_modules=None),
+                                    dict(target_modules="all-linear")], ids=str)
+def test_an_adapter_without_tensors_is_no_adapter(tmp_path, fields):
+    spec = of_layers(tmp_path / "ad", [], **fields)
+    check_refused(lambda: load_model(f"{checkpoint(tmp_path / 'm')}+{spec}"), spec)
+
+
+def test_an_embedding_that_is_selected_is_missed(tmp_path):
+    spec = of_layers(tmp_path / "ad", QS, target_modules=["q_proj", "embed_tokens"])
+    check_refused(lambda: load_model(f"{checkpoint(tmp_path / 'm')}+{spec}"), "embed_tokens")
+
+
+@pytest.mark.parametrize("side, place", [("A", (0, 0)), ("B", (-1, -1)), ("A", (1, 7))])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_adapter_numbers_that_are_not_finite_are_refused_by_name(tmp_path, side, place, value):
+    name = tensor_name(QS[1], side)
+
+    def spoil(pairs):
+        pairs[name][place] = value
+    spec = of_layers(tmp_path / "ad", QS, spoil, target_modules=["q_proj"])
+    check_refused(lambda: read_adapter(spec), "adapter_model.safetensors", name, "NaN")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool,
+                                   torch.float8_e4m3fn, torch.float8_e5m2])
+def test_adapter_tensors_of_another_dtype_are_refused_by_name(tmp_path, dtype):
+    name = tensor_name(QS[0], "B")
+
+    def cast(pairs):
+        pairs[name] = pairs[name].to(dtype)
+    spec = of_layers(tmp_path / "ad", QS, cast, target_modules=["q_proj"])
+    check_refused(lambda: read_adapter(spec), "adapter_model.safetensors", name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_adapter_tensors_of_each_float_are_read(tmp_path, dtype):
+    def cast(pairs):
+        pairs.update({name: t.to(dtype) for name, t in pairs.items()})
+    plain = read_adapter(of_layers(tmp_path / "a", QS, target_modules=["q_proj"]))
+    other = read_adapter(of_layers(tmp_path / "b", QS, cast, target_modules=["q_proj"]))
+    for a, b in zip(plain["pairs"][QS[0]], other["pairs"][QS[0]]):
+        assert (a - b).abs().max() < 0.02 and a.dtype == b.dtype == torch.float32
+
+
+def test_an_adapter_that_is_too_much_for_the_weights_is_refused(tmp_path):
+    base = checkpoint(tmp_path / "m", dtype=torch.float16)
+    spec = of_layers(tmp_path / "ad", QS, target_modules=["q_proj"], lora_alpha=1e6)
+    check_refused(lambda: load_model(f"{base}+{spec}"), spec, QS[0], "infinite")
+    assert load_model(f"{base}+{spec}*1e-6").get_submodule(QS[0]).weight.isfinite().all()
+
+
+@pytest.mark.parametrize("fields, scales", [   # by hand: alpha / r, or alpha / sqrt(r), of QS, UPS
+    (dict(), (3, 3, 3, 3)),
+    (dict(use_rslora=True), (6 / 2**0.5,) * 4),
+    (dict(alpha_pattern={"q_proj": 4}), (2, 2, 3, 3)),
+    (dict(alpha_pattern={"0.self_attn.q_proj": 4, "q_proj": 10}), (2, 5, 3, 3)),
+    (dict(alpha_pattern={"proj": 4, "layers": 8}), (3, 3, 3, 3)),    # whole words, at the end
+    (dict(alpha_pattern={r"layers\.1\..*": 8, "up_proj": 2}), (3, 4, 1, 4)),
+    (dict(alpha_pattern={r"^model.layers.0.mlp.up_proj": -1}), (3, 3, -0.5, 3)),
+    (dict(alpha_pattern={"q_proj|up_proj": 1.5}, use_rslora=True), (1.5 / 2**0.5,) * 4),
+], ids=str)
+def test_the_scale_of_each_layer(tmp_path, fields, scales):
+    base = checkpoint(tmp_path / "m")
+    spec = of_layers(tmp_path / "ad", QS + UPS, target_modules=["q_proj", "up_proj"], **fields)
+    merged, plain = load_model(f"{base}+{spec}"), load_model(str(base))
+    for name, scale in zip(QS + UPS, scales):
+        A, B = read_adapter(spec)["pairs"][name]
+        change = merged.get_submodule(name).weight - plain.get_submodule(name).weight
+        assert torch.allclose(change, scale * B @ A, atol=1e-5), name
+
+
+def test_layers_of_different_ranks(tmp_path):
+    """Rank 2 but where a pattern says 3: the scale goes with the rank."""
+    def widen(pairs):
+        for side, shape in (("A", (3, 20)), ("B", (28, 3))):
+            pairs[tensor_name(UPS[1], side)] = recipe(side, shape)
+    pattern = {"1.mlp.up_proj": 3}
+    base, where = checkpoint(tmp_path / "m"), tmp_path / "ad"
+    targets = dict(target_modules=["up_proj"], lora_alpha=12)
+    for rslora, root in (False, 1), (True, 0.5):
+        spec = of_layers(where, UPS, widen, rank_pattern=pattern, use_rslora=rslora, **targets)
+        merged, plain = load_model(f"{base}+{spec}"), load_model(str(base))
+        for name, r in zip(UPS, (2, 3)):
+            A, B = read_adapter(spec)["pairs"][name]
+            change = merged.get_submodule(name).weight - plain.get_submodule(name).weight
+            assert torch.allclose(change, 12 / r**root * B @ A, atol=1e-4)
+    check_refused(lambda: read_adapter(of_layers(where, UPS, widen, **targets)), UPS[1], "rank 2")
+    check_refused(lambda: read_adapter(of_layers(where, UPS, rank_pattern=pattern, **targets)),
+                  UPS[1], "rank 3")
+
+
+@pytest.mark.parametrize("name, word", [
+    ("model.embed_tokens.weight", "save_embedding_layers"),
+    ("lm_head.weight", "save_embedding_layers"), ("lm_head.base_layer.weight", "lm_head"),
+    ("model.embed_tokens.lora_embedding_A", "linear layer"),
+])
+def test_weights_that_peft_saves_beside_the_adapter_are_refused_in_clear_words(
+        tmp_path, name, word):
+    def add(pairs):
+        pairs[f"base_model.model.{name}"] = torch.ones(37, 20)
+    spec = of_layers(tmp_path / "ad", QS, add, target_modules=["q_proj"])
+    check_refused(lambda: read_adapter(spec), f"base_model.model.{name}", word)
 
 
 def test_adapter_of_a_tied_head_does_not_touch_the_embedding(tmp_path):
@@ -1166,6 +1455,10 @@ def test_where_the_template_comes_from(tmp_path):
     ("tokenizer_config", {"chat_template": 5}, ["chat_template"]),
     ("tokenizer_config", {"chat_template": [{"name": "default", "template": "x"}]},
      ["chat_template", "text"]),
+    ("tokenizer_config", {"chat_template": [{"name": "default"}]}, ["chat_template", "text"]),
+    ("tokenizer_config", {"chat_template": {"default": "x"}}, ["chat_template", "text"]),
+    ("config", {"eos_token_id": {}}, ["eos_token_id"]),
+    ("config", {"eos_token_id": [[1]]}, ["eos_token_id"]),
     ("tokenizer_config", {"eos_token": 5}, ["eos_token"]),
     ("tokenizer_config", {"eos_token": {"text": "x"}}, ["eos_token", "content"]),
     ("tokenizer_config", {"bos_token": {"content": 5}}, ["bos_token", "content"]),
@@ -1208,7 +1501,52 @@ def test_templates_use_the_conventions_of_the_hub(tmp_path):
     check_refused(lambda: load_tokenizer(str(tmp_path)).chat([USER]), "roles must alternate")
 
 
+TEMPLATES = {          # template -> what transformers 5.24 makes of it for TALK[:2]
+    "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }}{% endgeneration %}\n"
+    "{% endfor %}": "system:Be brief.user:What is 2 + 3?",
+    "a {%- generation -%} b {%- endgeneration -%} c": "abc",
+    "{% for m in messages %}\n  {% generation %}\n{{ m.role }}\n  {% endgeneration %}\n"
+    "{% endfor %}": "system\nuser\n",
+    "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}": "21",
+    "{% for m in messages %}{% generation %}{{ loop.index }}{% endgeneration %}{% endfor %}": "12",
+    "{{ {'b': 1, 'a': 'é<'} | tojson }}": '{"b": 1, "a": "é<"}',
+    "{{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}": '{"a": 2, "b": 1}',
+    "{{ {'b': [1], 'a': 2} | tojson(indent=2, sort_keys=True) }}":
+        '{\n  "a": 2,\n  "b": [\n    1\n  ]\n}',
+    "{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':')) }}": '{"b":1,"a":2}',
+    "{{ 'é' | tojson(ensure_ascii=true) }}": '"\\u00e9"',
+    "{{ messages[0] | tojson(separators=(', ', '= '), sort_keys=true) }}":
+        '{"content"= "Be brief.", "role"= "system"}',
+    "{{ strftime_now('%%') }}{{ strftime_now is defined }}": "%True",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_have_what_transformers_offers(tmp_path, template):
+    word_tokenizer(tmp_path, chat_template=template)
+    assert load_tokenizer(str(tmp_path)).chat(TALK[:2]) == TEMPLATES[template]
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, "{{ strftime_now('%Y-%m') }}",
+                                      "{% generation %}{% macro f() %}x{% endmacro %}{{ f() }}"
+                                      "{% endgeneration %}"])
+def test_templates_live(tmp_path, template):
+    transformers = pytest.importorskip("transformers")
+    directory = word_tokenizer(tmp_path, chat_template=template)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{directory}/tokenizer.json",
+                                                  chat_template=template)
+    want = theirs.apply_chat_template(TALK[:2], tokenize=False)
+    assert load_tokenizer(directory).chat(TALK[:2], add_generation_prompt=False) == want
+
+
+def test_the_date_of_a_template_is_todays(tmp_path):
+    word_tokenizer(tmp_path, chat_template="{{ strftime_now('%Y') }}")
+    assert load_tokenizer(str(tmp_path)).chat([USER]).startswith("2")
+
+
 @pytest.mark.parametrize("template", [
+    "{% generation %}", "{% endgeneration %}", "{{ strftime_now() }}", "{{ strftime_now(5) }}",
+    "{{ messages | tojson(unknown=1) }}", "{{ strftime_now.__globals__ }}{{ 1 + none }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{% for c in ().__class__.__base__.__subclasses__() %}{{ c.__init__.__globals__ }}{% endfor %}",
     "{{ cycler.__init__.__globals__.os.system('touch hacked') }}",
@@ -1310,6 +1648,25 @@ def test_temperature_zero_is_argmax_and_small_temperatures_go_there():
             sample(logits, u, temperature=temperature), logits.argmax(-1)
         ), temperature
     assert torch.equal(sample(logits, u, temperature=5.0, top_k=1), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0, 1e-3, 1.0])
+def test_logits_that_are_not_finite_are_no_distribution(bad, temperature):
+    logits, u = torch.zeros(3, 5), torch.full((3,), 0.5)
+    sample(logits, u, temperature)
+    logits[1, 3] = bad
+    text = check_refused(lambda: sample(logits, u, temperature), "sampling", "NaN or infinite")
+    assert len(text) < 100
+    masked = torch.tensor([[0.0, -float("inf"), 1.0]])          # a token ruled out is no fault
+    assert sample(masked, u[:1], temperature).item() == 2
+    check_refused(lambda: sample(torch.full((1, 4), -float("inf")), u[:1], temperature), "sampling")
+
+
+def test_a_gpu_marks_them_and_the_stream_looks(monkeypatch):
+    """`sample` does not wait for a GPU; what it marks is seen where tokens come to the host."""
+    monkeypatch.setattr("model.sample", lambda logits, *_: torch.full((len(logits),), -1))
+    check_refused(lambda: generate(named("tied, one kv head"), [[1, 2]], 3), "sampling: logits")
 
 
 def test_a_row_depends_on_itself_alone():

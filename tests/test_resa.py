@@ -284,6 +284,66 @@ def test_save_and_load_round_trip_by_logits(tmp_path):
     assert all(torch.equal(t, again[n]) for n, t in merged.state_dict().items())
 
 
+SCALES = [          # alpha of a layer, rank of a layer, rank-stabilised; written only where needed
+    (lambda i: 6, lambda i: 4, True, {"use_rslora"}),
+    (lambda i: 6 + i % 3, lambda i: 4, False, {"alpha_pattern"}),
+    (lambda i: 6, lambda i: 2 + i % 2, False, {"rank_pattern"}),
+    (lambda i: 0.1 * i, lambda i: 1 + i % 5, True, {"alpha_pattern", "rank_pattern", "use_rslora"}),
+]
+
+
+def uneven(alpha, rank, rslora, targets=resa.TARGETS, layers=range(L)):
+    """The toy with an adapter whose layers differ in rank and scale."""
+    model = resa.add_lora(toy(), targets=targets)
+    for i, (name, layer) in enumerate(resa.lora_layers(model).items()):
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain.weight, plain.bias = layer.weight, layer.bias
+        if block_of(name) in layers:
+            plain = resa.LoRALinear(plain, rank(i), alpha(i), rslora=rslora)
+        resa.replace(model, name, plain)
+    return scramble(model.eval())
+
+
+@pytest.mark.parametrize("alpha, rank, rslora, written", SCALES)
+def test_layers_of_different_scales_round_trip_to_the_bit(tmp_path, alpha, rank, rslora, written):
+    save_model(toy(), tmp_path / "base")
+    model = uneven(alpha, rank, rslora)
+    for i, layer in enumerate(resa.lora_layers(model).values()):
+        assert layer.scale == alpha(i) / (rank(i) ** 0.5 if rslora else rank(i))
+    resa.save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config.keys() & {"alpha_pattern", "rank_pattern", "use_rslora"} == written
+    again = resa.load_adapter(toy(), str(tmp_path / "adapter")).eval()
+    assert torch.equal(again(IDS), model(IDS))
+    check_close(load_model(f"{tmp_path}/base+{tmp_path}/adapter")(IDS), model(IDS), 1e-4)
+
+
+@pytest.mark.parametrize("layers", [[0], [1, 3]])
+def test_an_adapter_of_some_blocks_is_saved_by_their_names(tmp_path, layers):
+    """Ends of names would select the other blocks too, and miss their tensors."""
+    model = uneven(*SCALES[0][:3], targets=("q_proj", "up_proj"), layers=layers)
+    resa.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(resa.lora_layers(model))
+    assert torch.equal(resa.load_adapter(toy(), str(tmp_path)).eval()(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("layer", [0, L - 1])
+def test_an_adapter_that_lacks_a_layer_or_holds_nan_is_not_attached(tmp_path, layer):
+    resa.save_adapter(adapted(above=-1), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = load_file(path)
+    some = {n: t for n, t in whole.items() if f"layers.{layer}." not in n}
+    first = next(n for n in whole if f"layers.{layer}." in n)
+    for tensors, word in (some, "target_modules"), ({}, "target_modules"), (
+            whole | {first: whole[first] * float("nan")}, "NaN"):
+        save_file(tensors, path)
+        model = toy()
+        with pytest.raises(ValueError, match=word):
+            resa.load_adapter(model, str(tmp_path))
+        assert not resa.lora_layers(model)
+
+
 def test_the_adapter_files_are_pefts(tmp_path):
     resa.save_adapter(resa.add_lora(toy(), 3, 7.5, 0.1, ("v_proj", "k_proj")), tmp_path, base="some/base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -932,9 +992,9 @@ def test_an_adapter_in_pefts_files_merges_to_the_same_logits(tmp_path):
     check_close(found, torch.tensor(GOLDEN["logits"]), 2e-4)
 
 
-REFUSED = [dict(use_dora=True), dict(use_rslora=True), dict(fan_in_fan_out=True), dict(bias="all"),
-           dict(lora_bias=True), dict(modules_to_save=["lm_head"]), dict(rank_pattern={"q_proj": 2}),
-           dict(alpha_pattern={"q_proj": 2}), dict(layer_replication=[[0, 2]]),
+REFUSED = [dict(use_dora=True), dict(fan_in_fan_out=True), dict(bias="all"),
+           dict(lora_bias=True), dict(modules_to_save=["lm_head"]), dict(layer_replication=[[0, 2]]),
+           dict(target_modules=["q_proj"]), dict(target_modules=None), dict(use_tomorrow=1),
            dict(trainable_token_indices=[1]), dict(target_parameters=["x"]), dict(peft_type="LOHA")]
 # Each of these changes the base weights or the forward pass: PEFT restores it, here logits would be wrong.
 SILENT = [dict(init_lora_weights="pissa"), dict(init_lora_weights="pissa_niter_4"),
@@ -978,6 +1038,7 @@ def attach(base, adapter, dtype=torch.float32, **kwargs):
 
 def new_peft(base, **settings):
     from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)                     # of A; B is arithmetic, see below
     defaults = dict(r=R, lora_alpha=ALPHA, target_modules=list(resa.TARGETS), task_type="CAUSAL_LM")
     model = get_peft_model(hugging(base), LoraConfig(**{**defaults, **settings}))
     with torch.no_grad():
@@ -1000,9 +1061,52 @@ def test_our_adapter_of_some_layers_loads_in_peft(base, tmp_path):
     check_close(attach(base, tmp_path)(IDS).logits, model(IDS), 1e-4)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(r=3, lora_alpha=16), dict(target_modules="all-linear"),
-                                      dict(layers_to_transform=[1, 3]), dict(lora_dropout=0.1),
-                                      dict(target_modules=["q_proj", "o_proj"])], ids=str)
+LOADS = [                    # each option of LoraConfig that leaves plain pairs of matrices
+    dict(), dict(r=3, lora_alpha=16), dict(lora_dropout=0.1), dict(use_rslora=True),
+    dict(rank_pattern={"q_proj": 2, r"layers\.3\.mlp\.\w+": 7}),
+    dict(rank_pattern={r"^model.layers.[12].self_attn.(q|k)_proj": 9}),
+    dict(alpha_pattern={"layers.1.self_attn.q_proj": 11, "v_proj": 2}),
+    dict(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 3}),
+    dict(target_modules=["q_proj", "o_proj"]), dict(target_modules=["model.layers.1.mlp.up_proj"]),
+    dict(target_modules=r".*\.layers\.[02]\..*(q|up)_proj"), dict(target_modules="all-linear"),
+    dict(target_modules="all-linear", exclude_modules=["v_proj"]),
+    dict(exclude_modules=["q_proj", "model.layers.0.mlp.up_proj"]),
+    dict(exclude_modules=r".*layers\.3.*"), dict(layers_to_transform=[1, 3]),
+    dict(layers_to_transform=2), dict(layers_to_transform=[0], layers_pattern=["h", "layers"]),
+    *[dict(init_lora_weights=start) for start in (True, False, "gaussian", "orthogonal", "mica", "eva")],
+    dict(fan_in_fan_out=False), dict(ensure_weight_tying=True), dict(task_type=None),
+    dict(revision="main"), dict(inference_mode=True), dict(megatron_core="x"),
+    dict(auto_mapping={"base_model_class": "Qwen2ForCausalLM"}), dict(qalora_group_size=8),
+    dict(corda_config={}), dict(eva_config={}), dict(lora_ga_config={}),
+    dict(loftq_config={"loftq_bits": 4}), dict(bias="none")]
+NOT_COMPUTED = [             # a word of the one line that refuses it
+    (dict(use_dora=True), "use_dora"), (dict(bias="lora_only"), "bias"), (dict(bias="all"), "bias"),
+    (dict(lora_bias=True), "lora_bias"), (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+    (dict(modules_to_save=["norm"]), "modules_to_save"),
+    (dict(trainable_token_indices=[1]), "trainable_token_indices"),
+    (dict(target_modules=["embed_tokens"]), "embed_tokens.base_layer.weight"),
+    (dict(target_modules=["q_proj", "lm_head"]), "lm_head.base_layer.weight"),
+    *[(dict(init_lora_weights=start), start) for start in ("pissa", "pissa_niter_2", "olora", "lora_ga")],
+    (dict(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
+    (dict(use_qalora=True), "use_qalora"), (dict(kasa_config={}), "kasa_config"),
+    (dict(velora_config={}), "velora_config"), (dict(monteclora_config={}), "monteclora_config")]
+# PEFT itself needs more than this to make one: they are refused by name or by their tensors.
+NEVER_MADE = {"layer_replication", "target_parameters", "megatron_config", "arrow_config", "use_bdlora"}
+# Set by PEFT, or not written into the file
+NO_OPTION = {"peft_type", "peft_version", "base_model_name_or_path", "runtime_config"}
+
+
+def test_every_option_of_peft_was_tried(base):
+    from dataclasses import fields
+
+    from peft import LoraConfig
+    tried = {name for settings in [*LOADS, *(row[0] for row in NOT_COMPUTED)] for name in settings}
+    known = {field.name for field in fields(LoraConfig)}
+    assert known - tried - NO_OPTION - NEVER_MADE == set()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", LOADS, ids=str)
 def test_an_adapter_that_peft_saved_loads_here_attached_and_merged(base, tmp_path, settings):
     peft = new_peft(base, **settings)
     peft.save_pretrained(tmp_path / "adapter")
@@ -1013,18 +1117,32 @@ def test_an_adapter_that_peft_saved_loads_here_attached_and_merged(base, tmp_pat
     check_close(load_model(f"{base}+{tmp_path}/adapter")(IDS), y, 1e-4)
     resa.save_adapter(attached, tmp_path / "again")                    # and back
     check_close(attach(base, tmp_path / "again")(IDS).logits, y, 1e-5)
+    again = resa.load_adapter(load_model(str(base)), str(tmp_path / "again")).eval()
+    assert torch.equal(again(IDS), attached(IDS))
 
 
-@pytest.mark.parametrize("settings", [
-    dict(use_dora=True), dict(use_rslora=True), dict(rank_pattern={"q_proj": 2}), dict(bias="lora_only"),
-    dict(target_modules=["embed_tokens"]), dict(modules_to_save=["lm_head"]),
-    dict(init_lora_weights="pissa"), dict(init_lora_weights="olora"), dict(alora_invocation_tokens=[1, 2])], ids=str)
-def test_an_adapter_that_peft_saved_and_we_cannot_compute_is_refused(base, tmp_path, settings):
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings, word", NOT_COMPUTED, ids=str)
+def test_an_adapter_that_peft_saved_and_we_cannot_compute_is_refused(base, tmp_path, settings, word):
     new_peft(base, **settings).save_pretrained(tmp_path)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=word):
         resa.load_adapter(load_model(str(base)), str(tmp_path))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=word):
         load_model(f"{base}+{tmp_path}")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings_that_peft_saves_along_are_refused_in_words(base, tmp_path):
+    new_peft(base).save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(ValueError, match="weights of embeddings .save_embedding_layers"):
+        load_model(f"{base}+{tmp_path}")
+
+
+@pytest.mark.parametrize("alpha, rank, rslora, written", SCALES)
+def test_our_layers_of_different_scales_load_in_peft(base, tmp_path, alpha, rank, rslora, written):
+    model = uneven(alpha, rank, rslora, layers=[0, 2, 3])
+    resa.save_adapter(model, tmp_path, base=str(base))
+    check_close(attach(base, tmp_path)(IDS).logits, model(IDS), 1e-4)
 
 
 def peft_grads(model, loss):
