@@ -18,6 +18,7 @@ are hostile input: length, nesting and numbers are bounded, and nothing in them 
 import math
 import random
 import re
+import unicodedata
 from collections import namedtuple
 from fractions import Fraction
 from functools import lru_cache
@@ -39,14 +40,18 @@ def grade_answer(gold, text):
 
 def extract_answer(text, choice=False):
     r"""The final answer of a completion, or None.
-    After the last </think>: the last complete \boxed{}; else what follows the last "answer is" or
-    "answer:"; else all of it if that is one short line, as the embedded models write; else the last
-    formula or number.  None if thinking or a box never closed.  choice: a letter A to H is wanted.
+    After the last </think>, in the last <answer> if there is one: the last complete \boxed{}; else
+    what follows the last "answer is" or "answer:"; else all of it if that is one line of few words,
+    as the embedded models write; else the last formula or number.  None if thinking or a box never
+    closed.  choice: a letter A to H is wanted.
     """
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    text = text[-LONGEST_TEXT:].strip()
+    pieces = ANSWER_TAG.split(text[-LONGEST_TEXT:])             # text, tag, text, tag, text ..
+    tagged = [piece for tag, piece in zip(pieces[1::2], pieces[2::2]) if "/" not in tag]
+    inside = [piece for piece in tagged if piece.strip()]
+    text = plain(inside[-1] if inside else "\n".join(pieces[::2])).strip()
     box = last_box(text)
     if box == "":
         return None
@@ -62,8 +67,9 @@ def extract_answer(text, choice=False):
         return box
     if said:
         return stated_answer(said) or None
-    if 0 < len(text) <= 40 and len(text.split()) <= 3 and "\n" not in text:
-        return text
+    if 0 < len(text) <= NEAR and not re.search(r"\n|\.\s", text):
+        if len(text.split()) <= 3 or few_words(text):
+            return stated_answer(text)
     values = VALUE.findall(text[-NEAR:])
     return values[-1] if values else None
 
@@ -73,8 +79,9 @@ def same_answer(gold, answer):
     if answer is None:
         return False
     gold, answer = normalise(gold), normalise(answer)
-    word = gold.isalpha() and len(gold) > 2                     # West and west
-    if SPACES.sub("", gold) == SPACES.sub("", answer) or word and gold.lower() == answer.lower():
+    bare, other = SPACES.sub("", gold), SPACES.sub("", answer)
+    word = bare.isalpha() and len(bare) > 2                     # West and west
+    if bare == other or word and bare.lower() == other.lower():
         return True
     for one, other in ((gold, answer), (answer, gold)):         # B and (B) 12 m
         letter, opening = OPTION.fullmatch(one), OPENS_WITH_OPTION.match(other)
@@ -91,33 +98,48 @@ def same_answer(gold, answer):
 
 LONGEST_TEXT = 100_000      # characters of a completion that are looked at, from its end
 NEAR = 2_000                # the same, for a value that nothing points to
-SPACES = re.compile(r"(?<![0-9]) | (?![0-9])")              # but "1 2" is not 12
+# What makes no difference in text: a space, though "1 2" is not 12; the \ of \no for \text{no}
+SPACES = re.compile(r"(?<![0-9]) | (?![0-9])|(?<!\\)\\(?=[A-Za-z])")
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"      # 12  .5e-7
 NUMBER = (r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?"                 # 1,234.5
           r"|(?:[0-9]+ )?[0-9]+/[0-9]+"                                 # 2/3  1 2/3
           r"|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)(?:\s?\\?%)?")         # 12  .5  6e23  12 \%
 FORMULA = (r"(?s:\$\$[^$]{1,500}\$\$|\\\[.{1,500}?\\\]"                 # $$x$$  \[x\]
            r"|\\\(.{1,500}?\\\))|\$(?:\\.|[^$\\\n]){1,500}\$")          # \(x\)  $x$
-VALUE = re.compile(rf"{FORMULA}|(?<![\w.\\^]){NUMBER}")                 # not the 7 of B7, x^7, 1.7
-ANSWER_IS = re.compile(r"(?i)answer[ *]{0,4}(?:is\b|:)[\s*:]{0,6}(?=\S)")       # **Answer**: ..
+VALUE = re.compile(rf"{FORMULA}|(?<![A-Za-z0-9_.\\^])(?<![_^]\{{){NUMBER}")     # not the 7 of B7, x^7
+ANSWER_IS = re.compile(r"""(?i)(?:answer[ *_"]{0,4}(?:is\b|:)|答[案え]?[ *]{0,4}[是为為は:])"""
+                       r"(?:\*\*|__)?[\s:]{0,6}(?=\S)")                 # **Answer**: ..  答案: ..
+ANSWER_TAG = re.compile(r"(?i)(</?(?:final_?)?answer>)")
+TAG = re.compile(r"<\|[^|<>\s]{1,40}\|>|</[A-Za-z_]{1,20}>|<(?:[sbp]|[a-z_]{3,20})>")   # <|im_end|>
+WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s.,;:!?)"'])|[\u3040-\u9fff]""")    # of prose
+LEADING_WORDS = re.compile(r"(?:[A-Za-z][a-z]+[,:]?\s+)+")              # equal to 5
+REASON = re.compile(r"[\s,;(-]+(?:because|since|as|so|which|thus|hence|therefore|due|given|not|but"
+                    r"|by(?! \d)|from|after|where|when|for)\b.*|\s\([a-z]{2,},? [a-z]{2,}.*")
 OPTION = re.compile(r"(?:\\text ?\{)?\(?([A-H])\)?\}?")                 # B  (B)  \text{(B)}
-OPENS_WITH_OPTION = re.compile(r"\(?([A-H])(?:[).:,]|\s+[A-Z][a-z]|$)")         # (B) 12 m  B Blue
-LETTER = re.compile(r"(?<![\w'\\])[A-H](?![\w'^/+=]|\*\w)")             # not in Blue, A's, \A, A+1
+OPENS_WITH_OPTION = re.compile(r"\(?([A-H])(?:[).:,]|\s+\\?[A-Z][a-z]|$)")      # (B) 12 m  B Blue
+LETTER = re.compile(r"(?a)(?<![\w'\\])[A-H](?![\w'^/+=]|\*\w)")         # not in Blue, A's, \A, A+1
 BRACE = re.compile(r"\\{1,2}(?:boxed|fbox) ?\{|\\.|[{}]")               # \boxed{  \{  {  }
+BLANK = re.compile(r"(?:\\(?:[lc]?dots|text|boxed|q?quad|[ ,;:!])|[\s{}.?$~_])*")     # \boxed{\ldots}
+
+def plain(text):
+    """Compatibility characters as their plain ones (NFKC), x² as x^2, without tags."""
+    if not text.isascii():
+        text = SCRIPTS.sub(lambda match: f"^{match[0]}", text)
+        text = unicodedata.normalize("NFKC", FRACTIONS.sub(r" \g<0>", text)).translate(CHARACTERS)
+    return TAG.sub("\n", text)
 
 def last_box(text):
     r"""The last complete \boxed{}, the inner one if nested, with those that form a list with it; ""
-    if boxes are open or empty; None without a box.  One pass: nested ones cost no more."""
-    opened, complete, seen = [], [], False
+    if a box is open; None without a box, empty ones aside.  One pass: nested ones cost no more."""
+    opened, complete = [], []
     for token in BRACE.finditer(text):
         if "box" in token[0]:
             opened.append(token.span())
-            seen = True
         elif token[0] == "{":
             opened.append(None)                                 # a group that is not a box
         elif token[0] == "}" and opened:
             box = opened.pop()
-            if box and text[box[1]:token.start()].strip():
+            if box and not BLANK.fullmatch(text, box[1], token.start()):
                 complete.append((*box, token.start()))
     answers, following = [], None
     for start, inside, end in sorted(complete, reverse=True):   # from the last one to open
@@ -127,7 +149,7 @@ def last_box(text):
         following = start
     if answers:
         return ", ".join(dict.fromkeys(answers))
-    return "" if seen else None
+    return "" if any(opened) else None
 
 def joins(gap):
     r"""Whether boxes with this between them are a list: \boxed{1}, \boxed{2} and \boxed{3}."""
@@ -135,27 +157,39 @@ def joins(gap):
     words = re.sub(r"[^A-Za-z.\n]+", " ", words).strip(" ")     # a full stop or line end divides
     return len(gap) <= 60 and (words == "" or words.split()[-1:] in (["and"], ["or"]))
 
+def few_words(text):
+    return len(WORD.findall(re.sub(rf"{FORMULA}|\b(?:and|or)\b", " ", text))) <= 2
+
 def stated_answer(said):
-    """The answer in what follows "answer is": a few words as they are; of a longer sentence its
-    formula or number, the first if the sentence opens with it, else the last."""
+    """The answer in what follows "answer is": what is in quotes; a few words as they are; of a
+    longer sentence its formula or number, the first if the sentence opens with it, else the last."""
     # One line (a formula at its start may span several), of "5. I hope it is correct" the 5
-    line = re.match(rf"(?:{FORMULA})?(?:(?!\.\s).)*", said)[0].strip(" *")
-    words = re.sub(rf"{FORMULA}|\\[A-Za-z]+|\b(?:and|or)\b", " ", line)
+    line = re.match(rf"(?:{FORMULA})?(?:(?!\.\s).)*", said)[0].strip()
+    if quoted := re.match(r"""(["`]|\*\*|__)(.+?)\1""", line):
+        return quoted[2]
+    line = REASON.sub("", line).strip(" *") or line
     values = VALUE.findall(line)
-    if not values or len(re.findall("[A-Za-z]{2,}", words)) <= 2:
-        return line
+    if not values or few_words(line) and not re.search("[\u3040-\u9fff]", line):
+        words = LEADING_WORDS.match(line)                       # equal to 5, but not sin 5
+        after = words and words[0].split()[-1] not in FUNCTIONS and VALUE.match(line, words.end())
+        return line[words.end():] if after else line
     return values[0] if VALUE.match(line) else values[-1]
 
 # ---- 2. Read it: spelling and units ------------------------------------------------------------
 
 LONGEST_ANSWER = 1000       # characters; a longer answer is only a string
-CHARACTERS = str.maketrans("−–×·⋅÷′\u00a0", "--***/' ", "€£") | {          # €, £ are dropped
-    ord("²"): "^2", ord("³"): "^3", ord("√"): r"\sqrt "}
+CHARACTERS = str.maketrans("−–×·⋅∙÷⁄∶′“”‘’、⩽≦⩾≧º", """--****//:'""'',≤≤≥≥°""", "€£\u200b\ufeff") | {
+    ord("√"): r"\sqrt ", ord("∅"): r"\emptyset ", ord("。"): ". "}     # €, £ are dropped
+SCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+")
+FRACTIONS = re.compile("[¼-¾⅐-⅞]")
+SHORT_WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,3}(?![A-Za-z])")
+QUOTED = re.compile(r"""(["'`*_]+)((?:(?!\1).)+)\1""")
 COMMANDS = {                # LaTeX command: what the parser knows it by
     "quad": " ", "qquad": " ", "cdot": "*", "times": "*", "div": "/", "equiv": "=", "lt": "<",
     "gt": ">", "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥",
     "ne": "≠", "neq": "≠", "approx": "≈", "simeq": "≈", "in": "∈", "cup": "∪", "pm": "±", "mp": "∓",
-    "infty": "∞", "pi": "π", "circ": "°", "degree": "°", "lfloor": r"\floor(", "rfloor": ")",
+    "colon": ":", "pmod": r"\mod ", "bmod": r"\mod ", "cdots": r"\dots", "ldots": r"\dots",
+    "varnothing": r"\{\}", "emptyset": r"\{\}", "infty": "∞", "pi": "π", "circ": "°", "degree": "°", "lfloor": r"\floor(", "rfloor": ")",
     "lceil": r"(-\floor(-(", "rceil": ")))"}                    # the negative of the floor of -x
 UNITS = {                   # kind: its units and their sizes
     "share": {"%": ".01", "percent": ".01", "percentage": ".01", "pct": ".01"},
@@ -164,6 +198,7 @@ UNITS = {                   # kind: its units and their sizes
                "meter": "1", "metre": "1", "km": "1000", "kilometer": "1000", "inch": ".0254",
                "foot": ".3048", "feet": ".3048", "ft": ".3048", "mile": "1609.344"},
     "mass": {"mg": ".001", "g": "1", "gram": "1", "kg": "1000", "kilogram": "1000"},
+    "morning": {"a.m": "1"}, "afternoon": {"p.m": "1"},
     "time": {"s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60", "hr": "3600",
              "hour": "3600", "day": "86400", "week": "604800"}}
 
@@ -186,15 +221,29 @@ def unit_or_words(match):
     unit = re.fullmatch(r"[A-Za-z][A-Za-z /.^0-9]+|[mgs]", text)        # square feet, m/s, cm^2, m
     if before and unit and text not in {"and", "or", *FUNCTIONS}:
         return rf"{before} \unit{{{text}}}"
-    return f"{before} {text} "
+    # A label is one symbol, \BAC, where BAC may be a product
+    return f"{before} {SHORT_WORD.sub(as_label, text)} "
+
+def as_label(match):
+    known = match[0] in COMMANDS or match[0] in FUNCTIONS or match[0] in ("and", "or")
+    return match[0] if known else "\\" + match[0]
+
+def repeating(match):
+    r"""0.1\overline{6}, 0.1\dot{6}, 0.1(6) and 0.1666... become (15/90)."""
+    whole, once, period = match[1], match[2], re.sub(r"\\d?dot|[{} ]", "", match[3] or match[4] or match[5])
+    shift = 10 ** len(once)
+    digits = int(whole + once + period) - int(whole + once or 0)
+    return f"({digits}/{shift * (10 ** len(period) - 1)})"
 
 REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # where `mark` occurs
     # \\frac, escaped twice as in JSON, but not the \\ between the rows of a matrix
-    ("\\", r"\\\\(?=[A-Za-z{}%|](?![\s\S]*\\end))", r"\\"),
+    ("\\", r"(?<!\\)\\\\(?=[A-Za-z{}%|](?![\s\S]*\\end))", r"\\"),
     (",", r"\{, ?\}|,\s*\\!\s*", ","), ("", r"(?<!\\)\\ |~", " "),     # 1{,}000  1,\!000  5\ cm
     ("", r"(?<!\\)\\[,;:!()\[\]]|\\?\$", ""),                   # \,  \(x\)  $x$  \$5
     ("%", r"\\%", "%"), ("*", r"\*\*", "^"), ("=", "<=", "≤"), ("=", ">=", "≥"), ("=", "!=", "≠"),
     ("array", r"(\\begin\{array\}) ?\{[clr| ]*\}", r"\1"),      # \begin{array}{cc}
+    (".", r"(?<![0-9])([0-9]*)\.([0-9]*?)(?:\\(?:overline|bar|dot) ?(\{?[0-9]+\}?(?:[0-9]*\\dot ?\{?"
+          r"[0-9]\}?)?)|\(([0-9]+)\)|([0-9]{1,6}?)\5{2,}(?:\.\.\.|\\[lc]?dots))", repeating),
     # \hat{x} and \hat x are the variable x'
     ("\\", r"\\(?:vec|hat|bar|d?dot|tilde|overline|mathbb|mathcal)"
            r"(?: ?\{([A-Za-z])\}| ([A-Za-z]))", r"\1\2'"),
@@ -203,9 +252,12 @@ REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # wh
     ("\\", r"([0-9A-Za-z)}!\]π]?)\s*\\(?:(?:text|math)(?:rm|bf|it|sf)?|mbox|operatorname|rm)\*?"
            r" ?\{([^{}]*)\}", unit_or_words),
     ("", r"\b(?:and|or)\b", ","),                               # 1 and 2
-    ("\\", r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|boxed|fbox)(?![A-Za-z])", ""),
+    ("\\", r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|boxed|fbox|underline"
+           r"|emph|boldsymbol|bm|[lL]arge)(?![A-Za-z])|\\(?:text)?color ?\{[^{}]*\}", ""),
     ("\\", r"\\[cdt](frac|binom)(?![A-Za-z])", r"\\\1"),
     ("\\", r"\\([A-Za-z]+)", lambda match: COMMANDS.get(match[1], match[0])),
+    ("mod", r"(?<![\\A-Za-z])mod\b", r"\\mod"),
+    ("m", r"(?i)(:[0-9]{2} ?|^[0-9]{1,2} )(?:\\unit\{)?([ap])\.?m\.?\}?[. ]*$", r"\1\\unit{\2.m}"),
     ("inf", r"(?<![\\A-Za-z])inf(?:ty|inity)?\b", "∞"), ("°", r"\^ ?\{? ?° ?\}?", "°"),   # 90^{°}
     ("|", r"(?<!\\)\|([^|]*)\|", r"\\abs(\1)"),
     ("\\", r"(\\frac|\\binom) ?([0-9])", r"\1{\2}"),            # \frac12 takes a digit at a time
@@ -218,23 +270,26 @@ REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # wh
 
 def normalise(answer):
     r"""One spelling for what differs in type-setting only: $, \left, \text{}, \dfrac, ** .."""
-    s = answer.strip()
+    s = plain(answer).strip()
     if len(s) > LONGEST_ANSWER:
         return s
-    s = s.translate(CHARACTERS)
+    while quoted := QUOTED.fullmatch(s):
+        s = quoted[2].strip()
     for mark, pattern, new in REWRITES:
         if mark in s:
             s = pattern.sub(new, s)
-    return s.strip("*: ").rstrip(".,;: ")
+    return s.strip("*#: ").rstrip(".,;: ")
 
 # ---- 2. Read it: values, Fractions while rational, else complex (P,); and the parser -----------
 
-P = 16                      # points: 4 positive, 4 real, 8 integers, which n! is about
+P = 16                      # points: 4 positive, 4 of any sign, 8 larger ones
 REAL = np.arange(P) < 8     # there a value is nan if it would depend on the choice of a branch
+INTEGER = re.compile(r"[jklmnN](?![A-Za-z])")               # variables that are integers: n, k_1
 LARGEST = 20_000            # bits of a rational number; a larger one is not computed
 
 # What was read, if it is not one value.  The parts of each kind, and its note:
 #   "," list, "{}" set, "()" "[)" .. tuple or interval, "matrix N" of N columns: the items
+#   ":" ratio: its shares of the whole; "time" 3:15: hours, minutes ..; "∞" "-∞": none
 #   "unit": [value]; its name.  "<" "≤" "≠": [left - right, scaled]
 #   "=": [left - right, scaled; right]; the left side, if that is a name
 Node = namedtuple("Node", "kind parts note", defaults=[""])
@@ -251,8 +306,17 @@ def symbol(name):
     rng = random.Random(name)
     positive = [rng.uniform(0.3, 3) for _ in range(4)]
     real = [rng.uniform(0.3, 3) * rng.choice((-1, 1)) for _ in range(4)]
-    integers = [rng.randint(2, 12) for _ in range(8)]
-    return np.array(positive + real + integers, dtype=complex)
+    values = np.array(positive + real + [rng.uniform(2, 12) for _ in range(8)])
+    if INTEGER.match(name):
+        values = np.copysign(np.ceil(abs(values)), values)
+    return values.astype(complex)
+
+def application(name, arguments):
+    """An unknown function: smooth, of random phase, so that f(g(x)) is not g(f(x)) -> (P,)."""
+    value = symbol(name)
+    for x in arguments.parts if isinstance(arguments, Node) else [arguments]:
+        value = np.cos(1.37 * at_points(x) + value)
+    return value
 
 def at_points(value):
     """A value at the points -> (P,).  ValueError for a Node: there is no arithmetic on those."""
@@ -288,16 +352,19 @@ def logarithm(x):
     return np.where(REAL & (x.real < 0) & (x.imag == 0), np.nan, np.log(x))
 
 def floor(x):
-    return np.where(REAL, np.nan, np.floor(x.real + 1e-9))      # log_2 8 is 2.9999999999999996
+    return np.where(x.imag == 0, np.floor(x.real + 1e-9), np.nan)       # log_2 8 is 2.9999999999999996
 
-def factorial(x):
-    """x!, exact to 1500!; of an array to 170!, nan elsewhere."""
+def factorial(x, step=1):
+    """x!, with steps of 2 x!!: exact to 1500; of an array to 170 by the gamma function, or nan."""
     if rational(x) and x.denominator == 1 and 0 <= x <= 1500:
-        return Fraction(math.factorial(int(x)))
+        return Fraction(math.prod(range(int(x), 0, -step)))
     values = np.full(P, np.nan + 0j)
-    for k, v in enumerate(at_points(x).real):
-        if 0 <= v <= 170 and v == int(v):
-            values[k] = math.factorial(int(v))
+    for k, v in enumerate(at_points(x)):
+        if v.imag == 0 and 0 <= v.real <= 170:
+            if step == 1:
+                values[k] = math.gamma(v.real + 1)
+            elif v.real == int(v.real):
+                values[k] = math.prod(range(int(v.real), 0, -step))
     return values
 
 FUNCTIONS = {               # of arrays (P,); of csc, sec and cot the reciprocals
@@ -306,49 +373,78 @@ FUNCTIONS = {               # of arrays (P,); of csc, sec and cot the reciprocal
     "arctan": np.arctan, "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "exp": np.exp,
     "ln": logarithm, "log": logarithm, "lg": np.log10, "abs": np.abs, "floor": floor}
 CONSTANTS = {"π": np.full(P, np.pi + 0j), "e": np.full(P, np.e + 0j), "i": np.full(P, 1j)}
-OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv, ":": truediv}
+OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv}
+SYMBOLS = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda
+    mu nu xi rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi
+    Sigma Upsilon Phi Psi Omega hbar ell""".split())            # the commands that are variables
+KNOWN = {*SYMBOLS, *FUNCTIONS, "frac", "binom", "sqrt"}
+
 
 NOT_MATHEMATICS = (ValueError, ArithmeticError, RecursionError)     # .. or too large or too deep
-TOKEN = re.compile(rf"\\unit\{{[^{{}}]*\}}|\\(?:begin|end)\{{[a-z]+\*?\}}|{DECIMAL}"
+TOKEN = re.compile(rf"-?\s?∞|\\unit\{{[^{{}}]*\}}|\\(?:begin|end)\{{[a-z]+\*?\}}|{DECIMAL}"
                    r"|\\[A-Za-z]+|\\\S|[A-Za-z]+|\S")
 DIGITS = tuple("0123456789.")
 # What a factor without a * before it may begin with: x  (  \sqrt, but not \cap
-FACTOR = re.compile(r"[A-Za-z([{π∞]|\\(?!unit|end|cap|setminus|to|[^A-Za-z])")
+FACTOR = re.compile(r"[A-Za-z([{π∞]|\\(?!(?:unit|end|cap|setminus|to)(?![A-Za-z])|[^A-Za-z])")
 RELATIONS, SEPARATORS, CLOSERS = tuple("=<>≤≥≠≈∈"), (",", ";", "∪"), (")", "]", "}", r"\}")
 KINDS = {"()": "()", "[]": "[]", "(]": "(]", "[)": "[)", "{}": ",", r"\{\}": "{}"}      # of Nodes
 
+APPLIED = "fghFGHPQpq"      # letters that are functions before a letter in parentheses: f(x), f(g(
+APPLICATION = re.compile(rf"\( (?:\\?[A-Za-z]+ \)|[{APPLIED}] \()")
+LABEL = re.compile("[A-Z]{2,3}|[A-Z][a-z]{2}|i{2,3}")        # HTT, AB, Sue, iii
+EDGES = ("", "(", "[", r"\{", ")", "]", r"\}", *SEPARATORS)
+
 def tokenize(text):
     """A normalised answer -> list of tokens."""
-    tokens = []
-    for token in TOKEN.findall(text):
-        before = tokens[-1][-1] if tokens else " "
-        value, word = before in "0123456789)}]!.", len(token) > 3
+    tokens, found = [], TOKEN.findall(text)
+    for token, following in zip(found, [*found[1:], ""]):
+        last = tokens[-1] if tokens else ""
+        value, word = last.endswith(tuple("0123456789)}]!.")), len(token) > 3
         if len(token) == 1 or not token.isalpha():
             tokens.append(token)
         elif token == "sqrt" or token in FUNCTIONS and token != "sec":      # 5 sec is a time
             tokens.append("\\" + token)
-        elif value and word or (value or before.isalpha()) and known_unit(token):
+        elif word and token in SYMBOLS:
+            tokens.append("\\" + token)
+        elif value and word or (value or last[-1:].isalpha()) and known_unit(token):
             tokens.append(rf"\unit{{{token}}}")                 # 12 apples, 12 cm, x cm
         elif word:
-            tokens.append(token.casefold())
+            tokens.append("\\" + token.casefold())
+        elif LABEL.fullmatch(token) and is_label(token, tokens, following):
+            tokens.append("\\" + token)
         else:
             tokens.extend(token)                                # ab is a times b
     return tokens
+
+def unknown(token):
+    """Whether this is a command that has no meaning here: one symbol, or applied to what follows."""
+    return token[:1] == "\\" and token[1:].isalpha() and token[1:] not in KNOWN
+
+def is_label(letters, before, following):
+    """Whether letters stand for one thing, as in \angle BAC or AB, BC; not in 2RC + C or (LG)^2."""
+    last, *opener = before[:-3:-1] or [""]
+    if last == "{" and following == "}":
+        last = opener[0] if opener else ""
+        return unknown(last)                                    # \overline{AB}
+    edges = EDGES + RELATIONS * (len(letters) > 2)
+    alone = last in edges and following in edges and (last, following) != ("(", ")")
+    return alone or unknown(last)
 
 class Reader:
     """Parser of one normalised answer, by recursive descent.  Raises one of NOT_MATHEMATICS."""
     # items    = item { ("," | ";" | "∪") item }
     # item     = quantity { ("=" | "<" | ">" | "≤" | "≥" | "≠" | "≈" | "∈") quantity }
-    # quantity = sum [ unit ]
+    # quantity = sum { ":" sum } [ unit ]
     # sum      = [ "+" ] term { ("+" | "-") term }
-    # term     = factor { [ "*" | "/" | ":" ] factor }
-    # factor   = "-" factor | base { "^" base | "!" | "°" }
+    # term     = factor { [ "*" | "/" ] factor }
+    # factor   = "-" factor | base { "^" base | "!" { "!" } | "°" }
     # base     = "-" base | number | group | matrix | function | variable
     #          | ("\frac" | "\binom") base base | "\sqrt" [ "[" sum "]" ] base
     # group    = ("(" | "[" | "{" | "\{") items (")" | "]" | "}" | "\}")
     # matrix   = "\begin{..}" { sum | "&" | "\\" } "\end{..}"
     # function = name { ("^" | "_") base } (group | factor { factor })
-    # variable = letter { "_" token | "'" } [ "(" integer ")" ]
+    # variable = letter { "_" token | "'" } [ "(" integer ")" | application: f(x) ]
+    #          | unknown command { ("_" | "^") token } [ base of {} | factor ]
 
     def __init__(self, text):
         self.tokens, self.i = tokenize(text), 0
@@ -370,7 +466,7 @@ class Reader:
         while self.i == start or depth > 0 and self.next:
             depth += (self.next == "{") - (self.next == "}")
             self.i += 1
-        return re.sub("[{}]", "", "".join(self.tokens[start:self.i]))
+        return re.sub(r"[{}\\]", "", "".join(self.tokens[start:self.i]))
 
     def items(self):
         items = []
@@ -395,7 +491,7 @@ class Reader:
             return sides[0]
         # Does the left side name the right?  x_1, f(2), (x,y), \abs(AB), \lim .. do
         rest = re.sub(r"_(\{[^{}]*\}|.)|\([^()+*/^=-]*\)", "", left)
-        computed = re.search(r"[0-9+*^<>-]|\\(sin|cos|tan|log|ln|sqrt)", rest)
+        computed = re.search(r"[0-9+*^<>-]|\\(sin|cos|tan|log|ln|sqrt)(?![a-z])", rest)
         named = not computed or re.match(r"\\(lim|sum|int|prod)", left)
         if set(signs) <= {"=", "∈"} and (constant or named and "∈" in signs):
             return sides[-1]                                    # x ∈ [0, 1] is [0, 1]
@@ -407,8 +503,12 @@ class Reader:
         return Node("=", [gap, sides[-1]], left if named else "")
 
     def quantity(self):
-        value, start = self.sum(), self.i
-        if self.next.startswith(("%", "°", "_", r"\unit")):     # the base in 132_7 counts as a unit
+        start, parts = self.i, [self.sum()]
+        while self.take(":"):
+            parts.append(self.sum())
+        value = ratio(parts, "".join(self.tokens[start:self.i])) if len(parts) > 1 else parts[0]
+        start = self.i
+        if self.next.startswith(("%", "°", "_", r"\unit{")):    # the base in 132_7 counts as a unit
             while self.next not in ("", "+", "-", *RELATIONS, *SEPARATORS, *CLOSERS):
                 self.raw()
         unit = "".join(self.tokens[start:self.i])
@@ -425,7 +525,7 @@ class Reader:
 
     def term(self):
         value = self.factor()
-        while (sign := self.take("*", "/", ":")) or self.continues():
+        while (sign := self.take("*", "/")) or self.continues():
             value = combine(OPERATIONS[sign or "*"], value, self.factor())
         return value
 
@@ -442,7 +542,10 @@ class Reader:
             if mark == "^":
                 value = power(value, self.base())
             elif mark == "!":
-                value = factorial(value)
+                step = 1
+                while self.take("!"):
+                    step += 1
+                value = factorial(value, step)
             elif self.angles:                                   # sin 30°
                 value = combine(mul, value, CONSTANTS["π"] / 180)
             elif self.next not in ("+", "-"):                   # not of 90° - x: the unit of a sum
@@ -471,10 +574,12 @@ class Reader:
             return self.matrix()
         if token[1:] in FUNCTIONS:
             return self.function(token[1:])
+        if token.endswith("∞"):                                 # no number: Nodes have no arithmetic
+            return Node("-∞" if token.startswith("-") else "∞", [])
         return CONSTANTS[token] if token in CONSTANTS else self.variable(token)
 
     def group(self, opening):
-        items = self.items()
+        items = [] if opening + self.next == r"\{\}" else self.items()
         brackets = opening + self.take(*CLOSERS)
         if brackets not in KINDS:
             raise ValueError("brackets do not match")
@@ -484,7 +589,7 @@ class Reader:
 
     def matrix(self):
         rows = [[]]
-        while not self.next.startswith(r"\end"):
+        while not self.next.startswith(r"\end{"):
             if self.take(r"\\"):
                 rows.append([])
             elif not self.take("&"):
@@ -517,15 +622,31 @@ class Reader:
         return power(value, marks["^"]) if "^" in marks else value
 
     def variable(self, name):
-        if not re.fullmatch(r"\\?[A-Za-z]+|∞", name):
+        if not re.fullmatch(r"\\?[A-Za-z]+", name):
             raise ValueError(f"unexpected {name!r}")
-        while self.next in ("_", "'"):
-            name += self.take("_") + self.raw()
-        if re.fullmatch(r"\( [0-9]+ \)", " ".join(self.tokens[self.i:self.i + 3])):
+        command, name = unknown(name), name.removeprefix("\\")
+        while self.next in ("_", "'") or command and self.next == "^":      # \sum_{k}^{n}
+            name += self.take("_", "^") + self.raw()
+        ahead = " ".join(self.tokens[self.i:self.i + 3])
+        if re.fullmatch(r"\( [0-9]+ \)", ahead):
             name += self.tokens[self.i + 1]                     # f(2)
             self.i += 3
-        self.names.append(name.removeprefix("\\"))
-        return symbol(self.names[-1])
+        self.names.append(name)
+        if command and self.continues():
+            return application(name, self.base() if self.next == "{" else self.factor())
+        if name[0] in APPLIED and APPLICATION.match(ahead):
+            return application(name, self.base())
+        return symbol(name)
+
+def ratio(parts, text):
+    """3:15 is a time, for no ratio is written with a 0 in front or left unreduced; 1:12 is not."""
+    clock = re.fullmatch("(?:[01]?[0-9]|2[0-4])(?::[0-5][0-9])+", text)
+    if clock and (":0" in text or math.gcd(*map(int, parts)) > 1):
+        return Node("time", parts)
+    whole = Fraction(0)
+    for part in parts:
+        whole = combine(add, whole, part)
+    return Node(":", [combine(truediv, part, whole) for part in parts])
 
 def scaled(g, positive=False):
     """g over its first finite value, or the size of that: 2x = 4 says the same as x = 2 -> (P,)."""
@@ -535,10 +656,12 @@ def scaled(g, positive=False):
 def inequality(sides, signs, names):
     """a < b ≤ c -> an interval, if linear in one variable; else a Node for each sign, in a set."""
     x, linear = symbol(min(names, default="")), len(names) == 1
-    links, ends, brackets = [], [-symbol("∞"), symbol("∞")], ["(", ")"]
+    links, ends, brackets = [], [Node("-∞", []), Node("∞", [])], ["(", ")"]
     for a, sign, b in zip(sides, signs, sides[1:]):
         if sign in (">", "≥"):
             a, sign, b = b, {">": "<", "≥": "≤"}[sign], a
+        if linear and sign != "≠" and (kind(a) == "-∞" or kind(b) == "∞"):
+            continue                                            # -∞ < x
         g = at_points(combine(sub, a, b))                       # g < 0
         slope = (g[1] - g[0]) / (x[1] - x[0])
         straight = abs(slope) > 1e-9 and np.allclose(g, g[0] + slope * (x - x[0]))
@@ -590,6 +713,8 @@ def same(a, b):
         a, b = b, a
     if kind(a) == "":
         return equal(a, b)
+    if a.kind == ":" and kind(b) == "":                         # 3:4 and 3/4
+        return len(a.parts) == 2 and same(combine(truediv, *a.parts), b)
     if a.kind == "unit":
         return same_quantity(a, b)
     if a.kind in (",", "{}"):
@@ -645,6 +770,8 @@ def same_quantity(a, b):
     unit, other = known_unit(a.note), None
     if kind(b) == "unit":
         y, other = b.parts[0], known_unit(b.note)
+    if unit and unit == other:
+        return same(x, y)
     if unit and other:
         return unit[0] == other[0] and same(combine(mul, x, unit[1]), combine(mul, y, other[1]))
     percent = unit is not None and unit[0] == ("share", 1)
