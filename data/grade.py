@@ -182,7 +182,6 @@ CHARACTERS = str.maketrans("−–×·⋅∙÷⁄∶′“”‘’、⩽≦⩾�
     ord("√"): r"\sqrt ", ord("∅"): r"\emptyset ", ord("。"): ". "}     # €, £ are dropped
 SCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+")
 FRACTIONS = re.compile("[¼-¾⅐-⅞]")
-SHORT_WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,3}(?![A-Za-z])")
 QUOTED = re.compile(r"""(["'`*_]+)((?:(?!\1).)+)\1""")
 COMMANDS = {                # LaTeX command: what the parser knows it by
     "quad": " ", "qquad": " ", "cdot": "*", "times": "*", "div": "/", "equiv": "=", "lt": "<",
@@ -216,17 +215,15 @@ def known_unit(text):
     return None
 
 def unit_or_words(match):
-    r"""\text{cm} after a value becomes \unit{cm}; any other \text{} its words."""
+    r"""\text{cm} after a value becomes \unit{cm}; any other \text{} its words, marked by a \: BAC
+    may be a product, \text{BAC} is a label."""
     before, text = match[1], match[2].strip(" ~")
     unit = re.fullmatch(r"[A-Za-z][A-Za-z /.^0-9]+|[mgs]", text)        # square feet, m/s, cm^2, m
-    if before and unit and text not in {"and", "or", *FUNCTIONS}:
+    if before and unit and text not in WORDS:
         return rf"{before} \unit{{{text}}}"
-    # A label is one symbol, \BAC, where BAC may be a product
-    return f"{before} {SHORT_WORD.sub(as_label, text)} "
-
-def as_label(match):
-    known = match[0] in COMMANDS or match[0] in FUNCTIONS or match[0] in ("and", "or")
-    return match[0] if known else "\\" + match[0]
+    word = re.match("[A-Za-z]{2,}", text)
+    mark = "\\" if word and word[0] not in WORDS and word[0] not in COMMANDS else ""
+    return f"{before} {mark}{text} "
 
 def repeating(match):
     r"""0.1\overline{6}, 0.1\dot{6}, 0.1(6) and 0.1666... become (15/90)."""
@@ -311,13 +308,6 @@ def symbol(name):
         values = np.copysign(np.ceil(abs(values)), values)
     return values.astype(complex)
 
-def application(name, arguments):
-    """An unknown function: smooth, of random phase, so that f(g(x)) is not g(f(x)) -> (P,)."""
-    value = symbol(name)
-    for x in arguments.parts if isinstance(arguments, Node) else [arguments]:
-        value = np.cos(1.37 * at_points(x) + value)
-    return value
-
 def at_points(value):
     """A value at the points -> (P,).  ValueError for a Node: there is no arithmetic on those."""
     if isinstance(value, Node):
@@ -377,7 +367,8 @@ OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv}
 SYMBOLS = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda
     mu nu xi rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi
     Sigma Upsilon Phi Psi Omega hbar ell""".split())            # the commands that are variables
-KNOWN = {*SYMBOLS, *FUNCTIONS, "frac", "binom", "sqrt"}
+WORDS = {"and", "or", *FUNCTIONS}
+KNOWN = {"frac", "binom", "sqrt", *SYMBOLS, *FUNCTIONS}
 
 
 NOT_MATHEMATICS = (ValueError, ArithmeticError, RecursionError)     # .. or too large or too deep
@@ -387,11 +378,12 @@ DIGITS = tuple("0123456789.")
 # What a factor without a * before it may begin with: x  (  \sqrt, but not \cap
 FACTOR = re.compile(r"[A-Za-z([{π∞]|\\(?!(?:unit|end|cap|setminus|to)(?![A-Za-z])|[^A-Za-z])")
 RELATIONS, SEPARATORS, CLOSERS = tuple("=<>≤≥≠≈∈"), (",", ";", "∪"), (")", "]", "}", r"\}")
+STOPS = ("+", "-", ":", "&", r"\\", r"\end{", *RELATIONS, *SEPARATORS, *CLOSERS)   # of a term
 KINDS = {"()": "()", "[]": "[]", "(]": "(]", "[)": "[)", "{}": ",", r"\{\}": "{}"}      # of Nodes
 
-APPLIED = "fghFGHPQpq"      # letters that are functions before a letter in parentheses: f(x), f(g(
-APPLICATION = re.compile(rf"\( (?:\\?[A-Za-z]+ \)|[{APPLIED}] \()")
 LABEL = re.compile("[A-Z]{2,3}|[A-Z][a-z]{2}|i{2,3}")        # HTT, AB, Sue, iii
+# f(2)  f(x)  f(g(x)), but x(x+1) is a product
+APPLICATION = re.compile(r"[A-Za-z]\w* \( [0-9]+ \)|[fghFGHPQpq]['\w]* \( (?:\\?[A-Za-z]+ \)|[fghFGHPQpq] \()")
 EDGES = ("", "(", "[", r"\{", ")", "]", r"\}", *SEPARATORS)
 
 def tokenize(text):
@@ -409,26 +401,21 @@ def tokenize(text):
         elif value and word or (value or last[-1:].isalpha()) and known_unit(token):
             tokens.append(rf"\unit{{{token}}}")                 # 12 apples, 12 cm, x cm
         elif word:
-            tokens.append("\\" + token.casefold())
-        elif LABEL.fullmatch(token) and is_label(token, tokens, following):
+            tokens.append("\\" + token)
+        elif LABEL.fullmatch(token) and is_label(last, following):
             tokens.append("\\" + token)
         else:
             tokens.extend(token)                                # ab is a times b
     return tokens
 
 def unknown(token):
-    """Whether this is a command that has no meaning here: one symbol, or applied to what follows."""
+    """Whether this is a command that has no meaning here: a symbol with all that belongs to it."""
     return token[:1] == "\\" and token[1:].isalpha() and token[1:] not in KNOWN
 
-def is_label(letters, before, following):
-    """Whether letters stand for one thing, as in \angle BAC or AB, BC; not in 2RC + C or (LG)^2."""
-    last, *opener = before[:-3:-1] or [""]
-    if last == "{" and following == "}":
-        last = opener[0] if opener else ""
-        return unknown(last)                                    # \overline{AB}
-    edges = EDGES + RELATIONS * (len(letters) > 2)
-    alone = last in edges and following in edges and (last, following) != ("(", ")")
-    return alone or unknown(last)
+def is_label(before, following):
+    """Whether letters between these tokens stand for one thing: AB, BC or \angle ABC, not 2RC."""
+    alone = before in EDGES and following in EDGES and before + following != "()"
+    return alone or unknown(before)
 
 class Reader:
     """Parser of one normalised answer, by recursive descent.  Raises one of NOT_MATHEMATICS."""
@@ -443,8 +430,8 @@ class Reader:
     # group    = ("(" | "[" | "{" | "\{") items (")" | "]" | "}" | "\}")
     # matrix   = "\begin{..}" { sum | "&" | "\\" } "\end{..}"
     # function = name { ("^" | "_") base } (group | factor { factor })
-    # variable = letter { "_" token | "'" } [ "(" integer ")" | application: f(x) ]
-    #          | unknown command { ("_" | "^") token } [ base of {} | factor ]
+    # variable = letter { "_" token | "'" } [ group ]                 f(x)
+    #          | unknown command ( { group of {} } | rest of the term )         compared as written
 
     def __init__(self, text):
         self.tokens, self.i = tokenize(text), 0
@@ -464,7 +451,7 @@ class Reader:
         """The next token or {group} as text, without braces."""
         start, depth = self.i, 0
         while self.i == start or depth > 0 and self.next:
-            depth += (self.next == "{") - (self.next == "}")
+            depth += (self.next in ("{", "(")) - (self.next in ("}", ")"))
             self.i += 1
         return re.sub(r"[{}\\]", "", "".join(self.tokens[start:self.i]))
 
@@ -509,7 +496,7 @@ class Reader:
         value = ratio(parts, "".join(self.tokens[start:self.i])) if len(parts) > 1 else parts[0]
         start = self.i
         if self.next.startswith(("%", "°", "_", r"\unit{")):    # the base in 132_7 counts as a unit
-            while self.next not in ("", "+", "-", *RELATIONS, *SEPARATORS, *CLOSERS):
+            while self.next and not self.next.startswith(STOPS):
                 self.raw()
         unit = "".join(self.tokens[start:self.i])
         if re.search("[0-9]", re.sub(r"[A-Za-z^_]\{?-?[0-9]+", "", unit)):      # but cm^2, _{7}
@@ -624,19 +611,17 @@ class Reader:
     def variable(self, name):
         if not re.fullmatch(r"\\?[A-Za-z]+", name):
             raise ValueError(f"unexpected {name!r}")
-        command, name = unknown(name), name.removeprefix("\\")
-        while self.next in ("_", "'") or command and self.next == "^":      # \sum_{k}^{n}
-            name += self.take("_", "^") + self.raw()
-        ahead = " ".join(self.tokens[self.i:self.i + 3])
-        if re.fullmatch(r"\( [0-9]+ \)", ahead):
-            name += self.tokens[self.i + 1]                     # f(2)
-            self.i += 3
-        self.names.append(name)
-        if command and self.continues():
-            return application(name, self.base() if self.next == "{" else self.factor())
-        if name[0] in APPLIED and APPLICATION.match(ahead):
-            return application(name, self.base())
-        return symbol(name)
+        while self.next in ("_", "'"):
+            name += self.take("_") + self.raw()
+        if unknown(name):
+            more = self.next == "{"                             # \overline{AB}, else \pmod 5
+            while self.next == "{" if more else self.next and not self.next.startswith(STOPS):
+                name += self.raw()
+            name = name.casefold()
+        if APPLICATION.match(" ".join([name, *self.tokens[self.i:self.i + 3]])):
+            name += self.raw()
+        self.names.append(name.removeprefix("\\"))
+        return symbol(self.names[-1])
 
 def ratio(parts, text):
     """3:15 is a time, for no ratio is written with a 0 in front or left unreduced; 1:12 is not."""
