@@ -21,7 +21,7 @@ import re
 import unicodedata
 from collections import namedtuple
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import product
 from operator import add, mul, sub, truediv
 
@@ -40,18 +40,15 @@ def grade_answer(gold, text):
 
 def extract_answer(text, choice=False):
     r"""The final answer of a completion, or None.
-    After the last </think>, in the last <answer> if there is one: the last complete \boxed{}; else
-    what follows the last "answer is" or "answer:"; else all of it if that is one line of few words,
-    as the embedded models write; else the last formula or number.  None if thinking or a box never
-    closed.  choice: a letter A to H is wanted.
+    After the last </think>: the last complete \boxed{}; else what follows the last "answer is",
+    "answer:" or <answer>; else all of it if that is one line of few words, as the embedded models
+    write; else the last formula or number.  None if thinking or a box never closed.  choice: a
+    letter A to H is wanted.
     """
     text = text.rpartition("</think>")[2]
     if "<think>" in text:
         return None
-    pieces = ANSWER_TAG.split(text[-LONGEST_TEXT:])             # text, tag, text, tag, text ..
-    tagged = [piece for tag, piece in zip(pieces[1::2], pieces[2::2]) if "/" not in tag]
-    inside = [piece for piece in tagged if piece.strip()]
-    text = plain(inside[-1] if inside else "\n".join(pieces[::2])).strip()
+    text = plain(text[-LONGEST_TEXT:]).strip()
     box = last_box(text)
     if box == "":
         return None
@@ -67,10 +64,10 @@ def extract_answer(text, choice=False):
         return box
     if said:
         return stated_answer(said) or None
-    if 0 < len(text) <= NEAR and not re.search(r"\n|\.\s", text):
-        if len(text.split()) <= 3 or few_words(text):
-            return stated_answer(text)
     values = VALUE.findall(text[-NEAR:])
+    prose = re.search(r"\n|\.\s", text) or values and re.match("[A-Z][a-z]+,? ", text)      # So 5
+    if 0 < len(text) <= LONGEST_ANSWER and not prose and (few_words(text) or text.count(" ") < 3):
+        return stated_answer(text)
     return values[-1] if values else None
 
 @np.errstate(all="ignore")
@@ -107,12 +104,13 @@ NUMBER = (r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?"                 # 1,234.
 FORMULA = (r"(?s:\$\$[^$]{1,500}\$\$|\\\[.{1,500}?\\\]"                 # $$x$$  \[x\]
            r"|\\\(.{1,500}?\\\))|\$(?:\\.|[^$\\\n]){1,500}\$")          # \(x\)  $x$
 VALUE = re.compile(rf"{FORMULA}|(?<![A-Za-z0-9_.\\^])(?<![_^]\{{){NUMBER}")     # not the 7 of B7, x^7
-ANSWER_IS = re.compile(r"""(?i)(?:answer[ *_"]{0,4}(?:is\b|:)|答[案え]?[ *]{0,4}[是为為は:])"""
-                       r"(?:\*\*|__)?[\s:]{0,6}(?=\S)")                 # **Answer**: ..  答案: ..
-ANSWER_TAG = re.compile(r"(?i)(</?(?:final_?)?answer>)")
-TAG = re.compile(r"<\|[^|<>\s]{1,40}\|>|</[A-Za-z_]{1,20}>|<(?:[sbp]|[a-z_]{3,20})>")   # <|im_end|>
+ANSWER_IS = re.compile(             # **Answer**: ..  answer is equal to ..  <answer>..  答案: ..
+    r"""(?i)(?:answer[ *_"]{0,4}(?:is\b|:)|<(?:final_?)?answer>|答[案え]?[ *]{0,4}[是为為は:])"""
+    r"(?:\*\*|__)?(?:\s(?:equal to|indeed|simply|just|therefore|thus|exactly))?[\s,:]{0,6}(?=\S)")
+# <|im_end|>  </s>  <b>, but an <answer> only if it is empty
+TAG = re.compile(r"(?i)<(answer>)\s*</\1|<\|[^|<>\s]{1,40}\|>|</[a-z_]{1,20}>"
+                 r"|<(?!answer|final)(?:[sbp]|[a-z_]{3,20})>")
 WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s.,;:!?)"'])|[\u3040-\u9fff]""")    # of prose
-LEADING_WORDS = re.compile(r"(?:[A-Za-z][a-z]+[,:]?\s+)+")              # equal to 5
 REASON = re.compile(r"[\s,;(-]+(?:because|since|as|so|which|thus|hence|therefore|due|given|not|but"
                     r"|by(?! \d)|from|after|where|when|for)\b.*|\s\([a-z]{2,},? [a-z]{2,}.*")
 OPTION = re.compile(r"(?:\\text ?\{)?\(?([A-H])\)?\}?")                 # B  (B)  \text{(B)}
@@ -122,10 +120,11 @@ BRACE = re.compile(r"\\{1,2}(?:boxed|fbox) ?\{|\\.|[{}]")               # \boxed
 BLANK = re.compile(r"(?:\\(?:[lc]?dots|text|boxed|q?quad|[ ,;:!])|[\s{}.?$~_])*")     # \boxed{\ldots}
 
 def plain(text):
-    """Compatibility characters as their plain ones (NFKC), x² as x^2, without tags."""
+    """Compatibility characters as their plain ones (NFKC), x² as x^{2}, no tags."""
     if not text.isascii():
-        text = SCRIPTS.sub(lambda match: f"^{match[0]}", text)
-        text = unicodedata.normalize("NFKC", FRACTIONS.sub(r" \g<0>", text)).translate(CHARACTERS)
+        text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}", text)
+        text = re.sub("[₀-₉]+", r"_{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))      # 3½ is 3 1/2
+        text = unicodedata.normalize("NFKC", text.translate(CHARACTERS)).translate(CHARACTERS)
     return TAG.sub("\n", text)
 
 def last_box(text):
@@ -170,9 +169,7 @@ def stated_answer(said):
     line = REASON.sub("", line).strip(" *") or line
     values = VALUE.findall(line)
     if not values or few_words(line) and not re.search("[\u3040-\u9fff]", line):
-        words = LEADING_WORDS.match(line)                       # equal to 5, but not sin 5
-        after = words and words[0].split()[-1] not in FUNCTIONS and VALUE.match(line, words.end())
-        return line[words.end():] if after else line
+        return line
     return values[0] if VALUE.match(line) else values[-1]
 
 # ---- 2. Read it: spelling and units ------------------------------------------------------------
@@ -180,16 +177,13 @@ def stated_answer(said):
 LONGEST_ANSWER = 1000       # characters; a longer answer is only a string
 CHARACTERS = str.maketrans("−–×·⋅∙÷⁄∶′“”‘’、⩽≦⩾≧º", """--****//:'""'',≤≤≥≥°""", "€£\u200b\ufeff") | {
     ord("√"): r"\sqrt ", ord("∅"): r"\emptyset ", ord("。"): ". "}     # €, £ are dropped
-SCRIPTS = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+")
-FRACTIONS = re.compile("[¼-¾⅐-⅞]")
-QUOTED = re.compile(r"""(["'`*_]+)((?:(?!\1).)+)\1""")
 COMMANDS = {                # LaTeX command: what the parser knows it by
     "quad": " ", "qquad": " ", "cdot": "*", "times": "*", "div": "/", "equiv": "=", "lt": "<",
     "gt": ">", "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥",
     "ne": "≠", "neq": "≠", "approx": "≈", "simeq": "≈", "in": "∈", "cup": "∪", "pm": "±", "mp": "∓",
     "colon": ":", "pmod": r"\mod ", "bmod": r"\mod ", "cdots": r"\dots", "ldots": r"\dots",
-    "varnothing": r"\{\}", "emptyset": r"\{\}", "infty": "∞", "pi": "π", "circ": "°", "degree": "°", "lfloor": r"\floor(", "rfloor": ")",
-    "lceil": r"(-\floor(-(", "rceil": ")))"}                    # the negative of the floor of -x
+    "varnothing": r"\{\}", "emptyset": r"\{\}", "infty": "∞", "pi": "π", "circ": "°", "degree": "°",
+    "lfloor": r"\floor(", "rfloor": ")", "lceil": r"(-\floor(-(", "rceil": ")))"}       # -floor(-x)
 UNITS = {                   # kind: its units and their sizes
     "share": {"%": ".01", "percent": ".01", "percentage": ".01", "pct": ".01"},
     "angle": {"°": "1", "degree": "1"}, "money": {"cent": ".01", "dollar": "1"},
@@ -197,9 +191,8 @@ UNITS = {                   # kind: its units and their sizes
                "meter": "1", "metre": "1", "km": "1000", "kilometer": "1000", "inch": ".0254",
                "foot": ".3048", "feet": ".3048", "ft": ".3048", "mile": "1609.344"},
     "mass": {"mg": ".001", "g": "1", "gram": "1", "kg": "1000", "kilogram": "1000"},
-    "morning": {"a.m": "1"}, "afternoon": {"p.m": "1"},
     "time": {"s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60", "hr": "3600",
-             "hour": "3600", "day": "86400", "week": "604800"}}
+             "hour": "3600", "day": "86400", "week": "604800"}, "am": {"a.m": "1"}, "pm": {"p.m": "1"}}
 
 def known_unit(text):
     """((kind, power), size) of cm^2, square feet, %, or the base in 132_7; None if not known."""
@@ -227,7 +220,8 @@ def unit_or_words(match):
 
 def repeating(match):
     r"""0.1\overline{6}, 0.1\dot{6}, 0.1(6) and 0.1666... become (15/90)."""
-    whole, once, period = match[1], match[2], re.sub(r"\\d?dot|[{} ]", "", match[3] or match[4] or match[5])
+    whole, once = match[1], match[2]
+    period = re.sub(r"\\dot|[{} ]", "", match[3] or match[4] or match[5])
     shift = 10 ** len(once)
     digits = int(whole + once + period) - int(whole + once or 0)
     return f"({digits}/{shift * (10 ** len(period) - 1)})"
@@ -245,7 +239,6 @@ REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # wh
     ("\\", r"\\(?:vec|hat|bar|d?dot|tilde|overline|mathbb|mathcal)"
            r"(?: ?\{([A-Za-z])\}| ([A-Za-z]))", r"\1\2'"),
     ("np.", r"\bnp\.", ""), ("pi", r"(?<![\\A-Za-z])pi\b", "π"),
-    # 5 \text{cm}: the character before the text, and the text
     ("\\", r"([0-9A-Za-z)}!\]π]?)\s*\\(?:(?:text|math)(?:rm|bf|it|sf)?|mbox|operatorname|rm)\*?"
            r" ?\{([^{}]*)\}", unit_or_words),
     ("", r"\b(?:and|or)\b", ","),                               # 1 and 2
@@ -254,7 +247,7 @@ REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # wh
     ("\\", r"\\[cdt](frac|binom)(?![A-Za-z])", r"\\\1"),
     ("\\", r"\\([A-Za-z]+)", lambda match: COMMANDS.get(match[1], match[0])),
     ("mod", r"(?<![\\A-Za-z])mod\b", r"\\mod"),
-    ("m", r"(?i)(:[0-9]{2} ?|^[0-9]{1,2} )(?:\\unit\{)?([ap])\.?m\.?\}?[. ]*$", r"\1\\unit{\2.m}"),
+    ("", r"(?i)(:[0-9]{2} ?|^[0-9]{1,2} )(?:\\unit\{)?([ap])\.?m\.?\}?[. ]*$", r"\1\\unit{\2.m}"),
     ("inf", r"(?<![\\A-Za-z])inf(?:ty|inity)?\b", "∞"), ("°", r"\^ ?\{? ?° ?\}?", "°"),   # 90^{°}
     ("|", r"(?<!\\)\|([^|]*)\|", r"\\abs(\1)"),
     ("\\", r"(\\frac|\\binom) ?([0-9])", r"\1{\2}"),            # \frac12 takes a digit at a time
@@ -270,7 +263,7 @@ def normalise(answer):
     s = plain(answer).strip()
     if len(s) > LONGEST_ANSWER:
         return s
-    while quoted := QUOTED.fullmatch(s):
+    while quoted := re.fullmatch(r"""(["'`*_]+)((?:(?!\1).)+)\1""", s):
         s = quoted[2].strip()
     for mark, pattern, new in REWRITES:
         if mark in s:
@@ -281,7 +274,6 @@ def normalise(answer):
 
 P = 16                      # points: 4 positive, 4 of any sign, 8 larger ones
 REAL = np.arange(P) < 8     # there a value is nan if it would depend on the choice of a branch
-INTEGER = re.compile(r"[jklmnN](?![A-Za-z])")               # variables that are integers: n, k_1
 LARGEST = 20_000            # bits of a rational number; a larger one is not computed
 
 # What was read, if it is not one value.  The parts of each kind, and its note:
@@ -304,7 +296,7 @@ def symbol(name):
     positive = [rng.uniform(0.3, 3) for _ in range(4)]
     real = [rng.uniform(0.3, 3) * rng.choice((-1, 1)) for _ in range(4)]
     values = np.array(positive + real + [rng.uniform(2, 12) for _ in range(8)])
-    if INTEGER.match(name):
+    if re.match("[jklmnN](?![A-Za-z])", name):                  # n, k_1: integers by name
         values = np.copysign(np.ceil(abs(values)), values)
     return values.astype(complex)
 
@@ -342,25 +334,23 @@ def logarithm(x):
     return np.where(REAL & (x.real < 0) & (x.imag == 0), np.nan, np.log(x))
 
 def floor(x):
-    return np.where(x.imag == 0, np.floor(x.real + 1e-9), np.nan)       # log_2 8 is 2.9999999999999996
+    return np.where(x.imag == 0, np.floor(x.real + 1e-9), np.nan)       # log_2 8 is 2.9999999999
 
 def factorial(x, step=1):
-    """x!, with steps of 2 x!!: exact to 1500; of an array to 170 by the gamma function, or nan."""
+    """x!, with steps of 2 x!!: exact to 1500; x! of an array to 170, by the gamma function."""
     if rational(x) and x.denominator == 1 and 0 <= x <= 1500:
         return Fraction(math.prod(range(int(x), 0, -step)))
     values = np.full(P, np.nan + 0j)
     for k, v in enumerate(at_points(x)):
-        if v.imag == 0 and 0 <= v.real <= 170:
-            if step == 1:
-                values[k] = math.gamma(v.real + 1)
-            elif v.real == int(v.real):
-                values[k] = math.prod(range(int(v.real), 0, -step))
+        if step == 1 and v.imag == 0 and 0 <= v.real <= 170:
+            values[k] = math.gamma(v.real + 1)
     return values
 
-FUNCTIONS = {               # of arrays (P,); of csc, sec and cot the reciprocals
+FUNCTIONS = {               # of arrays (P,)
     "sin": np.sin, "cos": np.cos, "tan": np.tan, "sinh": np.sinh, "cosh": np.cosh, "tanh": np.tanh,
-    "csc": np.sin, "sec": np.cos, "cot": np.tan, "arcsin": np.arcsin, "arccos": np.arccos,
-    "arctan": np.arctan, "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "exp": np.exp,
+    "arcsin": np.arcsin, "arccos": np.arccos, "arctan": np.arctan, "asin": np.arcsin,
+    "acos": np.arccos, "atan": np.arctan, "csc": lambda x: 1 / np.sin(x),
+    "sec": lambda x: 1 / np.cos(x), "cot": lambda x: 1 / np.tan(x), "exp": np.exp,
     "ln": logarithm, "log": logarithm, "lg": np.log10, "abs": np.abs, "floor": floor}
 CONSTANTS = {"π": np.full(P, np.pi + 0j), "e": np.full(P, np.e + 0j), "i": np.full(P, 1j)}
 OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv}
@@ -369,7 +359,6 @@ SYMBOLS = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta varthe
     Sigma Upsilon Phi Psi Omega hbar ell""".split())            # the commands that are variables
 WORDS = {"and", "or", *FUNCTIONS}
 KNOWN = {"frac", "binom", "sqrt", *SYMBOLS, *FUNCTIONS}
-
 
 NOT_MATHEMATICS = (ValueError, ArithmeticError, RecursionError)     # .. or too large or too deep
 TOKEN = re.compile(rf"-?\s?∞|\\unit\{{[^{{}}]*\}}|\\(?:begin|end)\{{[a-z]+\*?\}}|{DECIMAL}"
@@ -381,10 +370,15 @@ RELATIONS, SEPARATORS, CLOSERS = tuple("=<>≤≥≠≈∈"), (",", ";", "∪"),
 STOPS = ("+", "-", ":", "&", r"\\", r"\end{", *RELATIONS, *SEPARATORS, *CLOSERS)   # of a term
 KINDS = {"()": "()", "[]": "[]", "(]": "(]", "[)": "[)", "{}": ",", r"\{\}": "{}"}      # of Nodes
 
-LABEL = re.compile("[A-Z]{2,3}|[A-Z][a-z]{2}|i{2,3}")        # HTT, AB, Sue, iii
-# f(2)  f(x)  f(g(x)), but x(x+1) is a product
-APPLICATION = re.compile(r"[A-Za-z]\w* \( [0-9]+ \)|[fghFGHPQpq]['\w]* \( (?:\\?[A-Za-z]+ \)|[fghFGHPQpq] \()")
+LABEL = re.compile("[A-Z]{2,}|[A-Z][a-z]{2}|i{2,3}")
 EDGES = ("", "(", "[", r"\{", ")", "]", r"\}", *SEPARATORS)
+# f(2)  f(x)  f(g(x)), but x(x+1) is a product
+APPLICATION = re.compile(r"[A-Za-z]\w* \( [0-9]+ \)|[fghFGHPQpq]['\w]* \( (?:\\?[A-Za-z]+ [),|]"
+                         r"|[fghFGHPQpq] \()")
+
+def unknown(token):
+    """Whether this is a command without a meaning here: a symbol, with what belongs to it."""
+    return token[:1] == "\\" and token[1:].isalpha() and token[1:] not in KNOWN
 
 def tokenize(text):
     """A normalised answer -> list of tokens."""
@@ -392,46 +386,31 @@ def tokenize(text):
     for token, following in zip(found, [*found[1:], ""]):
         last = tokens[-1] if tokens else ""
         value, word = last.endswith(tuple("0123456789)}]!.")), len(token) > 3
+        name = token in KNOWN and (word or token not in SYMBOLS) and token != "sec"
+        label = LABEL.fullmatch(token) and (unknown(last) or last in EDGES and following in EDGES
+                                            and last + following != "()")
         if len(token) == 1 or not token.isalpha():
             tokens.append(token)
-        elif token == "sqrt" or token in FUNCTIONS and token != "sec":      # 5 sec is a time
-            tokens.append("\\" + token)
-        elif word and token in SYMBOLS:
-            tokens.append("\\" + token)
-        elif value and word or (value or last[-1:].isalpha()) and known_unit(token):
-            tokens.append(rf"\unit{{{token}}}")                 # 12 apples, 12 cm, x cm
-        elif word:
-            tokens.append("\\" + token)
-        elif LABEL.fullmatch(token) and is_label(last, following):
+        elif not name and (value and word or (value or last[-1:].isalpha()) and known_unit(token)):
+            tokens.append(rf"\unit{{{token}}}")                 # 12 apples, 12 cm, x cm, 5 sec
+        elif name or word or label:                             # HTT; AB, BC; \angle AB; not 2RC
             tokens.append("\\" + token)
         else:
             tokens.extend(token)                                # ab is a times b
     return tokens
 
-def unknown(token):
-    """Whether this is a command that has no meaning here: a symbol with all that belongs to it."""
-    return token[:1] == "\\" and token[1:].isalpha() and token[1:] not in KNOWN
-
-def is_label(before, following):
-    """Whether letters between these tokens stand for one thing: AB, BC or \angle ABC, not 2RC."""
-    alone = before in EDGES and following in EDGES and before + following != "()"
-    return alone or unknown(before)
-
 class Reader:
     """Parser of one normalised answer, by recursive descent.  Raises one of NOT_MATHEMATICS."""
-    # items    = item { ("," | ";" | "∪") item }
-    # item     = quantity { ("=" | "<" | ">" | "≤" | "≥" | "≠" | "≈" | "∈") quantity }
-    # quantity = sum { ":" sum } [ unit ]
-    # sum      = [ "+" ] term { ("+" | "-") term }
-    # term     = factor { [ "*" | "/" ] factor }
-    # factor   = "-" factor | base { "^" base | "!" { "!" } | "°" }
-    # base     = "-" base | number | group | matrix | function | variable
-    #          | ("\frac" | "\binom") base base | "\sqrt" [ "[" sum "]" ] base
-    # group    = ("(" | "[" | "{" | "\{") items (")" | "]" | "}" | "\}")
-    # matrix   = "\begin{..}" { sum | "&" | "\\" } "\end{..}"
+    # items  = item { ("," | ";" | "∪") item }          item   = quantity { relation quantity }
+    # sum    = [ "+" ] term { ("+" | "-") term }        quantity = sum { ":" sum } [ unit ]
+    # term   = factor { [ "*" | "/" ] factor }          group  = opening items closing
+    # factor = "-" factor | base { "^" base | "!" { "!" } | "°" }
+    # base   = "-" base | number | group | matrix | function | variable
+    #        | ("\frac" | "\binom") base base | "\sqrt" [ "[" sum "]" ] base
+    # matrix = "\begin{..}" { sum | "&" | "\\" } "\end{..}"
     # function = name { ("^" | "_") base } (group | factor { factor })
-    # variable = letter { "_" token | "'" } [ group ]                 f(x)
-    #          | unknown command ( { group of {} } | rest of the term )         compared as written
+    # variable = letter { "_" token | "'" } [ group ]   f(x)
+    #        | unknown command ( { group of {} } | rest of the term )       compared as written
 
     def __init__(self, text):
         self.tokens, self.i = tokenize(text), 0
@@ -493,8 +472,7 @@ class Reader:
         start, parts = self.i, [self.sum()]
         while self.take(":"):
             parts.append(self.sum())
-        value = ratio(parts, "".join(self.tokens[start:self.i])) if len(parts) > 1 else parts[0]
-        start = self.i
+        value, start = ratio(parts, "".join(self.tokens[start:self.i])), self.i
         if self.next.startswith(("%", "°", "_", r"\unit{")):    # the base in 132_7 counts as a unit
             while self.next and not self.next.startswith(STOPS):
                 self.raw()
@@ -602,8 +580,6 @@ class Reader:
             name = "arc" + name
             del marks["^"]
         value = FUNCTIONS[name](at_points(x)) + 0j
-        if name in ("csc", "sec", "cot"):
-            value = 1 / value
         if "_" in marks:
             value = value / logarithm(at_points(marks["_"]))
         return power(value, marks["^"]) if "^" in marks else value
@@ -614,23 +590,22 @@ class Reader:
         while self.next in ("_", "'"):
             name += self.take("_") + self.raw()
         if unknown(name):
-            more = self.next == "{"                             # \overline{AB}, else \pmod 5
-            while self.next == "{" if more else self.next and not self.next.startswith(STOPS):
-                name += self.raw()
-            name = name.casefold()
+            name, group = name.casefold(), self.next == "{"     # \overline{AB}, else \pmod 5
+            while self.next == "{" if group else self.next and not self.next.startswith(STOPS):
+                name += " " + self.raw()
         if APPLICATION.match(" ".join([name, *self.tokens[self.i:self.i + 3]])):
             name += self.raw()
         self.names.append(name.removeprefix("\\"))
         return symbol(self.names[-1])
 
 def ratio(parts, text):
-    """3:15 is a time, for no ratio is written with a 0 in front or left unreduced; 1:12 is not."""
+    """a:b:c -> shares of the whole.  A 0 in front, or what could be reduced, tells a time: 3:15."""
+    if len(parts) == 1:
+        return parts[0]
     clock = re.fullmatch("(?:[01]?[0-9]|2[0-4])(?::[0-5][0-9])+", text)
     if clock and (":0" in text or math.gcd(*map(int, parts)) > 1):
         return Node("time", parts)
-    whole = Fraction(0)
-    for part in parts:
-        whole = combine(add, whole, part)
+    whole = reduce(lambda a, b: combine(add, a, b), parts)
     return Node(":", [combine(truediv, part, whole) for part in parts])
 
 def scaled(g, positive=False):
@@ -714,9 +689,8 @@ def same(a, b):
 
 def decimals(x):
     """Digits after the point; inf for 1/3 or a value that is not rational."""
-    if not rational(x):
-        return math.inf
-    return next((n for n in range(40) if 10**n % x.denominator == 0), math.inf)
+    places = range(40) if rational(x) else ()
+    return next((n for n in places if 10**n % x.denominator == 0), math.inf)
 
 def equal(a, b):
     """Whether values are equal: exactly if rational, else at all points where both are defined."""
@@ -751,13 +725,10 @@ def same_list(a, b):
 
 def same_quantity(a, b):
     """Known units are converted; one that only one side has is ignored, but 25% may be 1/4."""
-    x, y = a.parts[0], b
-    unit, other = known_unit(a.note), None
+    x, y, unit, other = a.parts[0], b, known_unit(a.note), None
     if kind(b) == "unit":
         y, other = b.parts[0], known_unit(b.note)
-    if unit and unit == other:
-        return same(x, y)
-    if unit and other:
+    if unit and other and unit != other:
         return unit[0] == other[0] and same(combine(mul, x, unit[1]), combine(mul, y, other[1]))
-    percent = unit is not None and unit[0] == ("share", 1)
-    return same(x, y) or percent and same(combine(mul, x, unit[1]), y)
+    percent = unit and unit[0] == ("share", 1) and not other
+    return same(x, y) or bool(percent) and same(combine(mul, x, unit[1]), y)
