@@ -6,11 +6,6 @@ r"""What counts as a right answer.  Three steps, a section each:
 3. Compare it.  Numbers exactly, expressions by their values at fixed points of their variables,
                 lists in any order, tuples in order; intervals, equations, quantities with units.
 
-    grade(gold, text) -> bool                     does the completion `text` end in the gold answer?
-    grade_answer(gold, text) -> (answer, bool)    the same, with the answer found, or None
-    extract_answer(text) -> answer                step 1: a string, or None
-    same_answer(gold, answer) -> bool             steps 2 and 3; symmetric
-
 No algebra: sympy would be 30 times slower, and has to be kept from expanding 9^{9^9}.  Completions
 are hostile input: length, nesting and numbers are bounded, and nothing in them is ever run.
 """
@@ -60,10 +55,8 @@ def extract_answer(text, choice=False):
             return box
         first = box or said or OPENS_WITH_OPTION.match(text)
         return letters[0] if first else letters[-1]
-    if box:
-        return box
-    if said:
-        return stated_answer(said) or None
+    if box or said:
+        return box or stated_answer(said) or None
     values = VALUE.findall(text[-NEAR:])
     prose = re.search(r"\n|\.\s", text) or values and re.match("[A-Z][a-z]+,? ", text)      # So 5
     if 0 < len(text) <= LONGEST_ANSWER and not prose and (few_words(text) or text.count(" ") < 3):
@@ -107,9 +100,8 @@ VALUE = re.compile(rf"{FORMULA}|(?<![A-Za-z0-9_.\\^])(?<![_^]\{{){NUMBER}")     
 ANSWER_IS = re.compile(             # **Answer**: ..  answer is equal to ..  <answer>..  答案: ..
     r"""(?i)(?:answer[ *_"]{0,4}(?:is\b|:)|<(?:final_?)?answer>|答[案え]?[ *]{0,4}[是为為は:])"""
     r"(?:\*\*|__)?(?:\s(?:equal to|indeed|simply|just|therefore|thus|exactly))?[\s,:]{0,6}(?=\S)")
-# <|im_end|>  </s>  <b>, but an <answer> only if it is empty
-TAG = re.compile(r"(?i)<(answer>)\s*</\1|<\|[^|<>\s]{1,40}\|>|</[a-z_]{1,20}>"
-                 r"|<(?!answer|final)(?:[sbp]|[a-z_]{3,20})>")
+TAG = re.compile(r"(?i)<(answer>)\s*</\1|<\|[^|<>\s]{1,40}\|>|</[a-z_]{1,20}>"      # <|im_end|>
+                 r"|<(?!answer|final)(?:[sbp]|[a-z_]{3,20})>")          # not an <answer> of something
 WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s.,;:!?)"'])|[\u3040-\u9fff]""")    # of prose
 REASON = re.compile(r"[\s,;(-]+(?:because|since|as|so|which|thus|hence|therefore|due|given|not|but"
                     r"|by(?! \d)|from|after|where|when|for)\b.*|\s\([a-z]{2,},? [a-z]{2,}.*")
@@ -125,7 +117,7 @@ def plain(text):
         text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}", text)
         text = re.sub("[₀-₉]+", r"_{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))      # 3½ is 3 1/2
         text = unicodedata.normalize("NFKC", text.translate(CHARACTERS)).translate(CHARACTERS)
-    return TAG.sub("\n", text)
+    return TAG.sub("\n", text) if "<" in text else text
 
 def last_box(text):
     r"""The last complete \boxed{}, the inner one if nested, with those that form a list with it; ""
@@ -220,8 +212,7 @@ def unit_or_words(match):
 
 def repeating(match):
     r"""0.1\overline{6}, 0.1\dot{6}, 0.1(6) and 0.1666... become (15/90)."""
-    whole, once = match[1], match[2]
-    period = re.sub(r"\\dot|[{} ]", "", match[3] or match[4] or match[5])
+    whole, once, period = match[1], match[2], re.sub(r"\\dot|[{} ]", "", match[match.lastindex])
     shift = 10 ** len(once)
     digits = int(whole + once + period) - int(whole + once or 0)
     return f"({digits}/{shift * (10 ** len(period) - 1)})"
@@ -248,7 +239,8 @@ REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # wh
     ("\\", r"\\([A-Za-z]+)", lambda match: COMMANDS.get(match[1], match[0])),
     ("mod", r"(?<![\\A-Za-z])mod\b", r"\\mod"),
     ("", r"(?i)(:[0-9]{2} ?|^[0-9]{1,2} )(?:\\unit\{)?([ap])\.?m\.?\}?[. ]*$", r"\1\\unit{\2.m}"),
-    ("inf", r"(?<![\\A-Za-z])inf(?:ty|inity)?\b", "∞"), ("°", r"\^ ?\{? ?° ?\}?", "°"),   # 90^{°}
+    ("inf", r"(?<![\\A-Za-z])inf(?:ty|inity)?\b", "∞"), ("∞", "- ∞", "-∞"), ("≈", "(.)≈[^,;]*", r"\1"),
+    ("°", r"\^ ?\{? ?° ?\}?", "°"),   # 90^{°}
     ("|", r"(?<!\\)\|([^|]*)\|", r"\\abs(\1)"),
     ("\\", r"(\\frac|\\binom) ?([0-9])", r"\1{\2}"),            # \frac12 takes a digit at a time
     ("\\", r"((?:\\frac|\\binom) ?\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
@@ -352,7 +344,8 @@ FUNCTIONS = {               # of arrays (P,)
     "acos": np.arccos, "atan": np.arctan, "csc": lambda x: 1 / np.sin(x),
     "sec": lambda x: 1 / np.cos(x), "cot": lambda x: 1 / np.tan(x), "exp": np.exp,
     "ln": logarithm, "log": logarithm, "lg": np.log10, "abs": np.abs, "floor": floor}
-CONSTANTS = {"π": np.full(P, np.pi + 0j), "e": np.full(P, np.e + 0j), "i": np.full(P, 1j)}
+CONSTANTS = {"π": np.full(P, np.pi + 0j), "e": np.full(P, np.e + 0j), "i": np.full(P, 1j),
+             "∞": Node("∞", []), "-∞": Node("-∞", [])}          # a Node has no arithmetic
 OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv}
 SYMBOLS = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda
     mu nu xi rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi
@@ -361,20 +354,19 @@ WORDS = {"and", "or", *FUNCTIONS}
 KNOWN = {"frac", "binom", "sqrt", *SYMBOLS, *FUNCTIONS}
 
 NOT_MATHEMATICS = (ValueError, ArithmeticError, RecursionError)     # .. or too large or too deep
-TOKEN = re.compile(rf"-?\s?∞|\\unit\{{[^{{}}]*\}}|\\(?:begin|end)\{{[a-z]+\*?\}}|{DECIMAL}"
+TOKEN = re.compile(rf"!+|-?∞|\\unit\{{[^{{}}]*\}}|\\(?:begin|end)\{{[a-z]+\*?\}}|{DECIMAL}"
                    r"|\\[A-Za-z]+|\\\S|[A-Za-z]+|\S")
 DIGITS = tuple("0123456789.")
 # What a factor without a * before it may begin with: x  (  \sqrt, but not \cap
 FACTOR = re.compile(r"[A-Za-z([{π∞]|\\(?!(?:unit|end|cap|setminus|to)(?![A-Za-z])|[^A-Za-z])")
-RELATIONS, SEPARATORS, CLOSERS = tuple("=<>≤≥≠≈∈"), (",", ";", "∪"), (")", "]", "}", r"\}")
+RELATIONS, SEPARATORS, CLOSERS = tuple("=<>≤≥≠∈"), (",", ";", "∪"), (")", "]", "}", r"\}")
 STOPS = ("+", "-", ":", "&", r"\\", r"\end{", *RELATIONS, *SEPARATORS, *CLOSERS)   # of a term
 KINDS = {"()": "()", "[]": "[]", "(]": "(]", "[)": "[)", "{}": ",", r"\{\}": "{}"}      # of Nodes
 
 LABEL = re.compile("[A-Z]{2,}|[A-Z][a-z]{2}|i{2,3}")
 EDGES = ("", "(", "[", r"\{", ")", "]", r"\}", *SEPARATORS)
 # f(2)  f(x)  f(g(x)), but x(x+1) is a product
-APPLICATION = re.compile(r"[A-Za-z]\w* \( [0-9]+ \)|[fghFGHPQpq]['\w]* \( (?:\\?[A-Za-z]+ [),|]"
-                         r"|[fghFGHPQpq] \()")
+APPLIED = re.compile(r"\\?\w+ \( [0-9]+ \)|[f-hF-HPQpq]['\w]* \( (\\?[A-Za-z]+ [),|]|[f-hF-HPQpq] \()")
 
 def unknown(token):
     """Whether this is a command without a meaning here: a symbol, with what belongs to it."""
@@ -404,7 +396,7 @@ class Reader:
     # items  = item { ("," | ";" | "∪") item }          item   = quantity { relation quantity }
     # sum    = [ "+" ] term { ("+" | "-") term }        quantity = sum { ":" sum } [ unit ]
     # term   = factor { [ "*" | "/" ] factor }          group  = opening items closing
-    # factor = "-" factor | base { "^" base | "!" { "!" } | "°" }
+    # factor = "-" factor | base { "^" base | "!" | "!!" | "°" }
     # base   = "-" base | number | group | matrix | function | variable
     #        | ("\frac" | "\binom") base base | "\sqrt" [ "[" sum "]" ] base
     # matrix = "\begin{..}" { sum | "&" | "\\" } "\end{..}"
@@ -450,9 +442,6 @@ class Reader:
         while sign := self.take(*RELATIONS):
             signs.append(sign)
             sides.append(self.quantity())
-        if "≈" in signs:                                        # of 1/3 ≈ 0.33 the first
-            end = signs.index("≈")
-            sides, signs = sides[:end + 1], signs[:end]
         if not signs:
             return sides[0]
         # Does the left side name the right?  x_1, f(2), (x,y), \abs(AB), \lim .. do
@@ -472,7 +461,8 @@ class Reader:
         start, parts = self.i, [self.sum()]
         while self.take(":"):
             parts.append(self.sum())
-        value, start = ratio(parts, "".join(self.tokens[start:self.i])), self.i
+        text, start = "".join(self.tokens[start:self.i]), self.i
+        value = ratio(parts, text) if len(parts) > 1 else parts[0]
         if self.next.startswith(("%", "°", "_", r"\unit{")):    # the base in 132_7 counts as a unit
             while self.next and not self.next.startswith(STOPS):
                 self.raw()
@@ -503,14 +493,11 @@ class Reader:
         if self.take("-"):
             return combine(mul, self.factor(), Fraction(-1))
         value = self.base()
-        while mark := self.take("^", "!", "°"):
+        while mark := self.take("^", "!", "!!", "°"):
             if mark == "^":
                 value = power(value, self.base())
-            elif mark == "!":
-                step = 1
-                while self.take("!"):
-                    step += 1
-                value = factorial(value, step)
+            elif mark[0] == "!":
+                value = factorial(value, step=len(mark))
             elif self.angles:                                   # sin 30°
                 value = combine(mul, value, CONSTANTS["π"] / 180)
             elif self.next not in ("+", "-"):                   # not of 90° - x: the unit of a sum
@@ -539,8 +526,6 @@ class Reader:
             return self.matrix()
         if token[1:] in FUNCTIONS:
             return self.function(token[1:])
-        if token.endswith("∞"):                                 # no number: Nodes have no arithmetic
-            return Node("-∞" if token.startswith("-") else "∞", [])
         return CONSTANTS[token] if token in CONSTANTS else self.variable(token)
 
     def group(self, opening):
@@ -593,15 +578,13 @@ class Reader:
             name, group = name.casefold(), self.next == "{"     # \overline{AB}, else \pmod 5
             while self.next == "{" if group else self.next and not self.next.startswith(STOPS):
                 name += " " + self.raw()
-        if APPLICATION.match(" ".join([name, *self.tokens[self.i:self.i + 3]])):
+        if APPLIED.match(" ".join([name, *self.tokens[self.i:self.i + 3]])):
             name += self.raw()
         self.names.append(name.removeprefix("\\"))
         return symbol(self.names[-1])
 
 def ratio(parts, text):
     """a:b:c -> shares of the whole.  A 0 in front, or what could be reduced, tells a time: 3:15."""
-    if len(parts) == 1:
-        return parts[0]
     clock = re.fullmatch("(?:[01]?[0-9]|2[0-4])(?::[0-5][0-9])+", text)
     if clock and (":0" in text or math.gcd(*map(int, parts)) > 1):
         return Node("time", parts)
@@ -616,7 +599,7 @@ def scaled(g, positive=False):
 def inequality(sides, signs, names):
     """a < b ≤ c -> an interval, if linear in one variable; else a Node for each sign, in a set."""
     x, linear = symbol(min(names, default="")), len(names) == 1
-    links, ends, brackets = [], [Node("-∞", []), Node("∞", [])], ["(", ")"]
+    links, ends, brackets = [], [CONSTANTS["-∞"], CONSTANTS["∞"]], ["(", ")"]
     for a, sign, b in zip(sides, signs, sides[1:]):
         if sign in (">", "≥"):
             a, sign, b = b, {">": "<", "≥": "≤"}[sign], a
