@@ -34,18 +34,15 @@ def grade_answer(gold, text):
     return answer, same_answer(gold, answer)
 
 def extract_answer(text, choice=False):
-    r"""The final answer of a completion, or None.
+    r"""The final answer of a completion; None if there is none, or thinking or a box never closed.
     After the last </think>: the last complete \boxed{}; else what follows the last "answer is",
     "answer:" or <answer>; else all of it if that is one line of few words, as the embedded models
-    write; else the last formula or number.  None if thinking or a box never closed.  choice: a
-    letter A to H is wanted.
+    write; else the last formula or number.  choice: a letter A to H is wanted.
     """
     text = text.rpartition("</think>")[2]
-    if "<think>" in text:
-        return None
-    text = plain(text[-LONGEST_TEXT:]).strip()
+    thinking, text = "<think>" in text, plain(text[-LONGEST_TEXT:]).strip()
     box = last_box(text)
-    if box == "":
+    if thinking or box == "":
         return None
     ends = [match.end() for match in ANSWER_IS.finditer(text)]
     said = text[ends[-1]:][:NEAR] if ends else ""
@@ -53,8 +50,7 @@ def extract_answer(text, choice=False):
         letters = LETTER.findall(box or said.split("\n")[0] or text[-NEAR:])
         if not letters:
             return box
-        first = box or said or OPENS_WITH_OPTION.match(text)
-        return letters[0] if first else letters[-1]
+        return letters[0] if box or said or OPENS_WITH_OPTION.match(text) else letters[-1]
     if box or said:
         return box or stated_answer(said) or None
     values = VALUE.findall(text[-NEAR:])
@@ -73,10 +69,9 @@ def same_answer(gold, answer):
     word = bare.isalpha() and len(bare) > 2                     # West and west
     if bare == other or word and bare.lower() == other.lower():
         return True
-    for one, other in ((gold, answer), (answer, gold)):         # B and (B) 12 m
-        letter, opening = OPTION.fullmatch(one), OPENS_WITH_OPTION.match(other)
-        if letter and opening:
-            return letter[1] == opening[1]
+    options = [OPTION.fullmatch(s) or OPENS_WITH_OPTION.match(s) for s in (gold, answer)]
+    if all(options) and (OPTION.fullmatch(gold) or OPTION.fullmatch(answer)):   # B and (B) 12 m
+        return options[0][1] == options[1][1]
     if max(len(gold), len(answer)) > LONGEST_ANSWER:
         return False
     try:
@@ -100,9 +95,10 @@ VALUE = re.compile(rf"{FORMULA}|(?<![A-Za-z0-9_.\\^])(?<![_^]\{{){NUMBER}")     
 ANSWER_IS = re.compile(             # **Answer**: ..  answer is equal to ..  <answer>..  答案: ..
     r"""(?i)(?:answer[ *_"]{0,4}(?:is\b|:)|<(?:final_?)?answer>|答[案え]?[ *]{0,4}[是为為は:])"""
     r"(?:\*\*|__)?(?:\s(?:equal to|indeed|simply|just|therefore|thus|exactly))?[\s,:]{0,6}(?=\S)")
-TAG = re.compile(r"(?i)<(answer>)\s*</\1|<\|[^|<>\s]{1,40}\|>|</[a-z_]{1,20}>"      # <|im_end|>
-                 r"|<(?!answer|final)(?:[sbp]|[a-z_]{3,20})>")          # not an <answer> of something
+TAG = re.compile(r"(?i)<(answer>)\s*</\1|<\|\S{1,40}?\|>|</\w{1,20}>|<(?!answer|final)\w{3,20}>|<[sb]>")
 WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s.,;:!?)"'])|[\u3040-\u9fff]""")    # of prose
+LINE = re.compile(rf"(?:{FORMULA})?(?:(?!\.\s).)*")          # "5. I hope it is correct": 5
+NO_WORD = re.compile(rf"{FORMULA}|\b(?:and|or)\b")
 REASON = re.compile(r"[\s,;(-]+(?:because|since|as|so|which|thus|hence|therefore|due|given|not|but"
                     r"|by(?! \d)|from|after|where|when|for)\b.*|\s\([a-z]{2,},? [a-z]{2,}.*")
 OPTION = re.compile(r"(?:\\text ?\{)?\(?([A-H])\)?\}?")                 # B  (B)  \text{(B)}
@@ -114,10 +110,13 @@ BLANK = re.compile(r"(?:\\(?:[lc]?dots|text|boxed|q?quad|[ ,;:!])|[\s{}.?$~_])*"
 def plain(text):
     """Compatibility characters as their plain ones (NFKC), x² as x^{2}, no tags."""
     if not text.isascii():
-        text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}", text)
-        text = re.sub("[₀-₉]+", r"_{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))      # 3½ is 3 1/2
-        text = unicodedata.normalize("NFKC", text.translate(CHARACTERS)).translate(CHARACTERS)
+        text = re.sub(r"[^\x00-\x7f]+", plain_characters, text)
     return TAG.sub("\n", text) if "<" in text else text
+
+def plain_characters(match):
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}", match[0].translate(CHARACTERS))
+    text = re.sub("[₀-₉]+", r"_{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))   # 3½ is 3 1/2
+    return unicodedata.normalize("NFKC", text).translate(CHARACTERS)
 
 def last_box(text):
     r"""The last complete \boxed{}, the inner one if nested, with those that form a list with it; ""
@@ -149,13 +148,12 @@ def joins(gap):
     return len(gap) <= 60 and (words == "" or words.split()[-1:] in (["and"], ["or"]))
 
 def few_words(text):
-    return len(WORD.findall(re.sub(rf"{FORMULA}|\b(?:and|or)\b", " ", text))) <= 2
+    return len(WORD.findall(NO_WORD.sub(" ", text))) <= 2
 
 def stated_answer(said):
     """The answer in what follows "answer is": what is in quotes; a few words as they are; of a
     longer sentence its formula or number, the first if the sentence opens with it, else the last."""
-    # One line (a formula at its start may span several), of "5. I hope it is correct" the 5
-    line = re.match(rf"(?:{FORMULA})?(?:(?!\.\s).)*", said)[0].strip()
+    line = LINE.match(said)[0].strip()
     if quoted := re.match(r"""(["`]|\*\*|__)(.+?)\1""", line):
         return quoted[2]
     line = REASON.sub("", line).strip(" *") or line
@@ -171,7 +169,7 @@ CHARACTERS = str.maketrans("−–×·⋅∙÷⁄∶′“”‘’、⩽≦⩾�
     ord("√"): r"\sqrt ", ord("∅"): r"\emptyset ", ord("。"): ". "}     # €, £ are dropped
 COMMANDS = {                # LaTeX command: what the parser knows it by
     "quad": " ", "qquad": " ", "cdot": "*", "times": "*", "div": "/", "equiv": "=", "lt": "<",
-    "gt": ">", "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥",
+    "gt": ">", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥",
     "ne": "≠", "neq": "≠", "approx": "≈", "simeq": "≈", "in": "∈", "cup": "∪", "pm": "±", "mp": "∓",
     "colon": ":", "pmod": r"\mod ", "bmod": r"\mod ", "cdots": r"\dots", "ldots": r"\dots",
     "varnothing": r"\{\}", "emptyset": r"\{\}", "infty": "∞", "pi": "π", "circ": "°", "degree": "°",
@@ -206,8 +204,8 @@ def unit_or_words(match):
     unit = re.fullmatch(r"[A-Za-z][A-Za-z /.^0-9]+|[mgs]", text)        # square feet, m/s, cm^2, m
     if before and unit and text not in WORDS:
         return rf"{before} \unit{{{text}}}"
-    word = re.match("[A-Za-z]{2,}", text)
-    mark = "\\" if word and word[0] not in WORDS and word[0] not in COMMANDS else ""
+    word = re.match("[A-Za-z]*", text)[0]
+    mark = "\\" if len(word) > 1 and word not in WORDS and word not in COMMANDS else ""
     return f"{before} {mark}{text} "
 
 def repeating(match):
@@ -220,22 +218,21 @@ def repeating(match):
 REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # where `mark` occurs
     # \\frac, escaped twice as in JSON, but not the \\ between the rows of a matrix
     ("\\", r"(?<!\\)\\\\(?=[A-Za-z{}%|](?![\s\S]*\\end))", r"\\"),
-    (",", r"\{, ?\}|,\s*\\!\s*", ","), ("", r"(?<!\\)\\ |~", " "),     # 1{,}000  1,\!000  5\ cm
-    ("", r"(?<!\\)\\[,;:!()\[\]]|\\?\$", ""),                   # \,  \(x\)  $x$  \$5
+    (",", r"\{, ?\}|,\s*\\!\s*", ","), ("~", "~", " "), ("\\ ", r"(?<!\\)\\ ", " "),      # 1{,}000
+    ("$", r"\\?\$", ""), ("\\", r"(?<!\\)\\[,;:!()\[\]]", ""),  # $x$  \$5  \(x\)  5\,cm
     ("%", r"\\%", "%"), ("*", r"\*\*", "^"), ("=", "<=", "≤"), ("=", ">=", "≥"), ("=", "!=", "≠"),
     ("array", r"(\\begin\{array\}) ?\{[clr| ]*\}", r"\1"),      # \begin{array}{cc}
     (".", r"(?<![0-9])([0-9]*)\.([0-9]*?)(?:\\(?:overline|bar|dot) ?(\{?[0-9]+\}?(?:[0-9]*\\dot ?\{?"
           r"[0-9]\}?)?)|\(([0-9]+)\)|([0-9]{1,6}?)\5{2,}(?:\.\.\.|\\[lc]?dots))", repeating),
-    # \hat{x} and \hat x are the variable x'
     ("\\", r"\\(?:vec|hat|bar|d?dot|tilde|overline|mathbb|mathcal)"
-           r"(?: ?\{([A-Za-z])\}| ([A-Za-z]))", r"\1\2'"),
+           r"(?: ?\{([A-Za-z])\}| ([A-Za-z]))", r"\1\2'"),                 # \hat x is the variable x'
     ("np.", r"\bnp\.", ""), ("pi", r"(?<![\\A-Za-z])pi\b", "π"),
     ("\\", r"([0-9A-Za-z)}!\]π]?)\s*\\(?:(?:text|math)(?:rm|bf|it|sf)?|mbox|operatorname|rm)\*?"
            r" ?\{([^{}]*)\}", unit_or_words),
-    ("", r"\b(?:and|or)\b", ","),                               # 1 and 2
+    ("and", r"(, ?)?\band\b", ","), ("or", r"(, ?)?\bor\b", ","),      # 1, 2, and 3
     ("\\", r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|boxed|fbox|underline"
            r"|emph|boldsymbol|bm|[lL]arge)(?![A-Za-z])|\\(?:text)?color ?\{[^{}]*\}", ""),
-    ("\\", r"\\[cdt](frac|binom)(?![A-Za-z])", r"\\\1"),
+    ("\\", r"\\[cdt](frac|binom)(?![A-Za-z])", r"\\\1"), ("eqslant", "eqslant", "eq"),
     ("\\", r"\\([A-Za-z]+)", lambda match: COMMANDS.get(match[1], match[0])),
     ("mod", r"(?<![\\A-Za-z])mod\b", r"\\mod"),
     ("", r"(?i)(:[0-9]{2} ?|^[0-9]{1,2} )(?:\\unit\{)?([ap])\.?m\.?\}?[. ]*$", r"\1\\unit{\2.m}"),
@@ -248,7 +245,7 @@ REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # wh
     # mixed numbers, 2\frac{1}{2} and 2 1/2, but not x^2\frac{1}{2} or \sqrt2\frac{1}{2}
     ("\\frac", r"(?<![0-9.^_])(?<!sqrt)(?<!sqrt )([0-9]+) ?"
                r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"(\1+\2/\3)"),
-    ("/", r"(?<![0-9.^_])([0-9]+) ([0-9]+) ?/ ?([0-9]+)", r"(\1+\2/\3)"), ("", r"\s+", " ")]]
+    ("/", r"(?<![0-9.^_])([0-9]+) ([0-9]+) ?/ ?([0-9]+)", r"(\1+\2/\3)")]]
 
 def normalise(answer):
     r"""One spelling for what differs in type-setting only: $, \left, \text{}, \dfrac, ** .."""
@@ -260,7 +257,7 @@ def normalise(answer):
     for mark, pattern, new in REWRITES:
         if mark in s:
             s = pattern.sub(new, s)
-    return s.strip("*#: ").rstrip(".,;: ")
+    return " ".join(s.split()).strip("*#:, ").rstrip(".,;: ")
 
 # ---- 2. Read it: values, Fractions while rational, else complex (P,); and the parser -----------
 
@@ -279,15 +276,14 @@ def kind(value):
     return value.kind if isinstance(value, Node) else ""
 
 def rational(*values):
-    return all(isinstance(value, Fraction) for value in values)
+    return {*map(type, values)} == {Fraction}
 
 @lru_cache(maxsize=1000)
 def symbol(name):
     """A variable's values at the points, the same in every answer and process -> (P,)."""
     rng = random.Random(name)
-    positive = [rng.uniform(0.3, 3) for _ in range(4)]
-    real = [rng.uniform(0.3, 3) * rng.choice((-1, 1)) for _ in range(4)]
-    values = np.array(positive + real + [rng.uniform(2, 12) for _ in range(8)])
+    values = [rng.uniform(0.3, 3) for _ in range(8)] + [rng.uniform(2, 12) for _ in range(8)]
+    values = np.array(values) * [*[1] * 4, *rng.choices((-1, 1), k=4), *[1] * 8]
     if re.match("[jklmnN](?![A-Za-z])", name):                  # n, k_1: integers by name
         values = np.copysign(np.ceil(abs(values)), values)
     return values.astype(complex)
@@ -353,7 +349,7 @@ SYMBOLS = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta varthe
 WORDS = {"and", "or", *FUNCTIONS}
 KNOWN = {"frac", "binom", "sqrt", *SYMBOLS, *FUNCTIONS}
 
-NOT_MATHEMATICS = (ValueError, ArithmeticError, RecursionError)     # .. or too large or too deep
+NOT_MATHEMATICS = (ValueError, ArithmeticError, KeyError, RecursionError)   # too large, too deep
 TOKEN = re.compile(rf"!+|-?∞|\\unit\{{[^{{}}]*\}}|\\(?:begin|end)\{{[a-z]+\*?\}}|{DECIMAL}"
                    r"|\\[A-Za-z]+|\\\S|[A-Za-z]+|\S")
 DIGITS = tuple("0123456789.")
@@ -376,17 +372,17 @@ def tokenize(text):
     """A normalised answer -> list of tokens."""
     tokens, found = [], TOKEN.findall(text)
     for token, following in zip(found, [*found[1:], ""]):
+        if len(token) == 1 or not token.isalpha():
+            tokens.append(token)
+            continue
         last = tokens[-1] if tokens else ""
         value, word = last.endswith(tuple("0123456789)}]!.")), len(token) > 3
         name = token in KNOWN and (word or token not in SYMBOLS) and token != "sec"
-        label = LABEL.fullmatch(token) and (unknown(last) or last in EDGES and following in EDGES
-                                            and last + following != "()")
-        if len(token) == 1 or not token.isalpha():
-            tokens.append(token)
-        elif not name and (value and word or (value or last[-1:].isalpha()) and known_unit(token)):
+        alone = last in EDGES and following in EDGES and last + following != "()" or unknown(last)
+        if not name and (value and word or (value or last[-1:].isalpha()) and known_unit(token)):
             tokens.append(rf"\unit{{{token}}}")                 # 12 apples, 12 cm, x cm, 5 sec
-        elif name or word or label:                             # HTT; AB, BC; \angle AB; not 2RC
-            tokens.append("\\" + token)
+        elif name or word or alone and LABEL.fullmatch(token):
+            tokens.append("\\" + token)                         # HTT; AB, BC; \angle AB; not 2RC
         else:
             tokens.extend(token)                                # ab is a times b
     return tokens
@@ -399,7 +395,6 @@ class Reader:
     # factor = "-" factor | base { "^" base | "!" | "!!" | "°" }
     # base   = "-" base | number | group | matrix | function | variable
     #        | ("\frac" | "\binom") base base | "\sqrt" [ "[" sum "]" ] base
-    # matrix = "\begin{..}" { sum | "&" | "\\" } "\end{..}"
     # function = name { ("^" | "_") base } (group | factor { factor })
     # variable = letter { "_" token | "'" } [ group ]   f(x)
     #        | unknown command ( { group of {} } | rest of the term )       compared as written
@@ -427,10 +422,8 @@ class Reader:
         return re.sub(r"[{}\\]", "", "".join(self.tokens[start:self.i]))
 
     def items(self):
-        items = []
-        while not items or self.take(*SEPARATORS):
-            while self.take(*SEPARATORS):                       # "1, 2, and 3" has two in a row
-                pass
+        items = [self.item()]
+        while self.take(*SEPARATORS):
             items.append(self.item())
         return items
 
@@ -531,11 +524,9 @@ class Reader:
     def group(self, opening):
         items = [] if opening + self.next == r"\{\}" else self.items()
         brackets = opening + self.take(*CLOSERS)
-        if brackets not in KINDS:
-            raise ValueError("brackets do not match")
         if len(items) == 1 and brackets in ("()", "[]", "{}"):
             return items[0]
-        return Node(KINDS[brackets], items)
+        return Node(KINDS[brackets], items)                     # KeyError if they do not match
 
     def matrix(self):
         rows = [[]]
@@ -545,10 +536,8 @@ class Reader:
             elif not self.take("&"):
                 rows[-1].append(self.sum())
         self.i += 1
-        columns = {len(row) for row in rows if row}             # \\ may follow the last row
-        if len(columns) != 1:
-            raise ValueError("not a matrix")
-        return Node(f"matrix {columns.pop()}", sum(rows, []))
+        (columns,) = {len(row) for row in rows if row}          # \\ may follow the last row
+        return Node(f"matrix {columns}", sum(rows, []))
 
     def function(self, name):
         r"""\sin x, \sin(x), \sin 2x, \sin^2 x, \sin^{-1} x, \log_2 x."""
