@@ -44,8 +44,7 @@ def extract_answer(text, choice=False):
     box = last_box(text)
     if thinking or box == "":
         return None
-    ends = [match.end() for match in ANSWER_IS.finditer(text)]
-    said = text[ends[-1]:][:NEAR] if ends else ""
+    said = ["", *ANSWER_IS.split(text)[1:]][-1][:NEAR]          # what follows the last one
     if choice and not (box or "").startswith("-"):
         letters = LETTER.findall(box or said.split("\n")[0] or text[-NEAR:])
         if not letters:
@@ -91,11 +90,12 @@ NUMBER = (r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?"                 # 1,234.
           r"|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)(?:\s?\\?%)?")         # 12  .5  6e23  12 \%
 FORMULA = (r"(?s:\$\$[^$]{1,500}\$\$|\\\[.{1,500}?\\\]"                 # $$x$$  \[x\]
            r"|\\\(.{1,500}?\\\))|\$(?:\\.|[^$\\\n]){1,500}\$")          # \(x\)  $x$
-VALUE = re.compile(rf"{FORMULA}|(?<![A-Za-z0-9_.\\^])(?<![_^]\{{){NUMBER}")     # not the 7 of B7, x^7
+VALUE = re.compile(rf"{FORMULA}|(?<![A-Za-z0-9_.\\^])(?<![_^]\{{){NUMBER}")     # not the 7 of B7
 ANSWER_IS = re.compile(             # **Answer**: ..  answer is equal to ..  <answer>..  答案: ..
     r"""(?i)(?:answer[ *_"]{0,4}(?:is\b|:)|<(?:final_?)?answer>|答[案え]?[ *]{0,4}[是为為は:])"""
     r"(?:\*\*|__)?(?:\s(?:equal to|indeed|simply|just|therefore|thus|exactly))?[\s,:]{0,6}(?=\S)")
-TAG = re.compile(r"(?i)<(answer>)\s*</\1|<\|\S{1,40}?\|>|</\w{1,20}>|<(?!answer|final)\w{3,20}>|<[sb]>")
+TAG = re.compile(r"(?i)<(answer>)\s*</\1|<\|\S{1,40}?\|>|</\w{1,20}>"               # <|im_end|>
+                 r"|<(?!answer|final)\w{3,20}>|<[sb]>")
 WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s.,;:!?)"'])|[\u3040-\u9fff]""")    # of prose
 LINE = re.compile(rf"(?:{FORMULA})?(?:(?!\.\s).)*")          # "5. I hope it is correct": 5
 NO_WORD = re.compile(rf"{FORMULA}|\b(?:and|or)\b")
@@ -105,12 +105,11 @@ OPTION = re.compile(r"(?:\\text ?\{)?\(?([A-H])\)?\}?")                 # B  (B)
 OPENS_WITH_OPTION = re.compile(r"\(?([A-H])(?:[).:,]|\s+\\?[A-Z][a-z]|$)")      # (B) 12 m  B Blue
 LETTER = re.compile(r"(?a)(?<![\w'\\])[A-H](?![\w'^/+=]|\*\w)")         # not in Blue, A's, \A, A+1
 BRACE = re.compile(r"\\{1,2}(?:boxed|fbox) ?\{|\\.|[{}]")               # \boxed{  \{  {  }
-BLANK = re.compile(r"(?:\\(?:[lc]?dots|text|boxed|q?quad|[ ,;:!])|[\s{}.?$~_])*")     # \boxed{\ldots}
+BLANK = re.compile(r"(?:\\(?:[lc]?dots|text|boxed|q?quad|[ ,;:!])|[\s{}.?$~_])*")     # \boxed{..}
 
 def plain(text):
     """Compatibility characters as their plain ones (NFKC), x² as x^{2}, no tags."""
-    if not text.isascii():
-        text = re.sub(r"[^\x00-\x7f]+", plain_characters, text)
+    text = text if text.isascii() else re.sub(r"[^\x00-\x7f]+", plain_characters, text)
     return TAG.sub("\n", text) if "<" in text else text
 
 def plain_characters(match):
@@ -152,7 +151,7 @@ def few_words(text):
 
 def stated_answer(said):
     """The answer in what follows "answer is": what is in quotes; a few words as they are; of a
-    longer sentence its formula or number, the first if the sentence opens with it, else the last."""
+    sentence its formula or number, the first if the sentence opens with it, else the last."""
     line = LINE.match(said)[0].strip()
     if quoted := re.match(r"""(["`]|\*\*|__)(.+?)\1""", line):
         return quoted[2]
@@ -175,14 +174,14 @@ COMMANDS = {                # LaTeX command: what the parser knows it by
     "varnothing": r"\{\}", "emptyset": r"\{\}", "infty": "∞", "pi": "π", "circ": "°", "degree": "°",
     "lfloor": r"\floor(", "rfloor": ")", "lceil": r"(-\floor(-(", "rceil": ")))"}       # -floor(-x)
 UNITS = {                   # kind: its units and their sizes
-    "share": {"%": ".01", "percent": ".01", "percentage": ".01", "pct": ".01"},
-    "angle": {"°": "1", "degree": "1"}, "money": {"cent": ".01", "dollar": "1"},
+    "share": {"%": ".01", "percent": ".01", "percentage": ".01", "pct": ".01"}, "am": {"a.m": "1"},
+    "angle": {"°": "1", "degree": "1"}, "money": {"cent": ".01", "dollar": "1"}, "pm": {"p.m": "1"},
     "length": {"mm": ".001", "millimeter": ".001", "cm": ".01", "centimeter": ".01", "m": "1",
                "meter": "1", "metre": "1", "km": "1000", "kilometer": "1000", "inch": ".0254",
                "foot": ".3048", "feet": ".3048", "ft": ".3048", "mile": "1609.344"},
     "mass": {"mg": ".001", "g": "1", "gram": "1", "kg": "1000", "kilogram": "1000"},
     "time": {"s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60", "hr": "3600",
-             "hour": "3600", "day": "86400", "week": "604800"}, "am": {"a.m": "1"}, "pm": {"p.m": "1"}}
+             "hour": "3600", "day": "86400", "week": "604800"}}
 
 def known_unit(text):
     """((kind, power), size) of cm^2, square feet, %, or the base in 132_7; None if not known."""
@@ -198,8 +197,7 @@ def known_unit(text):
     return None
 
 def unit_or_words(match):
-    r"""\text{cm} after a value becomes \unit{cm}; any other \text{} its words, marked by a \: BAC
-    may be a product, \text{BAC} is a label."""
+    r"""5 \text{cm} -> 5 \unit{cm}; else the words, marked as one label: \text{BAC} -> \BAC."""
     before, text = match[1], match[2].strip(" ~")
     unit = re.fullmatch(r"[A-Za-z][A-Za-z /.^0-9]+|[mgs]", text)        # square feet, m/s, cm^2, m
     if before and unit and text not in WORDS:
@@ -222,10 +220,10 @@ REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # wh
     ("$", r"\\?\$", ""), ("\\", r"(?<!\\)\\[,;:!()\[\]]", ""),  # $x$  \$5  \(x\)  5\,cm
     ("%", r"\\%", "%"), ("*", r"\*\*", "^"), ("=", "<=", "≤"), ("=", ">=", "≥"), ("=", "!=", "≠"),
     ("array", r"(\\begin\{array\}) ?\{[clr| ]*\}", r"\1"),      # \begin{array}{cc}
-    (".", r"(?<![0-9])([0-9]*)\.([0-9]*?)(?:\\(?:overline|bar|dot) ?(\{?[0-9]+\}?(?:[0-9]*\\dot ?\{?"
-          r"[0-9]\}?)?)|\(([0-9]+)\)|([0-9]{1,6}?)\5{2,}(?:\.\.\.|\\[lc]?dots))", repeating),
+    (".", r"(?<![0-9])([0-9]*)\.([0-9]*?)(?:\\(?:overline|bar|dot) ?(\{?[0-9]+\}?(?:[0-9]*\\dot ?"
+          r"\{?[0-9]\}?)?)|\(([0-9]+)\)|([0-9]{1,6}?)\5{2,}(?:\.\.\.|\\[lc]?dots))", repeating),
     ("\\", r"\\(?:vec|hat|bar|d?dot|tilde|overline|mathbb|mathcal)"
-           r"(?: ?\{([A-Za-z])\}| ([A-Za-z]))", r"\1\2'"),                 # \hat x is the variable x'
+           r"(?: ?\{([A-Za-z])\}| ([A-Za-z]))", r"\1\2'"),         # \hat x is the variable x'
     ("np.", r"\bnp\.", ""), ("pi", r"(?<![\\A-Za-z])pi\b", "π"),
     ("\\", r"([0-9A-Za-z)}!\]π]?)\s*\\(?:(?:text|math)(?:rm|bf|it|sf)?|mbox|operatorname|rm)\*?"
            r" ?\{([^{}]*)\}", unit_or_words),
@@ -236,8 +234,8 @@ REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # wh
     ("\\", r"\\([A-Za-z]+)", lambda match: COMMANDS.get(match[1], match[0])),
     ("mod", r"(?<![\\A-Za-z])mod\b", r"\\mod"),
     ("", r"(?i)(:[0-9]{2} ?|^[0-9]{1,2} )(?:\\unit\{)?([ap])\.?m\.?\}?[. ]*$", r"\1\\unit{\2.m}"),
-    ("inf", r"(?<![\\A-Za-z])inf(?:ty|inity)?\b", "∞"), ("∞", "- ∞", "-∞"), ("≈", "(.)≈[^,;]*", r"\1"),
-    ("°", r"\^ ?\{? ?° ?\}?", "°"),   # 90^{°}
+    ("inf", r"(?<![\\A-Za-z])inf(?:ty|inity)?\b", "∞"), ("∞", "- ∞", "-∞"),
+    ("≈", "(.)≈[^,;]*", r"\1"), ("°", r"\^ ?\{? ?° ?\}?", "°"),   # 90^{°}
     ("|", r"(?<!\\)\|([^|]*)\|", r"\\abs(\1)"),
     ("\\", r"(\\frac|\\binom) ?([0-9])", r"\1{\2}"),            # \frac12 takes a digit at a time
     ("\\", r"((?:\\frac|\\binom) ?\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
@@ -284,9 +282,8 @@ def symbol(name):
     rng = random.Random(name)
     values = [rng.uniform(0.3, 3) for _ in range(8)] + [rng.uniform(2, 12) for _ in range(8)]
     values = np.array(values) * [*[1] * 4, *rng.choices((-1, 1), k=4), *[1] * 8]
-    if re.match("[jklmnN](?![A-Za-z])", name):                  # n, k_1: integers by name
-        values = np.copysign(np.ceil(abs(values)), values)
-    return values.astype(complex)
+    whole = re.match("[jklmnN](?![A-Za-z])", name)              # n, k_1: integers by name
+    return (np.copysign(np.ceil(abs(values)), values) if whole else values).astype(complex)
 
 def at_points(value):
     """A value at the points -> (P,).  ValueError for a Node: there is no arithmetic on those."""
@@ -348,7 +345,6 @@ SYMBOLS = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta varthe
     Sigma Upsilon Phi Psi Omega hbar ell""".split())            # the commands that are variables
 WORDS = {"and", "or", *FUNCTIONS}
 KNOWN = {"frac", "binom", "sqrt", *SYMBOLS, *FUNCTIONS}
-
 NOT_MATHEMATICS = (ValueError, ArithmeticError, KeyError, RecursionError)   # too large, too deep
 TOKEN = re.compile(rf"!+|-?∞|\\unit\{{[^{{}}]*\}}|\\(?:begin|end)\{{[a-z]+\*?\}}|{DECIMAL}"
                    r"|\\[A-Za-z]+|\\\S|[A-Za-z]+|\S")
@@ -362,7 +358,7 @@ KINDS = {"()": "()", "[]": "[]", "(]": "(]", "[)": "[)", "{}": ",", r"\{\}": "{}
 LABEL = re.compile("[A-Z]{2,}|[A-Z][a-z]{2}|i{2,3}")
 EDGES = ("", "(", "[", r"\{", ")", "]", r"\}", *SEPARATORS)
 # f(2)  f(x)  f(g(x)), but x(x+1) is a product
-APPLIED = re.compile(r"\\?\w+ \( [0-9]+ \)|[f-hF-HPQpq]['\w]* \( (\\?[A-Za-z]+ [),|]|[f-hF-HPQpq] \()")
+APPLIED = re.compile(r"\\?\w+ \( [0-9]+ \)|[f-hF-HPQpq]['\w]* \( (\\?\w+ [),|]|[f-hF-HPQpq] \()")
 
 def unknown(token):
     """Whether this is a command without a meaning here: a symbol, with what belongs to it."""
@@ -395,14 +391,12 @@ class Reader:
     # factor = "-" factor | base { "^" base | "!" | "!!" | "°" }
     # base   = "-" base | number | group | matrix | function | variable
     #        | ("\frac" | "\binom") base base | "\sqrt" [ "[" sum "]" ] base
-    # function = name { ("^" | "_") base } (group | factor { factor })
     # variable = letter { "_" token | "'" } [ group ]   f(x)
     #        | unknown command ( { group of {} } | rest of the term )       compared as written
 
     def __init__(self, text):
-        self.tokens, self.i = tokenize(text), 0
+        self.tokens, self.i, self.names = tokenize(text), 0, []             # variables met so far
         self.angles = 0         # functions whose argument is being read: there 30° is an angle
-        self.names = []         # variables met so far
 
     @property
     def next(self):
