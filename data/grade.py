@@ -50,8 +50,9 @@ def extract_answer(text, choice=False):
         if not letters:
             return box
         return letters[0] if box or said or OPENS_WITH_OPTION.match(text) else letters[-1]
-    if box or said:
-        return box or stated_answer(said) or None
+    answer = box or stated_answer(said)
+    if not BLANK.fullmatch(answer):
+        return answer
     values = VALUE.findall(text[-NEAR:])
     prose = re.search(r"\n|\.\s", text) or values and re.match("[A-Z][a-z]+,? ", text)      # So 5
     if 0 < len(text) <= LONGEST_ANSWER and not prose and (few_words(text) or text.count(" ") < 3):
@@ -99,8 +100,9 @@ TAG = re.compile(r"(?i)<(answer>)\s*</\1|<\|\S{1,40}?\|>|</\w{1,20}>"           
 WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s.,;:!?)"'])|[\u3040-\u9fff]""")    # of prose
 LINE = re.compile(rf"(?:{FORMULA})?(?:(?!\.\s).)*")          # "5. I hope it is correct": 5
 NO_WORD = re.compile(rf"{FORMULA}|\b(?:and|or)\b")
-REASON = re.compile(r"[\s,;(-]+(?:because|since|as|so|which|thus|hence|therefore|due|given|not|but"
-                    r"|by(?! \d)|from|after|where|when|for)\b.*|\s\([a-z]{2,},? [a-z]{2,}.*")
+REASON = re.compile(r"[\s,;(-]+(?:because|since)\b.*")
+ASIDE = re.compile(r"(?<![+*/=<>^\s-])[\s,;(]+(?:as|so|which|therefore|due|given|not|but|by"
+                   r"(?! \d)|from|after|where|when|for)\b.*|\s\([a-z]{2,},? [a-z]{2,}.*")
 OPTION = re.compile(r"(?:\\text ?\{)?\(?([A-H])\)?\}?")                 # B  (B)  \text{(B)}
 OPENS_WITH_OPTION = re.compile(r"\(?([A-H])(?:[).:,]|\s+\\?[A-Z][a-z]|$)")      # (B) 12 m  B Blue
 LETTER = re.compile(r"(?a)(?<![\w'\\])[A-H](?![\w'^/+=]|\*\w)")         # not in Blue, A's, \A, A+1
@@ -156,6 +158,7 @@ def stated_answer(said):
     if quoted := re.match(r"""(["`]|\*\*|__)(.+?)\1""", line):
         return quoted[2]
     line = REASON.sub("", line).strip(" *") or line
+    line = ASIDE.sub("", line) if VALUE.match(line) else line   # 5 by symmetry
     values = VALUE.findall(line)
     if not values or few_words(line) and not re.search("[\u3040-\u9fff]", line):
         return line
@@ -168,11 +171,11 @@ CHARACTERS = str.maketrans("−–×·⋅∙÷⁄∶′“”‘’、⩽≦⩾�
     ord("√"): r"\sqrt ", ord("∅"): r"\emptyset ", ord("。"): ". "}     # €, £ are dropped
 COMMANDS = {                # LaTeX command: what the parser knows it by
     "quad": " ", "qquad": " ", "cdot": "*", "times": "*", "div": "/", "equiv": "=", "lt": "<",
-    "gt": ">", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥",
-    "ne": "≠", "neq": "≠", "approx": "≈", "simeq": "≈", "in": "∈", "cup": "∪", "pm": "±", "mp": "∓",
-    "colon": ":", "pmod": r"\mod ", "bmod": r"\mod ", "cdots": r"\dots", "ldots": r"\dots",
-    "varnothing": r"\{\}", "emptyset": r"\{\}", "infty": "∞", "pi": "π", "circ": "°", "degree": "°",
-    "lfloor": r"\floor(", "rfloor": ")", "lceil": r"(-\floor(-(", "rceil": ")))"}       # -floor(-x)
+    "gt": ">", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠", "approx": "≈",
+    "simeq": "≈", "in": "∈", "cup": "∪", "pm": "±", "mp": "∓", "infty": "∞", "pi": "π", "circ": "°",
+    "degree": "°", "varnothing": r"\{\}", "emptyset": r"\{\}", "lfloor": r"\floor(", "rfloor": ")",
+    "lceil": r"(-\floor(-(", "rceil": ")))",                    # the negative of the floor of -x
+    "colon": ":", "pmod": r"\mod ", "bmod": r"\mod ", "cdots": r"\dots", "ldots": r"\dots"}
 UNITS = {                   # kind: its units and their sizes
     "share": {"%": ".01", "percent": ".01", "percentage": ".01", "pct": ".01"}, "am": {"a.m": "1"},
     "angle": {"°": "1", "degree": "1"}, "money": {"cent": ".01", "dollar": "1"}, "pm": {"p.m": "1"},
@@ -314,8 +317,7 @@ def power(a, b):
     negative = (a.real < 0) & (abs(a.imag) <= 1e-12 * abs(a))
     return np.where(REAL & negative & (b != np.round(b.real)), np.nan, a ** b)
 
-def logarithm(x):
-    """ln x, for real points of positive x only: there ln(ab) = ln a + ln b."""
+def logarithm(x):       # at real points of a positive x only: there ln(ab) = ln a + ln b
     return np.where(REAL & (x.real < 0) & (x.imag == 0), np.nan, np.log(x))
 
 def floor(x):
@@ -343,8 +345,7 @@ OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv}
 SYMBOLS = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda
     mu nu xi rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi
     Sigma Upsilon Phi Psi Omega hbar ell""".split())            # the commands that are variables
-WORDS = {"and", "or", *FUNCTIONS}
-KNOWN = {"frac", "binom", "sqrt", *SYMBOLS, *FUNCTIONS}
+WORDS, KNOWN = {"and", "or", *FUNCTIONS}, {"frac", "binom", "sqrt", *SYMBOLS, *FUNCTIONS}
 NOT_MATHEMATICS = (ValueError, ArithmeticError, KeyError, RecursionError)   # too large, too deep
 TOKEN = re.compile(rf"!+|-?∞|\\unit\{{[^{{}}]*\}}|\\(?:begin|end)\{{[a-z]+\*?\}}|{DECIMAL}"
                    r"|\\[A-Za-z]+|\\\S|[A-Za-z]+|\S")
@@ -360,8 +361,7 @@ EDGES = ("", "(", "[", r"\{", ")", "]", r"\}", *SEPARATORS)
 # f(2)  f(x)  f(g(x)), but x(x+1) is a product
 APPLIED = re.compile(r"\\?\w+ \( [0-9]+ \)|[f-hF-HPQpq]['\w]* \( (\\?\w+ [),|]|[f-hF-HPQpq] \()")
 
-def unknown(token):
-    """Whether this is a command without a meaning here: a symbol, with what belongs to it."""
+def unknown(token):     # Is it a command without a meaning here: a symbol, with what belongs to it?
     return token[:1] == "\\" and token[1:].isalpha() and token[1:] not in KNOWN
 
 def tokenize(text):
