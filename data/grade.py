@@ -555,12 +555,12 @@ class Reader:
     def variable(self, name):
         if not re.fullmatch(r"\\?[A-Za-z]+", name):
             raise ValueError(f"unexpected {name!r}")
-        while self.next in ("_", "'"):
-            name += self.take("_") + self.raw()
         if unknown(name):
             name, group = name.casefold(), self.next == "{"     # \overline{AB}, else \pmod 5
             while self.next == "{" if group else self.next and not self.next.startswith(STOPS):
                 name += " " + self.raw()
+        while self.next in ("_", "'"):
+            name += self.take("_") + self.raw()
         if APPLIED.match(" ".join([name, *self.tokens[self.i:self.i + 3]])):
             name += self.raw()
         self.names.append(name.removeprefix("\\"))
