@@ -353,7 +353,6 @@ DIGITS = tuple("0123456789.")
 # What a factor without a * before it may begin with: x  (  \sqrt, but not \cap
 FACTOR = re.compile(r"[A-Za-z([{π∞]|\\(?!(?:unit|end|cap|setminus|to)(?![A-Za-z])|[^A-Za-z])")
 RELATIONS, SEPARATORS, CLOSERS = tuple("=<>≤≥≠∈"), (",", ";", "∪"), (")", "]", "}", r"\}")
-STOPS = ("+", "-", ":", "&", r"\\", r"\end{", *RELATIONS, *SEPARATORS, *CLOSERS)   # of a term
 KINDS = {"()": "()", "[]": "[]", "(]": "(]", "[)": "[)", "{}": ",", r"\{\}": "{}"}      # of Nodes
 
 LABEL = re.compile("[A-Z]{2,}|[A-Z][a-z]{2}|i{2,3}")
@@ -392,7 +391,7 @@ class Reader:
     # base   = "-" base | number | group | matrix | function | variable
     #        | ("\frac" | "\binom") base base | "\sqrt" [ "[" sum "]" ] base
     # variable = letter { "_" token | "'" } [ group ]   f(x)
-    #        | unknown command ( { group of {} } | rest of the term )       compared as written
+    #        | unknown command ( { group of {} } | factors that follow )    compared as written
 
     def __init__(self, text):
         self.tokens, self.i, self.names = tokenize(text), 0, []             # variables met so far
@@ -451,7 +450,7 @@ class Reader:
         text, start = "".join(self.tokens[start:self.i]), self.i
         value = ratio(parts, text) if len(parts) > 1 else parts[0]
         if self.next.startswith(("%", "°", "_", r"\unit{")):    # the base in 132_7 counts as a unit
-            while self.next and not self.next.startswith(STOPS):
+            while self.next not in ("", "+", "-", ":", *RELATIONS, *SEPARATORS, *CLOSERS):
                 self.raw()
         unit = "".join(self.tokens[start:self.i])
         if re.search("[0-9]", re.sub(r"[A-Za-z^_]\{?-?[0-9]+", "", unit)):      # but cm^2, _{7}
@@ -557,7 +556,7 @@ class Reader:
             raise ValueError(f"unexpected {name!r}")
         if unknown(name):
             name, group = name.casefold(), self.next == "{"     # \overline{AB}, else \pmod 5
-            while self.next == "{" if group else self.next and not self.next.startswith(STOPS):
+            while self.next == "{" if group else self.continues() or self.next in ("_", "^", "'"):
                 name += " " + self.raw()
         while self.next in ("_", "'"):
             name += self.take("_") + self.raw()

@@ -157,7 +157,7 @@ MISTAKES = {
         [(r"3\pmod5", r"3 \pmod{5}"), (r"3\ (\text{mod } 5)", r"3\bmod 5"),
          (r"x \equiv 3 \pmod 5", r"3\pmod{5}"), (r"\sum_{k=1}^n k^2", r"\sum_{k=1}^{n} k^{2}"),
          (r"2\overline{AB}", r"\overline{AB} \cdot 2"), (r"\hbar\omega/2", r"\frac12\omega\hbar"),
-         (r"\angle ABC", r"\angle{ABC}"), (r"V_\text{out}", "V_{out}")],
+         (r"\angle ABC", r"\angle{ABC}"), (r"\gcd(4,6) \cdot 2", r"2\gcd(4,6)"), (r"V_\text{out}", "V_{out}")],
         [(r"3\pmod5", r"5\pmod3"), ("3 mod 5", "5 mod 3"), (r"3\pmod5", "3"),
          (r"\gcd(4,6)", r"\gcd(6,9)"), (r"\foo{a}{b}", r"\foo{b}{a}"), (r"\foo{1}{23}", r"\foo{12}{3}"),
          (r"A\mid B", r"B \mid A"), (r"\overline{AB}", r"\overline{BA}"),
