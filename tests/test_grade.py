@@ -157,9 +157,11 @@ MISTAKES = {
         [(r"3\pmod5", r"3 \pmod{5}"), (r"3\ (\text{mod } 5)", r"3\bmod 5"),
          (r"x \equiv 3 \pmod 5", r"3\pmod{5}"), (r"\sum_{k=1}^n k^2", r"\sum_{k=1}^{n} k^{2}"),
          (r"2\overline{AB}", r"\overline{AB} \cdot 2"), (r"\hbar\omega/2", r"\frac12\omega\hbar"),
-         (r"\angle ABC", r"\angle{ABC}"), (r"\gcd(4,6) \cdot 2", r"2\gcd(4,6)"), (r"V_\text{out}", "V_{out}")],
+         (r"\angle ABC", r"\angle{ABC}"), (r"\gcd(4,6) \cdot 2", r"2\gcd(4,6)"),
+         (r"V_\text{out}", "V_{out}")],
         [(r"3\pmod5", r"5\pmod3"), ("3 mod 5", "5 mod 3"), (r"3\pmod5", "3"),
-         (r"\gcd(4,6)", r"\gcd(6,9)"), (r"\foo{a}{b}", r"\foo{b}{a}"), (r"\foo{1}{23}", r"\foo{12}{3}"),
+         (r"\gcd(4,6)", r"\gcd(6,9)"), (r"\foo{a}{b}", r"\foo{b}{a}"),
+         (r"\foo{1}{23}", r"\foo{12}{3}"),
          (r"A\mid B", r"B \mid A"), (r"\overline{AB}", r"\overline{BA}"),
          (r"\angle ABC", r"\angle BAC"), (r"\sum k^2", r"(\sum k)^2"),
          (r"\lim_{x\to0} x", r"x \lim_{x\to0} 1")]),
@@ -205,7 +207,8 @@ MISTAKES = {
         [("5!!", "120!"), ("5!!", "120"), ("6!!", "720!"), ("n!!", "(n!)!"), ("n!!", "n!"),
          ("4!!!", "24")]),
     "characters and marks": (
-        [(r"\underline{6}", "6"), (r"\varnothing", r"\{\}"), (r"\emptyset", "∅"), ('"3.14"', "3.14"),
+        [(r"\underline{6}", "6"), (r"\varnothing", r"\{\}"), (r"\emptyset", "∅"),
+         (r"x=\varnothing", r"\{ \}"), ('"3.14"', "3.14"),
          ("“5”", "5"), ("**`5`**", "5"), ("３．１４", "3.14"), ("（１，２）", "(1,2)"), ("x²", "x^2"),
          ("2¹²", "4096"), ("10⁻²", "0.01"), ("log₂8", "3"), ("3½", "3.5"), ("5 cm²", "5 cm^2"),
          ("90º", "90"), (r"\textcolor{red}{5}", "5"), ("1、2", "2,1"), ("𝑥＋１", "x+1"),
@@ -281,9 +284,11 @@ def test_extraction(text, answer):
     # other scripts
     ("答案：5", "5"), ("答案是5。", "5"), (r"所以答案为 $\frac{1}{2}$。", "1/2"), ("一共有12个苹果", "12"),
     ("最后得到５", "5"), ("答案：５，因为2+3=5", "5"), ("設x=3，則y為7", "7"), ("选B", "B"), ("答案：B", "B"),
+    ("答案：5，因为2+4不是7", "5"), ("答案为 x+2", "2+x"),
     # marks
     ('The answer is "3.14".', "3.14"), ('{"answer": "5"}', "5"), ("**Answer:** **5**", "5"),
-    ("The answer is **5** because 2+3.", "5"), ("__Answer__: `5`", "5"), ("The answer is <b>5</b>", "5"),
+    ("The answer is **5** because 2+3.", "5"), ("__Answer__: `5`", "5"),
+    ("The answer is <b>5</b>", "5"),
     ("1,000.99m² is the total area of it", "1000.99"), ("It is −5 in the end, they all say", "-5"),
     # one line of few words
     ("x = 3 or x = 5", "3,5"), ("So 5", "5"), ("Thus, $x=3$", "3"), ("x^5 - x^4 + 1", "1-x^4+x^5"),
@@ -300,7 +305,8 @@ def test_found(text, gold):
 
 
 SHAPES = ["2", "-7", "1,234", r"\frac{1}{2}", "0.5", "x^2 - 3x + 1", "5x - 7y + 11z + 4 = 0",
-          r"3 \pm 2 \sqrt{2}", "1, 3, 5, 15", "(3, 4)", r"[0, 1) \cup (2, \infty)", r"\{1, 2\}", "B",
+          r"3 \pm 2 \sqrt{2}", "1, 3, 5, 15", "(3, 4)", r"[0, 1) \cup (2, \infty)", r"\{1, 2\}",
+          "B",
           "West", "3:15", "2:3", "12 cm", r"30^\circ", r"25\%", "x = 3", "n!", r"0.\overline{3}",
           r"\begin{pmatrix} 1 \\ 2 \\ \end{pmatrix}", r"\text{Evelyn}", r"\varnothing", "HTT"]
 
