@@ -6,11 +6,6 @@ r"""What counts as a right answer.  Three steps, a section each:
 3. Compare it.  Numbers exactly, expressions by their values at fixed points of their variables,
                 lists in any order, tuples in order; intervals, equations, quantities with units.
 
-    grade(gold, text) -> bool                     does the completion `text` end in the gold answer?
-    grade_answer(gold, text) -> (answer, bool)    the same, with the answer found, or None
-    extract_answer(text) -> answer                step 1: a string, or None
-    same_answer(gold, answer) -> bool             steps 2 and 3; symmetric
-
 No algebra: sympy would be 30 times slower, and has to be kept from expanding 9^{9^9}.  Completions
 are hostile input: length, nesting and numbers are bounded, and nothing in them is ever run.
 """
@@ -18,9 +13,10 @@ are hostile input: length, nesting and numbers are bounded, and nothing in them 
 import math
 import random
 import re
+import unicodedata
 from collections import namedtuple
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import product
 from operator import add, mul, sub, truediv
 
@@ -38,33 +34,29 @@ def grade_answer(gold, text):
     return answer, same_answer(gold, answer)
 
 def extract_answer(text, choice=False):
-    r"""The final answer of a completion, or None.
-    After the last </think>: the last complete \boxed{}; else what follows the last "answer is" or
-    "answer:"; else all of it if that is one short line, as the embedded models write; else the last
-    formula or number.  None if thinking or a box never closed.  choice: a letter A to H is wanted.
+    r"""The final answer of a completion; None if there is none, or thinking or a box never closed.
+    After the last </think>: the last complete \boxed{}; else what follows the last "answer is",
+    "answer:" or <answer>; else all of it if that is one line of few words, as the embedded models
+    write; else the last formula or number.  choice: a letter A to H is wanted.
     """
     text = text.rpartition("</think>")[2]
-    if "<think>" in text:
-        return None
-    text = text[-LONGEST_TEXT:].strip()
+    thinking, text = "<think>" in text, plain(text[-LONGEST_TEXT:]).strip()
     box = last_box(text)
-    if box == "":
+    if thinking or box == "":
         return None
-    ends = [match.end() for match in ANSWER_IS.finditer(text)]
-    said = text[ends[-1]:][:NEAR] if ends else ""
+    said = ["", *ANSWER_IS.split(text)[1:]][-1][:NEAR]          # what follows the last one
     if choice and not (box or "").startswith("-"):
         letters = LETTER.findall(box or said.split("\n")[0] or text[-NEAR:])
         if not letters:
             return box
-        first = box or said or OPENS_WITH_OPTION.match(text)
-        return letters[0] if first else letters[-1]
-    if box:
-        return box
-    if said:
-        return stated_answer(said) or None
-    if 0 < len(text) <= 40 and len(text.split()) <= 3 and "\n" not in text:
-        return text
+        return letters[0] if box or said or OPENS_WITH_OPTION.match(text) else letters[-1]
+    answer = box or stated_answer(said)
+    if not BLANK.fullmatch(answer):
+        return answer
     values = VALUE.findall(text[-NEAR:])
+    prose = re.search(r"\n|\.\s", text) or values and re.match("[A-Z][a-z]+,? ", text)      # So 5
+    if 0 < len(text) <= LONGEST_ANSWER and not prose and (few_words(text) or text.count(" ") < 3):
+        return stated_answer(text)
     return values[-1] if values else None
 
 @np.errstate(all="ignore")
@@ -73,13 +65,13 @@ def same_answer(gold, answer):
     if answer is None:
         return False
     gold, answer = normalise(gold), normalise(answer)
-    word = gold.isalpha() and len(gold) > 2                     # West and west
-    if SPACES.sub("", gold) == SPACES.sub("", answer) or word and gold.lower() == answer.lower():
+    bare, other = SPACES.sub("", gold), SPACES.sub("", answer)
+    word = bare.isalpha() and len(bare) > 2                     # West and west
+    if bare == other or word and bare.lower() == other.lower():
         return True
-    for one, other in ((gold, answer), (answer, gold)):         # B and (B) 12 m
-        letter, opening = OPTION.fullmatch(one), OPENS_WITH_OPTION.match(other)
-        if letter and opening:
-            return letter[1] == opening[1]
+    options = [OPTION.fullmatch(s) or OPENS_WITH_OPTION.match(s) for s in (gold, answer)]
+    if all(options) and (OPTION.fullmatch(gold) or OPTION.fullmatch(answer)):   # B and (B) 12 m
+        return options[0][1] == options[1][1]
     if max(len(gold), len(answer)) > LONGEST_ANSWER:
         return False
     try:
@@ -91,33 +83,54 @@ def same_answer(gold, answer):
 
 LONGEST_TEXT = 100_000      # characters of a completion that are looked at, from its end
 NEAR = 2_000                # the same, for a value that nothing points to
-SPACES = re.compile(r"(?<![0-9]) | (?![0-9])")              # but "1 2" is not 12
+# What makes no difference in text: a space, though "1 2" is not 12; the \ of \no for \text{no}
+SPACES = re.compile(r"(?<![0-9]) | (?![0-9])|(?<!\\)\\(?=[A-Za-z])")
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"      # 12  .5e-7
 NUMBER = (r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?"                 # 1,234.5
           r"|(?:[0-9]+ )?[0-9]+/[0-9]+"                                 # 2/3  1 2/3
           r"|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)(?:\s?\\?%)?")         # 12  .5  6e23  12 \%
 FORMULA = (r"(?s:\$\$[^$]{1,500}\$\$|\\\[.{1,500}?\\\]"                 # $$x$$  \[x\]
            r"|\\\(.{1,500}?\\\))|\$(?:\\.|[^$\\\n]){1,500}\$")          # \(x\)  $x$
-VALUE = re.compile(rf"{FORMULA}|(?<![\w.\\^]){NUMBER}")                 # not the 7 of B7, x^7, 1.7
-ANSWER_IS = re.compile(r"(?i)answer[ *]{0,4}(?:is\b|:)[\s*:]{0,6}(?=\S)")       # **Answer**: ..
+VALUE = re.compile(rf"{FORMULA}|(?<![A-Za-z0-9_.\\^])(?<![_^]\{{){NUMBER}")     # not the 7 of B7
+ANSWER_IS = re.compile(             # **Answer**: ..  answer is equal to ..  <answer>..  答案: ..
+    r"""(?i)(?:answer[ *_"]{0,4}(?:is\b|:)|<(?:final_?)?answer>|答[案え]?[ *]{0,4}[是为為は:])"""
+    r"(?:\*\*|__)?(?:\s(?:equal to|indeed|simply|just|therefore|thus|exactly))?[\s,:]{0,6}(?=\S)")
+TAG = re.compile(r"(?i)<(answer>)\s*</\1|<\|\S{1,40}?\|>|</\w{1,20}>"               # <|im_end|>
+                 r"|<(?!answer|final)\w{3,20}>|<[sb]>")
+WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s.,;:!?)"'])|[\u3040-\u9fff]""")    # of prose
+LINE = re.compile(rf"(?:{FORMULA})?(?:(?!\.\s).)*")          # "5. I hope it is correct": 5
+NO_WORD = re.compile(rf"{FORMULA}|\b(?:and|or)\b")
+REASON = re.compile(r"[\s,;(-]+(?:because|since)\b.*")
+ASIDE = re.compile(r"(?<![+*/=<>^\s-])[\s,;(]+(?:as|so|which|therefore|due|given|not|but|by"
+                   r"(?! \d)|from|after|where|when|for)\b.*|\s\([a-z]{2,},? [a-z]{2,}.*")
 OPTION = re.compile(r"(?:\\text ?\{)?\(?([A-H])\)?\}?")                 # B  (B)  \text{(B)}
-OPENS_WITH_OPTION = re.compile(r"\(?([A-H])(?:[).:,]|\s+[A-Z][a-z]|$)")         # (B) 12 m  B Blue
-LETTER = re.compile(r"(?<![\w'\\])[A-H](?![\w'^/+=]|\*\w)")             # not in Blue, A's, \A, A+1
+OPENS_WITH_OPTION = re.compile(r"\(?([A-H])(?:[).:,]|\s+\\?[A-Z][a-z]|$)")      # (B) 12 m  B Blue
+LETTER = re.compile(r"(?a)(?<![\w'\\])[A-H](?![\w'^/+=]|\*\w)")         # not in Blue, A's, \A, A+1
 BRACE = re.compile(r"\\{1,2}(?:boxed|fbox) ?\{|\\.|[{}]")               # \boxed{  \{  {  }
+BLANK = re.compile(r"(?:\\(?:[lc]?dots|text|boxed|q?quad|[ ,;:!])|[\s{}.?$~_])*")     # \boxed{..}
+
+def plain(text):
+    """Compatibility characters as their plain ones (NFKC), x² as x^{2}, no tags."""
+    text = text if text.isascii() else re.sub(r"[^\x00-\x7f]+", plain_characters, text)
+    return TAG.sub("\n", text) if "<" in text else text
+
+def plain_characters(match):
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}", match[0].translate(CHARACTERS))
+    text = re.sub("[₀-₉]+", r"_{\g<0>}", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))   # 3½ is 3 1/2
+    return unicodedata.normalize("NFKC", text).translate(CHARACTERS)
 
 def last_box(text):
     r"""The last complete \boxed{}, the inner one if nested, with those that form a list with it; ""
-    if boxes are open or empty; None without a box.  One pass: nested ones cost no more."""
-    opened, complete, seen = [], [], False
+    if a box is open; None without a box, empty ones aside.  One pass: nested ones cost no more."""
+    opened, complete = [], []
     for token in BRACE.finditer(text):
         if "box" in token[0]:
             opened.append(token.span())
-            seen = True
         elif token[0] == "{":
             opened.append(None)                                 # a group that is not a box
         elif token[0] == "}" and opened:
             box = opened.pop()
-            if box and text[box[1]:token.start()].strip():
+            if box and not BLANK.fullmatch(text, box[1], token.start()):
                 complete.append((*box, token.start()))
     answers, following = [], None
     for start, inside, end in sorted(complete, reverse=True):   # from the last one to open
@@ -127,7 +140,7 @@ def last_box(text):
         following = start
     if answers:
         return ", ".join(dict.fromkeys(answers))
-    return "" if seen else None
+    return "" if any(opened) else None
 
 def joins(gap):
     r"""Whether boxes with this between them are a list: \boxed{1}, \boxed{2} and \boxed{3}."""
@@ -135,31 +148,37 @@ def joins(gap):
     words = re.sub(r"[^A-Za-z.\n]+", " ", words).strip(" ")     # a full stop or line end divides
     return len(gap) <= 60 and (words == "" or words.split()[-1:] in (["and"], ["or"]))
 
+def few_words(text):
+    return len(WORD.findall(NO_WORD.sub(" ", text))) <= 2
+
 def stated_answer(said):
-    """The answer in what follows "answer is": a few words as they are; of a longer sentence its
-    formula or number, the first if the sentence opens with it, else the last."""
-    # One line (a formula at its start may span several), of "5. I hope it is correct" the 5
-    line = re.match(rf"(?:{FORMULA})?(?:(?!\.\s).)*", said)[0].strip(" *")
-    words = re.sub(rf"{FORMULA}|\\[A-Za-z]+|\b(?:and|or)\b", " ", line)
+    """The answer in what follows "answer is": what is in quotes; a few words as they are; of a
+    sentence its formula or number, the first if the sentence opens with it, else the last."""
+    line = LINE.match(said)[0].strip()
+    if quoted := re.match(r"""(["`]|\*\*|__)(.+?)\1""", line):
+        return quoted[2]
+    line = REASON.sub("", line).strip(" *") or line
+    line = ASIDE.sub("", line) if VALUE.match(line) else line   # 5 by symmetry
     values = VALUE.findall(line)
-    if not values or len(re.findall("[A-Za-z]{2,}", words)) <= 2:
+    if not values or few_words(line) and not re.search("[\u3040-\u9fff]", line):
         return line
     return values[0] if VALUE.match(line) else values[-1]
 
 # ---- 2. Read it: spelling and units ------------------------------------------------------------
 
 LONGEST_ANSWER = 1000       # characters; a longer answer is only a string
-CHARACTERS = str.maketrans("−–×·⋅÷′\u00a0", "--***/' ", "€£") | {          # €, £ are dropped
-    ord("²"): "^2", ord("³"): "^3", ord("√"): r"\sqrt "}
+CHARACTERS = str.maketrans("−–×·⋅∙÷⁄∶′“”‘’、⩽≦⩾≧º", """--****//:'""'',≤≤≥≥°""", "€£\u200b\ufeff") | {
+    ord("√"): r"\sqrt ", ord("∅"): r"\emptyset ", ord("。"): ". "}     # €, £ are dropped
 COMMANDS = {                # LaTeX command: what the parser knows it by
     "quad": " ", "qquad": " ", "cdot": "*", "times": "*", "div": "/", "equiv": "=", "lt": "<",
-    "gt": ">", "le": "≤", "leq": "≤", "leqslant": "≤", "ge": "≥", "geq": "≥", "geqslant": "≥",
-    "ne": "≠", "neq": "≠", "approx": "≈", "simeq": "≈", "in": "∈", "cup": "∪", "pm": "±", "mp": "∓",
-    "infty": "∞", "pi": "π", "circ": "°", "degree": "°", "lfloor": r"\floor(", "rfloor": ")",
-    "lceil": r"(-\floor(-(", "rceil": ")))"}                    # the negative of the floor of -x
+    "gt": ">", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠", "approx": "≈",
+    "simeq": "≈", "in": "∈", "cup": "∪", "pm": "±", "mp": "∓", "infty": "∞", "pi": "π", "circ": "°",
+    "degree": "°", "varnothing": r"\{\}", "emptyset": r"\{\}", "lfloor": r"\floor(", "rfloor": ")",
+    "lceil": r"(-\floor(-(", "rceil": ")))",                    # the negative of the floor of -x
+    "colon": ":", "pmod": r"\mod ", "bmod": r"\mod ", "cdots": r"\dots", "ldots": r"\dots"}
 UNITS = {                   # kind: its units and their sizes
-    "share": {"%": ".01", "percent": ".01", "percentage": ".01", "pct": ".01"},
-    "angle": {"°": "1", "degree": "1"}, "money": {"cent": ".01", "dollar": "1"},
+    "share": {"%": ".01", "percent": ".01", "percentage": ".01", "pct": ".01"}, "am": {"a.m": "1"},
+    "angle": {"°": "1", "degree": "1"}, "money": {"cent": ".01", "dollar": "1"}, "pm": {"p.m": "1"},
     "length": {"mm": ".001", "millimeter": ".001", "cm": ".01", "centimeter": ".01", "m": "1",
                "meter": "1", "metre": "1", "km": "1000", "kilometer": "1000", "inch": ".0254",
                "foot": ".3048", "feet": ".3048", "ft": ".3048", "mile": "1609.344"},
@@ -181,32 +200,45 @@ def known_unit(text):
     return None
 
 def unit_or_words(match):
-    r"""\text{cm} after a value becomes \unit{cm}; any other \text{} its words."""
+    r"""5 \text{cm} -> 5 \unit{cm}; else the words, marked as one label: \text{BAC} -> \BAC."""
     before, text = match[1], match[2].strip(" ~")
     unit = re.fullmatch(r"[A-Za-z][A-Za-z /.^0-9]+|[mgs]", text)        # square feet, m/s, cm^2, m
-    if before and unit and text not in {"and", "or", *FUNCTIONS}:
+    if before and unit and text not in WORDS:
         return rf"{before} \unit{{{text}}}"
-    return f"{before} {text} "
+    word = re.match("[A-Za-z]*", text)[0]
+    mark = "\\" if len(word) > 1 and word not in WORDS and word not in COMMANDS else ""
+    return f"{before} {mark}{text} "
+
+def repeating(match):
+    r"""0.1\overline{6}, 0.1\dot{6}, 0.1(6) and 0.1666... become (15/90)."""
+    whole, once, period = match[1], match[2], re.sub(r"\\dot|[{} ]", "", match[match.lastindex])
+    shift = 10 ** len(once)
+    digits = int(whole + once + period) - int(whole + once or 0)
+    return f"({digits}/{shift * (10 ** len(period) - 1)})"
 
 REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # where `mark` occurs
     # \\frac, escaped twice as in JSON, but not the \\ between the rows of a matrix
-    ("\\", r"\\\\(?=[A-Za-z{}%|](?![\s\S]*\\end))", r"\\"),
-    (",", r"\{, ?\}|,\s*\\!\s*", ","), ("", r"(?<!\\)\\ |~", " "),     # 1{,}000  1,\!000  5\ cm
-    ("", r"(?<!\\)\\[,;:!()\[\]]|\\?\$", ""),                   # \,  \(x\)  $x$  \$5
+    ("\\", r"(?<!\\)\\\\(?=[A-Za-z{}%|](?![\s\S]*\\end))", r"\\"),
+    (",", r"\{, ?\}|,\s*\\!\s*", ","), ("~", "~", " "), ("\\ ", r"(?<!\\)\\ ", " "),      # 1{,}000
+    ("$", r"\\?\$", ""), ("\\", r"(?<!\\)\\[,;:!()\[\]]", ""),  # $x$  \$5  \(x\)  5\,cm
     ("%", r"\\%", "%"), ("*", r"\*\*", "^"), ("=", "<=", "≤"), ("=", ">=", "≥"), ("=", "!=", "≠"),
     ("array", r"(\\begin\{array\}) ?\{[clr| ]*\}", r"\1"),      # \begin{array}{cc}
-    # \hat{x} and \hat x are the variable x'
+    (".", r"(?<![0-9])([0-9]*)\.([0-9]*?)(?:\\(?:overline|bar|dot) ?(\{?[0-9]+\}?(?:[0-9]*\\dot ?"
+          r"\{?[0-9]\}?)?)|\(([0-9]+)\)|([0-9]{1,6}?)\5{2,}(?:\.\.\.|\\[lc]?dots))", repeating),
     ("\\", r"\\(?:vec|hat|bar|d?dot|tilde|overline|mathbb|mathcal)"
-           r"(?: ?\{([A-Za-z])\}| ([A-Za-z]))", r"\1\2'"),
+           r"(?: ?\{([A-Za-z])\}| ([A-Za-z]))", r"\1\2'"),         # \hat x is the variable x'
     ("np.", r"\bnp\.", ""), ("pi", r"(?<![\\A-Za-z])pi\b", "π"),
-    # 5 \text{cm}: the character before the text, and the text
     ("\\", r"([0-9A-Za-z)}!\]π]?)\s*\\(?:(?:text|math)(?:rm|bf|it|sf)?|mbox|operatorname|rm)\*?"
            r" ?\{([^{}]*)\}", unit_or_words),
-    ("", r"\b(?:and|or)\b", ","),                               # 1 and 2
-    ("\\", r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|boxed|fbox)(?![A-Za-z])", ""),
-    ("\\", r"\\[cdt](frac|binom)(?![A-Za-z])", r"\\\1"),
+    ("and", r"(, ?)?\band\b", ","), ("or", r"(, ?)?\bor\b", ","),      # 1, 2, and 3
+    ("\\", r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|boxed|fbox|underline"
+           r"|emph|boldsymbol|bm|[lL]arge)(?![A-Za-z])|\\(?:text)?color ?\{[^{}]*\}", ""),
+    ("\\", r"\\[cdt](frac|binom)(?![A-Za-z])", r"\\\1"), ("eqslant", "eqslant", "eq"),
     ("\\", r"\\([A-Za-z]+)", lambda match: COMMANDS.get(match[1], match[0])),
-    ("inf", r"(?<![\\A-Za-z])inf(?:ty|inity)?\b", "∞"), ("°", r"\^ ?\{? ?° ?\}?", "°"),   # 90^{°}
+    ("mod", r"(?<![\\A-Za-z])mod\b", r"\\mod"),
+    ("", r"(?i)(:[0-9]{2} ?|^[0-9]{1,2} )(?:\\unit\{)?([ap])\.?m\.?\}?[. ]*$", r"\1\\unit{\2.m}"),
+    ("inf", r"(?<![\\A-Za-z])inf(?:ty|inity)?\b", "∞"), ("∞", "- ∞", "-∞"),
+    ("≈", "(.)≈[^,;]*", r"\1"), ("°", r"\^ ?\{? ?° ?\}?", "°"),   # 90^{°}
     ("|", r"(?<!\\)\|([^|]*)\|", r"\\abs(\1)"),
     ("\\", r"(\\frac|\\binom) ?([0-9])", r"\1{\2}"),            # \frac12 takes a digit at a time
     ("\\", r"((?:\\frac|\\binom) ?\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
@@ -214,27 +246,29 @@ REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # wh
     # mixed numbers, 2\frac{1}{2} and 2 1/2, but not x^2\frac{1}{2} or \sqrt2\frac{1}{2}
     ("\\frac", r"(?<![0-9.^_])(?<!sqrt)(?<!sqrt )([0-9]+) ?"
                r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"(\1+\2/\3)"),
-    ("/", r"(?<![0-9.^_])([0-9]+) ([0-9]+) ?/ ?([0-9]+)", r"(\1+\2/\3)"), ("", r"\s+", " ")]]
+    ("/", r"(?<![0-9.^_])([0-9]+) ([0-9]+) ?/ ?([0-9]+)", r"(\1+\2/\3)")]]
 
 def normalise(answer):
     r"""One spelling for what differs in type-setting only: $, \left, \text{}, \dfrac, ** .."""
-    s = answer.strip()
+    s = plain(answer).strip()
     if len(s) > LONGEST_ANSWER:
         return s
-    s = s.translate(CHARACTERS)
+    while quoted := re.fullmatch(r"""(["'`*_]+)((?:(?!\1).)+)\1""", s):
+        s = quoted[2].strip()
     for mark, pattern, new in REWRITES:
         if mark in s:
             s = pattern.sub(new, s)
-    return s.strip("*: ").rstrip(".,;: ")
+    return " ".join(s.split()).strip("*#:, ").rstrip(".,;: ")
 
 # ---- 2. Read it: values, Fractions while rational, else complex (P,); and the parser -----------
 
-P = 16                      # points: 4 positive, 4 real, 8 integers, which n! is about
+P = 16                      # points: 4 positive, 4 of any sign, 8 larger ones
 REAL = np.arange(P) < 8     # there a value is nan if it would depend on the choice of a branch
 LARGEST = 20_000            # bits of a rational number; a larger one is not computed
 
 # What was read, if it is not one value.  The parts of each kind, and its note:
 #   "," list, "{}" set, "()" "[)" .. tuple or interval, "matrix N" of N columns: the items
+#   ":" ratio: its shares of the whole; "time" 3:15: hours, minutes ..; "∞" "-∞": none
 #   "unit": [value]; its name.  "<" "≤" "≠": [left - right, scaled]
 #   "=": [left - right, scaled; right]; the left side, if that is a name
 Node = namedtuple("Node", "kind parts note", defaults=[""])
@@ -243,16 +277,16 @@ def kind(value):
     return value.kind if isinstance(value, Node) else ""
 
 def rational(*values):
-    return all(isinstance(value, Fraction) for value in values)
+    return {*map(type, values)} == {Fraction}
 
 @lru_cache(maxsize=1000)
 def symbol(name):
     """A variable's values at the points, the same in every answer and process -> (P,)."""
     rng = random.Random(name)
-    positive = [rng.uniform(0.3, 3) for _ in range(4)]
-    real = [rng.uniform(0.3, 3) * rng.choice((-1, 1)) for _ in range(4)]
-    integers = [rng.randint(2, 12) for _ in range(8)]
-    return np.array(positive + real + integers, dtype=complex)
+    values = [rng.uniform(0.3, 3) for _ in range(8)] + [rng.uniform(2, 12) for _ in range(8)]
+    values = np.array(values) * [*[1] * 4, *rng.choices((-1, 1), k=4), *[1] * 8]
+    whole = re.match("[jklmnN](?![A-Za-z])", name)              # n, k_1: integers by name
+    return (np.copysign(np.ceil(abs(values)), values) if whole else values).astype(complex)
 
 def at_points(value):
     """A value at the points -> (P,).  ValueError for a Node: there is no arithmetic on those."""
@@ -283,77 +317,85 @@ def power(a, b):
     negative = (a.real < 0) & (abs(a.imag) <= 1e-12 * abs(a))
     return np.where(REAL & negative & (b != np.round(b.real)), np.nan, a ** b)
 
-def logarithm(x):
-    """ln x, for real points of positive x only: there ln(ab) = ln a + ln b."""
+def logarithm(x):       # at real points of a positive x only: there ln(ab) = ln a + ln b
     return np.where(REAL & (x.real < 0) & (x.imag == 0), np.nan, np.log(x))
 
 def floor(x):
-    return np.where(REAL, np.nan, np.floor(x.real + 1e-9))      # log_2 8 is 2.9999999999999996
+    return np.where(x.imag == 0, np.floor(x.real + 1e-9), np.nan)       # log_2 8 is 2.9999999999
 
-def factorial(x):
-    """x!, exact to 1500!; of an array to 170!, nan elsewhere."""
+def factorial(x, step=1):
+    """x!, with steps of 2 x!!: exact to 1500; x! of an array to 170, by the gamma function."""
     if rational(x) and x.denominator == 1 and 0 <= x <= 1500:
-        return Fraction(math.factorial(int(x)))
+        return Fraction(math.prod(range(int(x), 0, -step)))
     values = np.full(P, np.nan + 0j)
-    for k, v in enumerate(at_points(x).real):
-        if 0 <= v <= 170 and v == int(v):
-            values[k] = math.factorial(int(v))
+    for k, v in enumerate(at_points(x)):
+        if step == 1 and v.imag == 0 and 0 <= v.real <= 170:
+            values[k] = math.gamma(v.real + 1)
     return values
 
-FUNCTIONS = {               # of arrays (P,); of csc, sec and cot the reciprocals
+FUNCTIONS = {               # of arrays (P,)
     "sin": np.sin, "cos": np.cos, "tan": np.tan, "sinh": np.sinh, "cosh": np.cosh, "tanh": np.tanh,
-    "csc": np.sin, "sec": np.cos, "cot": np.tan, "arcsin": np.arcsin, "arccos": np.arccos,
-    "arctan": np.arctan, "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "exp": np.exp,
+    "arcsin": np.arcsin, "arccos": np.arccos, "arctan": np.arctan, "asin": np.arcsin,
+    "acos": np.arccos, "atan": np.arctan, "csc": lambda x: 1 / np.sin(x),
+    "sec": lambda x: 1 / np.cos(x), "cot": lambda x: 1 / np.tan(x), "exp": np.exp,
     "ln": logarithm, "log": logarithm, "lg": np.log10, "abs": np.abs, "floor": floor}
-CONSTANTS = {"π": np.full(P, np.pi + 0j), "e": np.full(P, np.e + 0j), "i": np.full(P, 1j)}
-OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv, ":": truediv}
-
-NOT_MATHEMATICS = (ValueError, ArithmeticError, RecursionError)     # .. or too large or too deep
-TOKEN = re.compile(rf"\\unit\{{[^{{}}]*\}}|\\(?:begin|end)\{{[a-z]+\*?\}}|{DECIMAL}"
+CONSTANTS = {"π": np.full(P, np.pi + 0j), "e": np.full(P, np.e + 0j), "i": np.full(P, 1j),
+             "∞": Node("∞", []), "-∞": Node("-∞", [])}          # a Node has no arithmetic
+OPERATIONS = {"+": add, "-": sub, "*": mul, "/": truediv}
+SYMBOLS = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda
+    mu nu xi rho varrho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi
+    Sigma Upsilon Phi Psi Omega hbar ell""".split())            # the commands that are variables
+WORDS, KNOWN = {"and", "or", *FUNCTIONS}, {"frac", "binom", "sqrt", *SYMBOLS, *FUNCTIONS}
+NOT_MATHEMATICS = (ValueError, ArithmeticError, KeyError, RecursionError)   # too large, too deep
+TOKEN = re.compile(rf"!+|-?∞|\\unit\{{[^{{}}]*\}}|\\(?:begin|end)\{{[a-z]+\*?\}}|{DECIMAL}"
                    r"|\\[A-Za-z]+|\\\S|[A-Za-z]+|\S")
 DIGITS = tuple("0123456789.")
 # What a factor without a * before it may begin with: x  (  \sqrt, but not \cap
-FACTOR = re.compile(r"[A-Za-z([{π∞]|\\(?!unit|end|cap|setminus|to|[^A-Za-z])")
-RELATIONS, SEPARATORS, CLOSERS = tuple("=<>≤≥≠≈∈"), (",", ";", "∪"), (")", "]", "}", r"\}")
+FACTOR = re.compile(r"[A-Za-z([{π∞]|\\(?!(?:unit|end|cap|setminus|to)(?![A-Za-z])|[^A-Za-z])")
+RELATIONS, SEPARATORS, CLOSERS = tuple("=<>≤≥≠∈"), (",", ";", "∪"), (")", "]", "}", r"\}")
 KINDS = {"()": "()", "[]": "[]", "(]": "(]", "[)": "[)", "{}": ",", r"\{\}": "{}"}      # of Nodes
+
+LABEL = re.compile("[A-Z]{2,}|[A-Z][a-z]{2}|i{2,3}")
+EDGES = ("", "(", "[", r"\{", ")", "]", r"\}", *SEPARATORS)
+# f(2)  f(x)  f(g(x)), but x(x+1) is a product
+APPLIED = re.compile(r"\\?\w+ \( [0-9]+ \)|[f-hF-HPQpq]['\w]* \( (\\?\w+ [),|]|[f-hF-HPQpq] \()")
+
+def unknown(token):     # Is it a command without a meaning here: a symbol, with what belongs to it?
+    return token[:1] == "\\" and token[1:].isalpha() and token[1:] not in KNOWN
 
 def tokenize(text):
     """A normalised answer -> list of tokens."""
-    tokens = []
-    for token in TOKEN.findall(text):
-        before = tokens[-1][-1] if tokens else " "
-        value, word = before in "0123456789)}]!.", len(token) > 3
+    tokens, found = [], TOKEN.findall(text)
+    for token, following in zip(found, [*found[1:], ""]):
         if len(token) == 1 or not token.isalpha():
             tokens.append(token)
-        elif token == "sqrt" or token in FUNCTIONS and token != "sec":      # 5 sec is a time
-            tokens.append("\\" + token)
-        elif value and word or (value or before.isalpha()) and known_unit(token):
-            tokens.append(rf"\unit{{{token}}}")                 # 12 apples, 12 cm, x cm
-        elif word:
-            tokens.append(token.casefold())
+            continue
+        last = tokens[-1] if tokens else ""
+        value, word = last.endswith(tuple("0123456789)}]!.")), len(token) > 3
+        name = token in KNOWN and (word or token not in SYMBOLS) and token != "sec"
+        alone = last in EDGES and following in EDGES and last + following != "()" or unknown(last)
+        if not name and (value and word or (value or last[-1:].isalpha()) and known_unit(token)):
+            tokens.append(rf"\unit{{{token}}}")                 # 12 apples, 12 cm, x cm, 5 sec
+        elif name or word or alone and LABEL.fullmatch(token):
+            tokens.append("\\" + token)                         # HTT; AB, BC; \angle AB; not 2RC
         else:
             tokens.extend(token)                                # ab is a times b
     return tokens
 
 class Reader:
     """Parser of one normalised answer, by recursive descent.  Raises one of NOT_MATHEMATICS."""
-    # items    = item { ("," | ";" | "∪") item }
-    # item     = quantity { ("=" | "<" | ">" | "≤" | "≥" | "≠" | "≈" | "∈") quantity }
-    # quantity = sum [ unit ]
-    # sum      = [ "+" ] term { ("+" | "-") term }
-    # term     = factor { [ "*" | "/" | ":" ] factor }
-    # factor   = "-" factor | base { "^" base | "!" | "°" }
-    # base     = "-" base | number | group | matrix | function | variable
-    #          | ("\frac" | "\binom") base base | "\sqrt" [ "[" sum "]" ] base
-    # group    = ("(" | "[" | "{" | "\{") items (")" | "]" | "}" | "\}")
-    # matrix   = "\begin{..}" { sum | "&" | "\\" } "\end{..}"
-    # function = name { ("^" | "_") base } (group | factor { factor })
-    # variable = letter { "_" token | "'" } [ "(" integer ")" ]
+    # items  = item { ("," | ";" | "∪") item }          item   = quantity { relation quantity }
+    # sum    = [ "+" ] term { ("+" | "-") term }        quantity = sum { ":" sum } [ unit ]
+    # term   = factor { [ "*" | "/" ] factor }          group  = opening items closing
+    # factor = "-" factor | base { "^" base | "!" | "!!" | "°" }
+    # base   = "-" base | number | group | matrix | function | variable
+    #        | ("\frac" | "\binom") base base | "\sqrt" [ "[" sum "]" ] base
+    # variable = letter { "_" token | "'" } [ group ]   f(x)
+    #        | unknown command ( { group of {} } | factors that follow )    compared as written
 
     def __init__(self, text):
-        self.tokens, self.i = tokenize(text), 0
+        self.tokens, self.i, self.names = tokenize(text), 0, []             # variables met so far
         self.angles = 0         # functions whose argument is being read: there 30° is an angle
-        self.names = []         # variables met so far
 
     @property
     def next(self):
@@ -368,15 +410,13 @@ class Reader:
         """The next token or {group} as text, without braces."""
         start, depth = self.i, 0
         while self.i == start or depth > 0 and self.next:
-            depth += (self.next == "{") - (self.next == "}")
+            depth += (self.next in ("{", "(")) - (self.next in ("}", ")"))
             self.i += 1
-        return re.sub("[{}]", "", "".join(self.tokens[start:self.i]))
+        return re.sub(r"[{}\\]", "", "".join(self.tokens[start:self.i]))
 
     def items(self):
-        items = []
-        while not items or self.take(*SEPARATORS):
-            while self.take(*SEPARATORS):                       # "1, 2, and 3" has two in a row
-                pass
+        items = [self.item()]
+        while self.take(*SEPARATORS):
             items.append(self.item())
         return items
 
@@ -388,14 +428,11 @@ class Reader:
         while sign := self.take(*RELATIONS):
             signs.append(sign)
             sides.append(self.quantity())
-        if "≈" in signs:                                        # of 1/3 ≈ 0.33 the first
-            end = signs.index("≈")
-            sides, signs = sides[:end + 1], signs[:end]
         if not signs:
             return sides[0]
         # Does the left side name the right?  x_1, f(2), (x,y), \abs(AB), \lim .. do
         rest = re.sub(r"_(\{[^{}]*\}|.)|\([^()+*/^=-]*\)", "", left)
-        computed = re.search(r"[0-9+*^<>-]|\\(sin|cos|tan|log|ln|sqrt)", rest)
+        computed = re.search(r"[0-9+*^<>-]|\\(sin|cos|tan|log|ln|sqrt)(?![a-z])", rest)
         named = not computed or re.match(r"\\(lim|sum|int|prod)", left)
         if set(signs) <= {"=", "∈"} and (constant or named and "∈" in signs):
             return sides[-1]                                    # x ∈ [0, 1] is [0, 1]
@@ -407,9 +444,13 @@ class Reader:
         return Node("=", [gap, sides[-1]], left if named else "")
 
     def quantity(self):
-        value, start = self.sum(), self.i
-        if self.next.startswith(("%", "°", "_", r"\unit")):     # the base in 132_7 counts as a unit
-            while self.next not in ("", "+", "-", *RELATIONS, *SEPARATORS, *CLOSERS):
+        start, parts = self.i, [self.sum()]
+        while self.take(":"):
+            parts.append(self.sum())
+        text, start = "".join(self.tokens[start:self.i]), self.i
+        value = ratio(parts, text) if len(parts) > 1 else parts[0]
+        if self.next.startswith(("%", "°", "_", r"\unit{")):    # the base in 132_7 counts as a unit
+            while self.next not in ("", "+", "-", ":", *RELATIONS, *SEPARATORS, *CLOSERS):
                 self.raw()
         unit = "".join(self.tokens[start:self.i])
         if re.search("[0-9]", re.sub(r"[A-Za-z^_]\{?-?[0-9]+", "", unit)):      # but cm^2, _{7}
@@ -425,7 +466,7 @@ class Reader:
 
     def term(self):
         value = self.factor()
-        while (sign := self.take("*", "/", ":")) or self.continues():
+        while (sign := self.take("*", "/")) or self.continues():
             value = combine(OPERATIONS[sign or "*"], value, self.factor())
         return value
 
@@ -438,11 +479,11 @@ class Reader:
         if self.take("-"):
             return combine(mul, self.factor(), Fraction(-1))
         value = self.base()
-        while mark := self.take("^", "!", "°"):
+        while mark := self.take("^", "!", "!!", "°"):
             if mark == "^":
                 value = power(value, self.base())
-            elif mark == "!":
-                value = factorial(value)
+            elif mark[0] == "!":
+                value = factorial(value, step=len(mark))
             elif self.angles:                                   # sin 30°
                 value = combine(mul, value, CONSTANTS["π"] / 180)
             elif self.next not in ("+", "-"):                   # not of 90° - x: the unit of a sum
@@ -474,26 +515,22 @@ class Reader:
         return CONSTANTS[token] if token in CONSTANTS else self.variable(token)
 
     def group(self, opening):
-        items = self.items()
+        items = [] if opening + self.next == r"\{\}" else self.items()
         brackets = opening + self.take(*CLOSERS)
-        if brackets not in KINDS:
-            raise ValueError("brackets do not match")
         if len(items) == 1 and brackets in ("()", "[]", "{}"):
             return items[0]
-        return Node(KINDS[brackets], items)
+        return Node(KINDS[brackets], items)                     # KeyError if they do not match
 
     def matrix(self):
         rows = [[]]
-        while not self.next.startswith(r"\end"):
+        while not self.next.startswith(r"\end{"):
             if self.take(r"\\"):
                 rows.append([])
             elif not self.take("&"):
                 rows[-1].append(self.sum())
         self.i += 1
-        columns = {len(row) for row in rows if row}             # \\ may follow the last row
-        if len(columns) != 1:
-            raise ValueError("not a matrix")
-        return Node(f"matrix {columns.pop()}", sum(rows, []))
+        (columns,) = {len(row) for row in rows if row}          # \\ may follow the last row
+        return Node(f"matrix {columns}", sum(rows, []))
 
     def function(self, name):
         r"""\sin x, \sin(x), \sin 2x, \sin^2 x, \sin^{-1} x, \log_2 x."""
@@ -510,22 +547,31 @@ class Reader:
             name = "arc" + name
             del marks["^"]
         value = FUNCTIONS[name](at_points(x)) + 0j
-        if name in ("csc", "sec", "cot"):
-            value = 1 / value
         if "_" in marks:
             value = value / logarithm(at_points(marks["_"]))
         return power(value, marks["^"]) if "^" in marks else value
 
     def variable(self, name):
-        if not re.fullmatch(r"\\?[A-Za-z]+|∞", name):
+        if not re.fullmatch(r"\\?[A-Za-z]+", name):
             raise ValueError(f"unexpected {name!r}")
+        if unknown(name):
+            name, group = name.casefold(), self.next == "{"     # \overline{AB}, else \pmod 5
+            while self.next == "{" if group else self.continues() or self.next in ("_", "^", "'"):
+                name += " " + self.raw()
         while self.next in ("_", "'"):
             name += self.take("_") + self.raw()
-        if re.fullmatch(r"\( [0-9]+ \)", " ".join(self.tokens[self.i:self.i + 3])):
-            name += self.tokens[self.i + 1]                     # f(2)
-            self.i += 3
+        if APPLIED.match(" ".join([name, *self.tokens[self.i:self.i + 3]])):
+            name += self.raw()
         self.names.append(name.removeprefix("\\"))
         return symbol(self.names[-1])
+
+def ratio(parts, text):
+    """a:b:c -> shares of the whole.  A 0 in front, or what could be reduced, tells a time: 3:15."""
+    clock = re.fullmatch("(?:[01]?[0-9]|2[0-4])(?::[0-5][0-9])+", text)
+    if clock and (":0" in text or math.gcd(*map(int, parts)) > 1):
+        return Node("time", parts)
+    whole = reduce(lambda a, b: combine(add, a, b), parts)
+    return Node(":", [combine(truediv, part, whole) for part in parts])
 
 def scaled(g, positive=False):
     """g over its first finite value, or the size of that: 2x = 4 says the same as x = 2 -> (P,)."""
@@ -535,10 +581,12 @@ def scaled(g, positive=False):
 def inequality(sides, signs, names):
     """a < b ≤ c -> an interval, if linear in one variable; else a Node for each sign, in a set."""
     x, linear = symbol(min(names, default="")), len(names) == 1
-    links, ends, brackets = [], [-symbol("∞"), symbol("∞")], ["(", ")"]
+    links, ends, brackets = [], [CONSTANTS["-∞"], CONSTANTS["∞"]], ["(", ")"]
     for a, sign, b in zip(sides, signs, sides[1:]):
         if sign in (">", "≥"):
             a, sign, b = b, {">": "<", "≥": "≤"}[sign], a
+        if linear and sign != "≠" and (kind(a) == "-∞" or kind(b) == "∞"):
+            continue                                            # -∞ < x
         g = at_points(combine(sub, a, b))                       # g < 0
         slope = (g[1] - g[0]) / (x[1] - x[0])
         straight = abs(slope) > 1e-9 and np.allclose(g, g[0] + slope * (x - x[0]))
@@ -590,6 +638,8 @@ def same(a, b):
         a, b = b, a
     if kind(a) == "":
         return equal(a, b)
+    if a.kind == ":" and kind(b) == "":                         # 3:4 and 3/4
+        return len(a.parts) == 2 and same(combine(truediv, *a.parts), b)
     if a.kind == "unit":
         return same_quantity(a, b)
     if a.kind in (",", "{}"):
@@ -604,9 +654,8 @@ def same(a, b):
 
 def decimals(x):
     """Digits after the point; inf for 1/3 or a value that is not rational."""
-    if not rational(x):
-        return math.inf
-    return next((n for n in range(40) if 10**n % x.denominator == 0), math.inf)
+    places = range(40) if rational(x) else ()
+    return next((n for n in places if 10**n % x.denominator == 0), math.inf)
 
 def equal(a, b):
     """Whether values are equal: exactly if rational, else at all points where both are defined."""
@@ -641,11 +690,10 @@ def same_list(a, b):
 
 def same_quantity(a, b):
     """Known units are converted; one that only one side has is ignored, but 25% may be 1/4."""
-    x, y = a.parts[0], b
-    unit, other = known_unit(a.note), None
+    x, y, unit, other = a.parts[0], b, known_unit(a.note), None
     if kind(b) == "unit":
         y, other = b.parts[0], known_unit(b.note)
-    if unit and other:
+    if unit and other and unit != other:
         return unit[0] == other[0] and same(combine(mul, x, unit[1]), combine(mul, y, other[1]))
-    percent = unit is not None and unit[0] == ("share", 1)
-    return same(x, y) or percent and same(combine(mul, x, unit[1]), y)
+    percent = unit and unit[0] == ("share", 1) and not other
+    return same(x, y) or bool(percent) and same(combine(mul, x, unit[1]), y)

@@ -17,6 +17,8 @@ import pytest
 from data import grade as gr
 from data.grade import (extract_answer, grade, grade_answer, last_box, normalise, readings,
                         same_answer)
+import train
+from model import load_tokenizer
 from tests.conftest import ROOT
 
 
@@ -141,6 +143,89 @@ def test_unequal(a, b):
     assert not same_answer(a, b) and not same_answer(b, a)
 
 
+# One kind of mistake each: pairs that are equal, pairs that are not.
+MISTAKES = {
+    "a repeating decimal is a value": (
+        [(r"0.\overline{3}", r"\frac13"), (r"0.1\overline{6}", "1/6"), (r"0.\dot{3}", "1/3"),
+         (r"0.\overline{142857}", "1/7"), (r"0.\dot{1}4285\dot{7}", "1/7"), ("0.(3)", "1/3"),
+         ("0.1(6)", "1/6"), ("0.333...", "1/3"), (r"0.1666\ldots", r"\frac16"),
+         (r"-2.\overline 9", "-3"), (r"0.\bar{3}", "0.(3)"), (r"33.\overline{3}\%", "1/3")],
+        [(r"0.\overline{3}", "0"), (r"0.\overline{3}", r"0.\overline{6}"), ("0.(3)", "0"),
+         (r"0.\overline{3}", "0.3"), (r"0.\dot{3}", r"0.\dot 6"), ("0.333...", "0.333"),
+         (r"0.1\overline6", "0.16"), (r"1.\overline{27}", r"1.\overline{72}"), ("0.5(3)", "1.5")]),
+    "an unknown command is one symbol with what belongs to it": (
+        [(r"3\pmod5", r"3 \pmod{5}"), (r"3\ (\text{mod } 5)", r"3\bmod 5"),
+         (r"x \equiv 3 \pmod 5", r"3\pmod{5}"), (r"\sum_{k=1}^n k^2", r"\sum_{k=1}^{n} k^{2}"),
+         (r"2\overline{AB}", r"\overline{AB} \cdot 2"), (r"\hbar\omega/2", r"\frac12\omega\hbar"),
+         (r"\angle ABC", r"\angle{ABC}"), (r"\gcd(4,6) \cdot 2", r"2\gcd(4,6)"),
+         (r"V_\text{out}", "V_{out}")],
+        [(r"3\pmod5", r"5\pmod3"), ("3 mod 5", "5 mod 3"), (r"3\pmod5", "3"),
+         (r"\gcd(4,6)", r"\gcd(6,9)"), (r"\foo{a}{b}", r"\foo{b}{a}"),
+         (r"\foo{1}{23}", r"\foo{12}{3}"),
+         (r"A\mid B", r"B \mid A"), (r"\overline{AB}", r"\overline{BA}"),
+         (r"\angle ABC", r"\angle BAC"), (r"\sum k^2", r"(\sum k)^2"),
+         (r"\lim_{x\to0} x", r"x \lim_{x\to0} 1")]),
+    "letters may be a label": (
+        [(r"\text{BAC}", "BAC"), ("HT, TH", "TH, HT"), ("ab", "ba"), ("2RC+C", "C+2CR"),
+         (r"\frac{t}{L G}", r"\frac{t}{GL}"), (r"\text{no}", "no"), ("AB=5", "5"),
+         (r"\text{West}, \text{East}", "East, West"), ("3 alpha beta", r"3\beta\alpha")],
+        [(r"\text{BAC}", r"\text{CAB}"), ("HTT", "TTH"), ("AB", "BA"), ("(HT, TH)", "(TH, HT)"),
+         (r"\text{no}", r"\text{on}"), (r"\mathrm{act}", r"\mathrm{cat}"), ("Sue", "Use"),
+         (r"\text{red car}", r"\text{car red}"), ("blue green", "green blue"), ("iii", "-i"),
+         ("2 alpha", "2")]),
+    "a function is applied": (
+        [("f(g(x))", "f( g(x) )"), ("f(x)g(x)", "g(x) f(x)"), ("f(x)=x+1", "x+1"),
+         ("f(x,y)=5", "5"), ("g(m+M)", "gM + gm"), ("x(x+1)", "x^2+x")],
+        [("f(g(x))", "g(f(x))"), ("g(h(t))", "h(g(t))"), ("f(2x)", "2f(x)"), ("f(x)", "fx"),
+         ("P(A|B)", "P(B|A)"), (r"P(A\mid B)", r"P(B\mid A)"), ("f(x,y)", "f(y,x)")]),
+    "a colon makes a ratio": (
+        [("1:2", "2:4"), ("1:2:3", "2:4:6"), (r"\sqrt2:1", r"2:\sqrt2"), ("a:b", "a/b"),
+         ("1:10", "1/10"), ("x:y=2:3", "4:6"), (r"3\colon 2", "6 : 4"), ("３：２", "3:2")],
+        [("1:2:3", "1:3:2"), ("1:2:3", "1:2"), ("1:2", "2:1"), ("0:1:2", "0:2:1"),
+         ("1:2:3", "1/6"), ("2:3", "2:3:1")]),
+    "or a time": (
+        [("3:15", "03:15"), ("3:15", "3:15 p.m."), ("3:15 PM", r"3:15 \text{ p.m.}"),
+         ("5 p.m.", "5 PM")],
+        [("3:15", "1:5"), ("3:15", "1/5"), ("12:30", "2:5"), ("8:05", "8/5"), ("1:00", "1:0"),
+         ("10:30", "10:45"), ("3:15 am", "3:15 pm"), ("5 a.m.", "5 p.m."), ("2:00:30", "4:01:00")]),
+    "infinity is no number": (
+        [(r"\infty", r"+\infty"), (r"-\infty < x < 5", r"(-\infty,5)"), (r"0<x<\infty", "x>0"),
+         (r"\lim f = \infty", r"\infty"), (r"\pm\infty", r"\infty, -\infty"),
+         (r"\infty+1", r"\infty + 1")],
+        [(r"\infty-\infty", "0"), (r"\infty/\infty", "1"), (r"2\infty", r"\infty"),
+         (r"\infty+1", r"\infty"), (r"0\cdot\infty", "0"), (r"\frac{\infty}{2}", r"\frac12\infty"),
+         (r"5<\infty", r"\varnothing"), (r"-\infty", r"- -\infty")]),
+    "a variable is real, unless it is an integer by name": (
+        [(r"\lfloor n \rfloor", "n"), (r"\cos 2\pi k", "1"), ("(-1)^{2m}", "1"),
+         ("(x+1)!", "(x+1)x!"), (r"\binom{x}{2}", "x(x-1)/2"),
+         (r"\lfloor 2x\rfloor", r"\lfloor x\rfloor + \lfloor x+\frac12\rfloor")],
+        [(r"\lfloor x\rfloor", "x"), (r"\lceil x \rceil", "x"), ("(-1)^{2x}", "1"),
+         (r"\lfloor x\rfloor", r"\lceil x\rceil"), (r"\cos 2\pi x", "1"), (r"\sin\pi t", "0"),
+         (r"\lfloor n/2\rfloor", "n/2")]),
+    "!! is not ! of !": (
+        [("5!!", "15"), ("6!!", "48"), ("(3!)!", "720"), ("n!!", "n !!"), ("0!!", "1")],
+        [("5!!", "120!"), ("5!!", "120"), ("6!!", "720!"), ("n!!", "(n!)!"), ("n!!", "n!"),
+         ("4!!!", "24")]),
+    "characters and marks": (
+        [(r"\underline{6}", "6"), (r"\varnothing", r"\{\}"), (r"\emptyset", "∅"),
+         (r"x=\varnothing", r"\{ \}"), ('"3.14"', "3.14"),
+         ("“5”", "5"), ("**`5`**", "5"), ("３．１４", "3.14"), ("（１，２）", "(1,2)"), ("x²", "x^2"),
+         ("2¹²", "4096"), ("10⁻²", "0.01"), ("log₂8", "3"), ("3½", "3.5"), ("5 cm²", "5 cm^2"),
+         ("90º", "90"), (r"\textcolor{red}{5}", "5"), ("1、2", "2,1"), ("𝑥＋１", "x+1"),
+         (r"\begin{pmatrix}1\\2\\\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+         (r"\begin{pmatrix}1&2\\3&4\\ \end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}")],
+        [(r"\varnothing", "0"), (r"\emptyset", r"\{0\}"), ("x²", "2x"), ("x₂", "2x"), ("2²", "22"),
+         ("１２", "21"), ("5'", "5"), (r"\underline{6}", "-6")]),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_kinds_of_mistakes(kind):
+    equal, unequal = MISTAKES[kind]
+    assert [pair for pair in equal if not (same_answer(*pair) and same_answer(*pair[::-1]))] == []
+    assert [pair for pair in unequal if same_answer(*pair) or same_answer(*pair[::-1])] == []
+
+
 def test_equality_is_transitive_where_nothing_is_left_out():
     """Left out are the rules that say more: 25% is 25 and 1/4, 30 cm is 30 and 0.3 m, x = 5 is 5,
     4, 9 is (4, 9)."""
@@ -179,6 +264,72 @@ def test_equality_is_transitive_where_nothing_is_left_out():
 ])
 def test_extraction(text, answer):
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize("text, gold", [
+    # an empty box is no box
+    (r"I will put the final answer in \boxed{}. We add. The answer is $7$.", "7"),
+    (r"I use \boxed{ }. So it is 7", "7"), (r"\boxed{\ldots}, that is \boxed{8}", "8"),
+    (r"\boxed{8}, as asked in \boxed{}.", "8"), (r"The answer is $\boxed{}$. It is 9", "9"),
+    (r"\boxed{\{\}}", r"\varnothing"),
+    # a leading value wins over prose
+    ("The final answer is 5 because 2+3=5.", "5"), (r"The answer is $\frac12$ since 1+1=2.", "1/2"),
+    ("The answer is 5, not 6.", "5"), ("The answer is equal to 5.", "5"),
+    ("The answer is 7 (see above).", "7"), ("Answer: 42, as shown in step 3.", "42"),
+    ("The answer is 10 and this completes the proof.", "10"),
+    ("The answer is Paris, because 2 rivers meet there.", "Paris"),
+    ("The answer is the value for n = 3, which is 12.", "12"),
+    ("Answer: ax - by = c", "ax - by = c"), ("Answer: 2 by 3", "2 by 3"),
+    ("The answer is 2xy+3ab+4cd", "2xy+3ab+4cd"), ("The answer is 12 square feet", "12 ft^2"),
+    # other scripts
+    ("答案：5", "5"), ("答案是5。", "5"), (r"所以答案为 $\frac{1}{2}$。", "1/2"), ("一共有12个苹果", "12"),
+    ("最后得到５", "5"), ("答案：５，因为2+3=5", "5"), ("設x=3，則y為7", "7"), ("选B", "B"), ("答案：B", "B"),
+    ("答案：5，因为2+4不是7", "5"), ("答案为 x+2", "2+x"),
+    # marks
+    ('The answer is "3.14".', "3.14"), ('{"answer": "5"}', "5"), ("**Answer:** **5**", "5"),
+    ("The answer is **5** because 2+3.", "5"), ("__Answer__: `5`", "5"),
+    ("The answer is <b>5</b>", "5"),
+    ("1,000.99m² is the total area of it", "1000.99"), ("It is −5 in the end, they all say", "-5"),
+    # one line of few words
+    ("x = 3 or x = 5", "3,5"), ("So 5", "5"), ("Thus, $x=3$", "3"), ("x^5 - x^4 + 1", "1-x^4+x^5"),
+    # tags and ends of text
+    ("<answer> Answer: 2</answer>", "2"), ("<answer>x+1</answer> I checked it.", "x+1"),
+    ("2</answer>", "2"), ("The answer is 2<|im_end|>", "2"), ("Answer: x+1<|endoftext|>", "x+1"),
+    (r"\boxed{2}</s>", "2"), ("2<｜end▁of▁sentence｜>", "2"), ("West<|im_end|>", "West"),
+    ("5</s></s>", "5"), ("Answer: 7<|end|><|eot_id|>", "7"), ("Answer: 7<end_of_turn>", "7"),
+    ("<ANSWER>\n$$\\frac12$$\n</ANSWER>", "1/2"), ("Put it in <answer></answer>. Answer: 6", "6"),
+    ("<final_answer>x+1</final_answer>", "x+1"),
+])
+def test_found(text, gold):
+    assert grade(gold, text) and not grade("Z" if gold == "B" else f"{gold}+1", text)
+
+
+SHAPES = ["2", "-7", "1,234", r"\frac{1}{2}", "0.5", "x^2 - 3x + 1", "5x - 7y + 11z + 4 = 0",
+          r"3 \pm 2 \sqrt{2}", "1, 3, 5, 15", "(3, 4)", r"[0, 1) \cup (2, \infty)", r"\{1, 2\}",
+          "B",
+          "West", "3:15", "2:3", "12 cm", r"30^\circ", r"25\%", "x = 3", "n!", r"0.\overline{3}",
+          r"\begin{pmatrix} 1 \\ 2 \\ \end{pmatrix}", r"\text{Evelyn}", r"\varnothing", "HTT"]
+
+
+@pytest.mark.parametrize("name", ["tiny/distill", "tiny/lm", "tiny-moe"])
+@pytest.mark.parametrize("template", ["chat", "resa"])
+def test_own_templates_are_read_back(name, template):
+    """What train.py writes for a row is the right answer to that row, with the end token too."""
+    tokenizer = load_tokenizer(str(ROOT / "data" / name))
+    end = "<｜end▁of▁sentence｜>"
+    for gold in SHAPES:
+        text = train.as_text({"problem": "Which 3 are 17?", "answer": gold}, tokenizer, template)
+        assert grade(gold, text) and grade(gold, text + end), (gold, extract_answer(text))
+        assert not grade("99", text)
+
+
+def test_bench_golds_are_read_back(golds):
+    """As bare lines and in the resa template; left out is one gold, an English sentence."""
+    for _, gold in golds:
+        if "arbitrary" not in gold:
+            row = {"problem": "Which?", "answer": gold, "system": ""}
+            assert grade(gold, f"<think>\n{gold}\n</think>\n{gold}"), gold
+            assert grade(gold, train.RESA_TEMPLATE.format(**row)), gold
 
 
 @pytest.mark.parametrize("text, letter", [
