@@ -1191,10 +1191,12 @@ def test_adapter_tensors_of_each_float_are_read(tmp_path, dtype):
 
 
 def test_an_adapter_that_is_too_much_for_the_weights_is_refused(tmp_path):
-    base = checkpoint(tmp_path / "m", dtype=torch.float16)
-    spec = of_layers(tmp_path / "ad", QS, target_modules=["q_proj"], lora_alpha=1e6)
-    check_refused(lambda: load_model(f"{base}+{spec}"), spec, QS[0], "infinite")
-    assert load_model(f"{base}+{spec}*1e-6").get_submodule(QS[0]).weight.isfinite().all()
+    spec = of_layers(tmp_path / "ad", QS, target_modules=["q_proj"], lora_alpha=1e30)
+    base = checkpoint(tmp_path / "m")
+    check_refused(lambda: load_model(f"{base}+{spec}*1e9"), f"{spec}", QS[0], "infinite")
+    assert load_model(f"{base}+{spec}*1e-9").get_submodule(QS[0]).weight.isfinite().all()
+    half = checkpoint(tmp_path / "half", dtype=torch.float16)      # keeps it aside: what it says overflows
+    check_refused(lambda: generate(load_model(f"{half}+{spec}"), [[1, 2]], 2), "logits", "NaN or infinite")
 
 
 @pytest.mark.parametrize("fields, scales", [   # by hand: alpha / r, or alpha / sqrt(r), of QS, UPS
