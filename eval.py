@@ -251,9 +251,9 @@ def report(results):
     for label, rows in results.items():
         summary = summaries[label] = summarize(rows)     # and, but for the first, "paired"
         if label != first:
-            summary["paired"] = {"against": first} | paired(rows, results[first])
-            if summary["paired"]["withheld"]:
-                words.append(f"{label} against {first}: no verdict: {summary['paired']['withheld']}.")
+            pair = summary["paired"] = {"against": first} | paired(rows, results[first])
+            if pair["withheld"]:
+                words.append(f"{label} against {first}, no verdict: {pair['withheld']}.")
         lines.append(cells_of(label, summary))
     # A column that is empty in every line is left out.
     header, *lines = zip(*(column for column in zip(HEADER, *lines) if any(column[1:])))

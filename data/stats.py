@@ -93,52 +93,45 @@ def permutation_p(observed, draws, tolerance=1e-9):
     as_large = draws >= np.asarray(observed)[..., None] - tolerance
     return (1 + as_large.sum(-1)) / (1 + len(draws))
 
-def flipped(d, flips, seed):
-    """Differences d (P,) -> |sum of d| as it is, then with random signs, (1+R,)."""
-    moved, rng = d[d != 0], np.random.default_rng(seed)          # a tie has no sign to flip
-    sums = [np.abs(moved.sum(keepdims=True))]
-    for start in range(0, flips, 1000):                          # in pieces, to save memory
-        signs = rng.integers(2, size=(min(1000, flips - start), len(moved))) * 2 - 1     # (.,P)
-        sums.append(np.abs(signs @ moved))
-    return np.concatenate(sums).round(9)                         # equal sums compare as equal
-
 def paired_difference(d, flips=10_000, seed=0):
-    """Differences per problem d (P,), each in -1 .. 1 -> (mean, low, high, p), a 95 % interval.
-    p is of the sign-flip test: under the null the two models can be swapped problem by problem.
-    The interval is of the same test, and excludes 0 exactly where p < 0.05."""
-    d = np.asarray(d, dtype=float)
-    P, mean, squares = len(d), float(d.mean()), (d * d).sum()
-    sums = flipped(d, flips, seed)                               # (1+R,)
+    """Differences per problem d, (P,) -> (mean, low, high, p), where low > 0 or high < 0 exactly
+    if p < 0.05.  p: sign-flip test.  Under the null the two models can be swapped problem by
+    problem: each d takes either sign.  low, high: the true means that the test does not reject."""
+    d, rng, sums = np.asarray(d, dtype=float), np.random.default_rng(seed), []
+    P, mean, squares, moved = len(d), float(d.mean()), (d * d).sum(), d[d != 0]
+    for _ in range(10):                                  # in pieces, to save memory
+        signs = rng.integers(2, size=(flips // 10, len(moved))) * 2 - 1    # (R/10,P)
+        sums.append(np.abs(signs @ moved))
+    sums = np.concatenate([[abs(moved.sum())], *sums]).round(9)  # (1+R,); equal ones compare equal
     p = float(permutation_p(sums[0], sums[1:], tolerance=0))
-    # The critical value, in root squares of d: between the largest sum of p >= 0.05 and the next
-    # one, which may be far off where d has few values.
+    # Its critical value, as a multiple of |d|: between the largest sum that has p >= 0.05 and the
+    # next one, which is far off where d has few values.
     largest = np.sort(sums)[-math.ceil(0.05 * len(sums))]
     beyond = sums[sums > largest]
-    scale = FEW ** 0.5                                           # of fewer, all signs may be equal
+    critical = FEW ** 0.5                                # fewer than that have none
     if len(beyond):
-        scale = (largest + beyond.min()) / 2 / squares ** 0.5
+        critical = (largest + beyond.min()) / 2 / squares ** 0.5
+    # How large is a d that is not 0?  As those seen; where few tell, as large as it can be.
+    size = most = max(1, np.abs(d).max())
+    if min(carriers(np.abs(d)), carriers(np.abs(d - mean))) >= FEW:
+        size = squares / np.abs(d).sum()
 
-    # d may also be rare: 0, or as large as those seen; where few tell, as large as can be.
-    most = max(1, np.abs(d).max())
-    few = min(carriers(np.abs(d)), carriers(np.abs(d - mean))) < FEW
-    size = most if few else squares / np.abs(d).sum()
-
-    def held(delta):
-        """Is a true mean of delta compatible with d?  At 0 this is the sign-flip test; elsewhere
-        its critical value is scaled to the spread of d about delta."""
+    def rejected(delta):
+        """At 0 the test itself.  Elsewhere |d| is the spread about delta; at least that of a d
+        that is 0 or `size`, as what is rare may not have been seen."""
         spread = max(((d - delta) ** 2).sum(), P * abs(delta) * (size - abs(delta)))
-        return abs(d.sum() - P * delta) <= scale * spread ** 0.5
+        return abs(d.sum() - P * delta) > critical * spread ** 0.5
 
-    def end(far):
-        """Where `held` ends, from the mean towards far."""
+    ends = []
+    for far in (-most, most):
+        if p < 0.05 and mean * far < 0:
+            far = 0
         near = mean
-        for _ in range(60):
+        for _ in range(60):                              # bisection
             middle = (near + far) / 2
-            near, far = (middle, far) if held(middle) else (near, middle)
-        return near
-
-    seen = p < 0.05
-    return mean, end(0 if seen and mean > 0 else -most), end(0 if seen and mean < 0 else most), p
+            near, far = (near, middle) if rejected(middle) else (middle, far)
+        ends.append(float(near))
+    return mean, *ends, p
 
 # ---- From graded samples to numbers ------------------------------------------------------------
 
@@ -183,36 +176,24 @@ def summarize(rows):
             "no_answer": float(np.mean([row["extracted"] is None for row in rows])),
             "settings": rows[0]["settings"] | {"seed": rows[0]["seed"][0]}}
 
-def compare(c, n, c1, n1, flips=10_000):
-    """Two models, c right of n samples and c1 of n1, (P,) each -> {"difference": first - second,
-    "interval", "p", "withheld": why there is no verdict, or None}."""
-    d = c / n - c1 / n1                                          # (P,)
-    mean, low, high, p = paired_difference(d, flips)
-    moved, withheld = int((d != 0).sum()), None
-    if moved < FEW:
-        withheld = f"only {moved} of {len(d)} problems differ, and {FEW} are needed for p < 0.05"
-    # A model that one more problem could change: the test takes d as symmetric, which cannot be
-    # seen there.  A verdict needs a difference that is seen even if d were 0, -1 and 1.
-    sides = [c / n, 1 - c / n, c1 / n1, 1 - c1 / n1]
-    thin = min(map(carriers, sides)) < FEW
-    if thin and p < 0.05 and d.sum() ** 2 < Z * Z * np.abs(d).sum():
-        withheld = f"fewer than {FEW} of {len(d)} problems carry what one model has right, or wrong"
-    return {"difference": mean, "interval": [low, high], "p": p, "withheld": withheld}
-
 def paired(rows, first):
-    """Samples of two models on the same problems -> what `compare` says of rows - first.
-    ValueError: their problems are not the same."""
+    """Two models on the same problems -> {"difference": rows - first, "interval", "p",
+    "withheld": why there is no verdict, or None}.  ValueError: their problems are not the same."""
     ours, theirs = rates(rows), rates(first)
     odd = ", ".join(map(repr, sorted(ours.keys() ^ theirs.keys())))
     check(not odd, f"models are compared on the same problems; of one model only: {odd}")
-    pairs = np.array([ours[key] + theirs[key] for key in ours])  # (P,4)
-    return compare(*pairs.T)
+    d = np.array([ours[key][0] / ours[key][1] - theirs[key][0] / theirs[key][1] for key in ours])
+    mean, low, high, p = paired_difference(d)
+    moved, withheld = np.count_nonzero(d), None
+    if moved < FEW:
+        withheld = f"only {moved} of {len(d)} problems differ, and {FEW} are needed for p < 0.05"
+    return {"difference": mean, "interval": [low, high], "p": p, "withheld": withheld}
 
 # ---- What they show ----------------------------------------------------------------------------
 
 def verdict(name, against, why, mean, low, high, withheld=None):
     """One comparison as a sentence; no difference is seen where the interval holds 0.
-    withheld  why there is no verdict; low and high may then be None, if there is no interval"""
+    withheld  why there is no verdict; low and high may then be None"""
     found = f"no verdict: {withheld}"
     if not withheld:
         found = "better" if low > 0 else "no difference is seen"
@@ -221,9 +202,9 @@ def verdict(name, against, why, mean, low, high, withheld=None):
     return f"{question}? {name} against {against}: {bracketed(mean, low, high, '+')}, {found}."
 
 def bracketed(value, low, high, sign=""):
-    """0.500 [0.400, 0.600]; sign "+" for differences.  No brackets where low is None."""
+    """0.500 [0.400, 0.600]; sign "+" for differences.  low None: there is no interval."""
     if low is None:
-        return f"{value:{sign}.3f}"
+        return f"{value:{sign}.3f}, no interval"
     return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 STYLE = """<style>

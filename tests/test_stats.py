@@ -22,7 +22,8 @@ def beta(rng, rate, unlike, P):
 
 def two_models(rng, kind, P, first, second, unlike):
     """True rates of two models, (P,) each, of means first and second.
-    apart    drawn apart                    shifted  the same problems are hard: quantile by quantile
+    apart    drawn apart
+    shifted  the same problems are hard: each has the same quantile of either Beta
     turned   the second is the first, but some problems turn to always right
     spread   drawn apart, the second's problems nearly alike: under the null d is not symmetric"""
     if kind == "shifted":
@@ -47,15 +48,14 @@ def one_coverage(P, k, rate, unlike, trials, seed=0):
 def pair_coverage(P, k, kind, first, second, unlike, trials, seed=0, flips=1000):
     """-> shares: verdicts better or worse; withheld; intervals that hold the true difference, of
     all and where a verdict is given (1 if it never is)."""
-    rng, n, counts = np.random.default_rng(seed), np.full(P, k), np.zeros(4)
+    rng, counts = np.random.default_rng(seed), np.zeros(4)
     for _ in range(trials):
-        rates = two_models(rng, kind, P, first, second, unlike)
-        c, c1 = (rng.binomial(k, rate) for rate in rates)
-        said = stats.compare(c1, n, c, n, flips=flips)
-        low, high = said["interval"]
-        given, held = said["withheld"] is None, low <= second - first <= high
-        assert (low > 0 or high < 0) == (said["p"] < 0.05) and low <= said["difference"] <= high
-        counts += [given and said["p"] < 0.05, not given, held, held and given]
+        p, q = two_models(rng, kind, P, first, second, unlike)
+        d = (rng.binomial(k, q) - rng.binomial(k, p)) / k
+        mean, low, high, p = stats.paired_difference(d, flips)
+        assert (low > 0 or high < 0) == (p < 0.05) and low <= mean <= high
+        given, held = np.count_nonzero(d) >= stats.FEW, low <= second - first <= high
+        counts += [p < 0.05, not given, held, held and given]
     level, withheld, held, held_given = counts / trials
     return level, withheld, held, held_given / (1 - withheld) if withheld < 1 else 1.0
 
