@@ -21,7 +21,7 @@ from data.files import check, printable
 # ---- Intervals ---------------------------------------------------------------------------------
 
 Z = 1.959964                         # 97.5 % quantile of the normal distribution
-FEW = 6                              # equal signs by chance: 1 in 16 of five, 1 in 32 of six
+FEW = 6                              # five problems prove nothing: all turn one way in 1 case of 16
 
 def pass_at_k(n, c, k):
     """Chance that k of n samples, c of them right, hold a right one (arXiv 2107.03374).
@@ -68,7 +68,7 @@ def carriers(x):
 
 def interval(c, n):
     """95 % interval of Pass@1 over new problems and new samples -> (low, high, method).
-    c right of n samples, both (P,).  Simulated coverage: tests/coverage.py."""
+    c right of n samples, both (P,).  Simulated coverage: tests/test_stats.py."""
     c, n = np.asarray(c), np.asarray(n)
     p, P = c / n, len(n)                                         # (P,)
     mean = p.mean()
@@ -93,24 +93,29 @@ def permutation_p(observed, draws, tolerance=1e-9):
     as_large = draws >= np.asarray(observed)[..., None] - tolerance
     return (1 + as_large.sum(-1)) / (1 + len(draws))
 
-def paired_difference(d, flips=10_000, seed=0):
-    """Differences per problem d, (P,) -> (mean, low, high, p), where low > 0 or high < 0 exactly
-    if p < 0.05.  p: sign-flip test.  Under the null the two models can be swapped problem by
-    problem: each d takes either sign.  low, high: the true means that the test does not reject."""
-    d, rng, sums = np.asarray(d, dtype=float), np.random.default_rng(seed), []
-    P, mean, squares, moved = len(d), float(d.mean()), (d * d).sum(), d[d != 0]
-    for _ in range(10):                                  # in pieces, to save memory
+def flip_test(d, flips, seed):
+    """Differences per problem d, (P,) -> p, and the critical value of |sum d|, inf if it has none.
+    Under the null the two models can be swapped problem by problem: each d takes either sign."""
+    moved, rng = d[d != 0], np.random.default_rng(seed)          # a tie has no sign to flip
+    sums = [np.abs(moved.sum(keepdims=True))]                    # what was seen comes first
+    for _ in range(10):                                          # in pieces, to save memory
         signs = rng.integers(2, size=(flips // 10, len(moved))) * 2 - 1    # (R/10,P)
         sums.append(np.abs(signs @ moved))
-    sums = np.concatenate([[abs(moved.sum())], *sums]).round(9)  # (1+R,); equal ones compare equal
+    sums = np.concatenate(sums).round(9)                 # (1+R,); now equal ones compare as equal
     p = float(permutation_p(sums[0], sums[1:], tolerance=0))
-    # Its critical value, as a multiple of |d|: between the largest sum that has p >= 0.05 and the
-    # next one, which is far off where d has few values.
+    # Between the largest sum that has p >= 0.05 and the next one: far apart if d has few values.
     largest = np.sort(sums)[-math.ceil(0.05 * len(sums))]
-    beyond = sums[sums > largest]
-    critical = FEW ** 0.5                                # fewer than that have none
-    if len(beyond):
-        critical = (largest + beyond.min()) / 2 / squares ** 0.5
+    return p, float(largest + sums[sums > largest].min(initial=np.inf)) / 2
+
+def paired_difference(d, flips=10_000, seed=0):
+    """Differences per problem d, (P,) -> (mean, low, high, p), where low > 0 or high < 0 exactly
+    if p < 0.05.  p: sign-flip test.  low, high: ends of the true means that it does not reject.
+    Simulated level and coverage: tests/test_stats.py."""
+    d = np.asarray(d, dtype=float)
+    P, mean, squares = len(d), float(d.mean()), (d * d).sum()
+    p, critical = flip_test(d, flips, seed)
+    # In multiples of |d|.  Of fewer than FEW, the sum of all has no p < 0.05.
+    critical = critical / squares ** 0.5 if critical < np.inf else FEW ** 0.5
     # How large is a d that is not 0?  As those seen; where few tell, as large as it can be.
     size = most = max(1, np.abs(d).max())
     if min(carriers(np.abs(d)), carriers(np.abs(d - mean))) >= FEW:
