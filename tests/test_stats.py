@@ -56,11 +56,11 @@ def pair_coverage(P, k, kind, first, second, unlike, trials, seed=0, flips=1000)
     rng, counts = np.random.default_rng(seed), np.zeros(4)
     for _ in range(trials):
         p, q = two_models(rng, kind, P, first, second, unlike)
-        d = (rng.binomial(k, q) - rng.binomial(k, p)) / k
-        mean, low, high, p = stats.paired_difference(d, flips)
+        a, b = rng.binomial(k, q) / k, rng.binomial(k, p) / k
+        mean, low, high, p = stats.paired_difference(a - b, flips)
         assert (low > 0 or high < 0) == (p < 0.05) and low <= mean <= high
-        given, held = np.count_nonzero(d) >= stats.FEW, low <= second - first <= high
-        counts += [p < 0.05, not given, held, held and given]
+        given, held = stats.no_verdict(a, b) is None, low <= second - first <= high
+        counts += [given and p < 0.05, not given, held, held and given]
     level, withheld, held, held_given = counts / trials
     return level, withheld, held, held_given / (1 - withheld) if withheld < 1 else 1.0
 
@@ -92,8 +92,8 @@ def test_with_one_sample_each_the_coverage_is_exact():
         assert np.mean(np.array(coverage) < 0.93) < 0.05
 
 
-# (P, k, how the two differ, rates, unlike); the first eight have no difference
-PAIRS = [(30, 1, "apart", .5, .5, 1), (30, 1, "shifted", .2, .2, 1), (100, 1, "apart", .05, .05, 1),
+# (P, k, how the two differ, rates, unlike)
+PAIRS = [(30, 16, "spread", .2, .2, 4), (30, 1, "apart", .5, .5, 1), (30, 1, "shifted", .2, .2, 1), (100, 1, "apart", .05, .05, 1),
          (30, 16, "apart", .05, .05, 0.5), (30, 16, "shifted", .5, .5, 4),
          (30, 16, "apart", .95, .95, 4), (100, 16, "apart", .2, .2, 0.5),
          (500, 1, "apart", .5, .5, 1),
@@ -106,7 +106,7 @@ PAIRS = [(30, 1, "apart", .5, .5, 1), (30, 1, "shifted", .2, .2, 1), (100, 1, "a
 def test_verdicts_hold_their_level_and_intervals_cover(P, k, kind, first, second, unlike):
     """The full table is `python -m tests.test_stats`: some 15 min."""
     level, withheld, held, held_given = pair_coverage(P, k, kind, first, second, unlike, 400)
-    assert held >= 0.93 and (held_given >= 0.93 or withheld > 0.9)
+    assert held >= 0.93 and (held_given >= 0.93 or withheld > 0.8)
     assert first != second or level <= 0.06
     assert withheld < 0.7 or max(first, second) < 0.3
 
@@ -128,12 +128,27 @@ def test_the_interval_excludes_0_exactly_where_p_is_below_5_percent():
     assert 100 < seen < 500
 
 
+def test_a_model_that_rests_on_two_problems_has_no_verdict_unless_it_is_clear():
+    """16 samples a problem.  One model always right on 2 of 30; the other a little on all."""
+    def said(mine, control):
+        rows = [[{"id": str(i), "correct": j < c} for i, c in enumerate(right) for j in range(16)]
+                for right in (mine, control)]
+        return stats.paired(*rows)
+    few, little, much = [16, 16] + [0] * 28, [2] * 30, [5] * 30
+    for a, b in ((few, little), (little, few), ([0] * 30, little), ([16] * 30, [14] * 30)):
+        assert said(a, b)["withheld"].startswith("one model is right, or wrong, on so few")
+    for a, b in (([0] * 30, much), ([16] * 30, [11] * 30), ([2] * 30, much)):
+        found = said(a, b)
+        assert found["withheld"] is None and found["p"] < 0.05
+
+
 def test_six_problems_that_differ_can_show_something_and_five_cannot():
     def said(d):
         rows = [[{"id": str(i), "correct": bool(right)} for i, right in enumerate(one)]
                 for one in (np.array(d) > 0, np.array(d) < 0)]
         return stats.paired(*rows)
-    assert said([1] * 6 + [0] * 24)["withheld"] is None and said([1] * 6 + [0] * 24)["p"] < 0.05
+    found = said([1] * 6 + [0] * 24)
+    assert found["withheld"] is None and found["p"] < 0.05 and found["interval"][0] > 0
     for d in ([-1] * 5 + [0] * 495, [1] * 5, [1, -1, 1] + [0] * 30, [0] * 50):
         found, moved = said(d), np.count_nonzero(d)
         assert found["p"] > 0.05 and found["interval"][0] < 0 < found["interval"][1]
