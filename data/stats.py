@@ -77,7 +77,7 @@ def interval(c, n):
         return *wilson(c.sum(), P), "Wilson"
     # How unlike problems are cannot be told from few.  At worst each is all right or all wrong.
     if min(carriers(p), carriers(1 - p)) < FEW:
-        return *wilson(p.sum(), P), "Wilson, one trial per problem: at least 95 %"
+        return *wilson(p.sum(), P), "Wilson, one trial per problem: conservative"
     # As many trials as have the variance seen, and t for the normal quantile.
     within, between = variance_parts(c, n)
     trials = mean * (1 - mean) / max((within + between) / P, mean * (1 - mean) / n.sum())

@@ -93,7 +93,8 @@ def test_with_one_sample_each_the_coverage_is_exact():
 
 
 # (P, k, how the two differ, rates, unlike)
-PAIRS = [(30, 16, "spread", .2, .2, 4), (30, 1, "apart", .5, .5, 1), (30, 1, "shifted", .2, .2, 1), (100, 1, "apart", .05, .05, 1),
+PAIRS = [(30, 16, "spread", .2, .2, 4), (30, 1, "apart", .5, .5, 1),
+         (30, 1, "shifted", .2, .2, 1), (100, 1, "apart", .05, .05, 1),
          (30, 16, "apart", .05, .05, 0.5), (30, 16, "shifted", .5, .5, 4),
          (30, 16, "apart", .95, .95, 4), (100, 16, "apart", .2, .2, 0.5),
          (500, 1, "apart", .5, .5, 1),
