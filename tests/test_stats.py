@@ -100,7 +100,8 @@ PAIRS = [(30, 16, "spread", .2, .2, 4), (30, 1, "apart", .5, .5, 1),
          (500, 1, "apart", .5, .5, 1),
          (30, 1, "apart", .05, .3, 1), (30, 1, "turned", .4, .6, 1), (30, 16, "shifted", .2, .3, 4),
          (30, 16, "turned", .05, .15, 1e4), (30, 16, "turned", .2, .3, 0.5),
-         (100, 1, "shifted", .85, .95, 1), (100, 16, "apart", .4, .6, 0.5)]
+         (100, 1, "shifted", .85, .95, 1), (100, 16, "apart", .4, .6, 0.5),
+         (100, 16, "turned", .05, .15, 4)]
 
 
 @pytest.mark.parametrize("P, k, kind, first, second, unlike", PAIRS)
