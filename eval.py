@@ -36,8 +36,8 @@ from data.files import (
 from data.flags import Parser, front_door, open_run, parse, read_preset, real, refuse_idle, whole
 from data.grade import extract_answer, grade, grade_answer       # noqa: F401  (for importers)
 from data.stats import (                                         # noqa: F401  (for importers)
-    figure, interval, paired, paired_difference, pass_at_k, permutation_p, student, summarize,
-    verdict, wilson)
+    bracketed, figure, interval, paired, paired_difference, pass_at_k, permutation_p, student,
+    summarize, verdict, wilson)
 from model import DTYPES, choose_device, load_model, load_tokenizer, stream, think_prefix
 
 # ---- Benchmarks --------------------------------------------------------------------------------
@@ -246,13 +246,14 @@ def table(rows, header):
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 def report(results):
-    """{label: rows} -> (table and what it cannot tell, {label: summary}), paired with the first."""
+    """{label: rows} -> (table and verdicts withheld, {label: summary}), paired with the first."""
     summaries, lines, words, first = {}, [], [], next(iter(results))
     for label, rows in results.items():
         summary = summaries[label] = summarize(rows)     # and, but for the first, "paired"
         if label != first:
-            summary["paired"] = {"against": first} | paired(rows, results[first])
-            words += unresolved(label, summary)
+            pair = summary["paired"] = {"against": first} | paired(rows, results[first])
+            if pair["withheld"]:
+                words.append(f"{label} against {first}, no verdict: {pair['withheld']}.")
         lines.append(cells_of(label, summary))
     # A column that is empty in every line is left out.
     header, *lines = zip(*(column for column in zip(HEADER, *lines) if any(column[1:])))
@@ -272,20 +273,6 @@ def cells_of(label, s):
     return [label, f"{s['pass@1']:.3f}", f"[{low:.3f}, {high:.3f}]",
             f"{s['problems']} x {s['samples']:.3g}", *noise, *against, f"{s['tokens']:.1f}",
             f"{s['truncated']:.1%}", f"{s['no_answer']:.1%}"]
-
-def unresolved(label, s):
-    """[what would tell two models apart, in words]; [] where their interval excludes 0."""
-    pair, more = s["paired"], ""
-    low, high = pair["interval"]
-    if low > 0 or high < 0 or not pair["difference"]:    # told apart, or quite equal
-        return []
-    if pair["needed"]["samples"] is not None:
-        more = f"{pair['needed']['samples']:,} samples of each of these problems, or "
-    elif s["error"]["samples"] is not None:
-        more = f"more than these {s['problems']} problems, however often sampled: "
-    return [f"{label} against {pair['against']}: {pair['difference']:+.3f} could be noise.  To see "
-            f"a difference of that size (80 % power) takes {more}{pair['needed']['problems']:,} "
-            f"such problems x {s['samples']:.3g}."]
 
 # ---- Finished files: their names, grading them again, reading them -----------------------------
 
@@ -312,7 +299,8 @@ def conclude(out, bench, asked, questions, note):
     text, words = text.split("\n\n")[0], []             # the table alone
     for arm, control, why in questions:
         pair = paired(rows[arm], rows[control])
-        words.append(verdict(arm, control, why, pair["difference"], *pair["interval"]))
+        words.append(verdict(arm, control, why, pair["difference"], *pair["interval"],
+                             pair["withheld"]))
     text = "\n\n".join([text, note, "\n".join(words)])
     points = [(name, s["pass@1"], *s["interval"]) for name, s in summaries.items()]
     write_text(f"{out}/{label_of(bench)}.txt", text + "\n")

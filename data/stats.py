@@ -7,7 +7,7 @@
     figure([("base", 0.5, 0.4, 0.6), ...], title)      -> SVG text
 
 Pure functions of numbers and of graded samples, the rows that eval.py writes.
-Letters in shape comments: P problems, R resamples or permutations.
+Letters in shape comments: P problems, R permutations.
 """
 
 import html
@@ -21,7 +21,7 @@ from data.files import check, printable
 # ---- Intervals ---------------------------------------------------------------------------------
 
 Z = 1.959964                         # 97.5 % quantile of the normal distribution
-POWER = (Z + 0.841621) ** 2          # a difference of so many squared errors is seen in 80 %
+FEW = 6                              # five problems prove nothing: all turn one way in 1 case of 16
 
 def pass_at_k(n, c, k):
     """Chance that k of n samples, c of them right, hold a right one (arXiv 2107.03374).
@@ -61,32 +61,27 @@ def variance_parts(c, n):
     within = (p * (1 - p) / np.maximum(n - 1, 1))[several].mean()
     return float(within), float(max(p.var(ddof=min(1, len(p) - 1)) - within, 0))
 
-def interval(c, n, resamples=4000, seed=0):
+def carriers(x):
+    """On how many problems the sum of x >= 0, (P,), rests: on all that are > 0 if these are equal.
+    Kish's effective sample size."""
+    return float(x.sum() ** 2 / max((x * x).sum(), 1e-12))
+
+def interval(c, n):
     """95 % interval of Pass@1 over new problems and new samples -> (low, high, method).
-    c right of n samples, both (P,).  Known weakness: a rate that rests on one or two problems,
-    0.05 of 30 unlike ones x 32, is covered in 87 % (1,000 simulations)."""
+    c right of n samples, both (P,).  Simulated coverage: tests/test_stats.py."""
     c, n = np.asarray(c), np.asarray(n)
-    p, P, rng = c / n, len(n), np.random.default_rng(seed)       # (P,)
+    p, P = c / n, len(n)                                         # (P,)
     mean = p.mean()
     # One sample each: an answer is a Bernoulli trial of rate E[p], however the rates vary.
-    # All right or all wrong: resampling equal values would give no width.
-    if n.max() == 1 or p.max() == 0 or p.min() == 1:
-        return *wilson(p.sum(), P), "Wilson"
+    if n.max() == 1:
+        return *wilson(c.sum(), P), "Wilson"
+    # How unlike problems are cannot be told from few.  At worst each is all right or all wrong.
+    if min(carriers(p), carriers(1 - p)) < FEW:
+        return *wilson(p.sum(), P), "Wilson, one trial per problem: conservative"
+    # As many trials as have the variance seen, and t for the normal quantile.
     within, between = variance_parts(c, n)
-    # Fewer than ten problems' worth of right or of wrong answers, where the bootstrap is too narrow
-    # (0.05 of 40 problems x 8: 88 to 97 %, this 91 to 97 %): as many trials as have the variance
-    # seen, and t for the normal quantile.
-    if P * min(mean, 1 - mean) < 10:
-        trials = mean * (1 - mean) / max((within + between) / P, mean * (1 - mean) / n.sum())
-        t = student(max(P - 1, 1))
-        return *wilson(mean * trials, trials, t), "Wilson, effective trials"
-    # Problems with replacement, then their samples, Binomial(n, p).  The rates already contain the
-    # noise of sampling; drawing again would count it twice (98-99 % coverage where problems are
-    # alike).  So they are first pulled towards their mean until their variance is `between`.
-    p = np.clip(mean + (p - mean) * (between / max(p.var(), 1e-12)) ** 0.5, 0, 1)
-    pick = rng.integers(P, size=(resamples, P))                  # (R,P)
-    means = (rng.binomial(n[pick], p[pick]) / n[pick]).mean(1)   # (R,)
-    return *map(float, np.quantile(means, [0.025, 0.975])), "two-level bootstrap"
+    trials = mean * (1 - mean) / max((within + between) / P, mean * (1 - mean) / n.sum())
+    return *wilson(mean * trials, trials, student(P - 1)), "Wilson, effective trials"
 
 # ---- Tests -------------------------------------------------------------------------------------
 
@@ -97,30 +92,50 @@ def permutation_p(observed, draws, tolerance=1e-9):
     as_large = draws >= np.asarray(observed)[..., None] - tolerance
     return (1 + as_large.sum(-1)) / (1 + len(draws))
 
-def paired_difference(d, resamples=4000, seed=0):
-    """Differences per problem d (P,) -> (mean, low, high, p): 95 % bootstrap, sign-flip test.
+def flip_test(d, flips, seed):
+    """Differences per problem d, (P,) -> p, and the critical value of |sum d|, inf if it has none.
     Under the null the two models can be swapped problem by problem: each d takes either sign."""
-    d, rng = np.asarray(d, dtype=float), np.random.default_rng(seed)
-    means = d[rng.integers(len(d), size=(resamples, len(d)))].mean(1)      # (R,)
-    low, high = map(float, np.quantile(means, [0.025, 0.975]))
-    moved, draws = d[d != 0], []                                 # a tie has no sign to flip
+    moved, rng = d[d != 0], np.random.default_rng(seed)          # a tie has no sign to flip
+    sums = [np.abs(moved.sum(keepdims=True))]                    # what was seen comes first
     for _ in range(10):                                          # in pieces, to save memory
-        signs = rng.integers(2, size=(1000, len(moved))) * 2 - 1           # (1000,P)
-        draws.append(np.abs(signs @ moved))
-    p = permutation_p(abs(moved.sum()), np.concatenate(draws))
-    return float(d.mean()), low, high, float(p)
+        signs = rng.integers(2, size=(flips // 10, len(moved))) * 2 - 1    # (R/10,P)
+        sums.append(np.abs(signs @ moved))
+    sums = np.concatenate(sums).round(9)                 # (1+R,); now equal ones compare as equal
+    p = float(permutation_p(sums[0], sums[1:], tolerance=0))
+    # Between the largest sum that has p >= 0.05 and the next one: far apart if d has few values.
+    largest = np.sort(sums)[-math.ceil(0.05 * len(sums))]
+    return p, float(largest + sums[sums > largest].min(initial=np.inf)) / 2
 
-def needed(d, within, k):
-    """What it takes to see the mean of differences d (P,), now with k samples, at 80 % power.
-    -> {"samples": of each of these problems, "problems": such ones, k samples each}; None where no
-    number would do.  within: the sampling part of the variance of d, or None if k = 1."""
-    P, variance = len(d), float(d.var(ddof=min(1, len(d) - 1)))
-    largest = float(d.mean()) ** 2 / POWER       # the variance of the mean at which it is seen
-    # What the problems leave for the noise of sampling.
-    room = 0 if within is None else P * largest - max(variance - within, 0)
-    samples = max(1, math.ceil(within * k / room)) if room > 0 else None
-    problems = max(1, math.ceil(variance / largest)) if largest else None
-    return {"samples": samples, "problems": problems}
+def paired_difference(d, flips=10_000, seed=0):
+    """Differences per problem d, (P,) -> (mean, low, high, p), where low > 0 or high < 0 exactly
+    if p < 0.05.  p: sign-flip test.  low, high: ends of the true means that it does not reject.
+    Simulated level and coverage: tests/test_stats.py."""
+    d = np.asarray(d, dtype=float)
+    P, mean, squares = len(d), float(d.mean()), (d * d).sum()
+    p, critical = flip_test(d, flips, seed)
+    # In multiples of |d|.  Of fewer than FEW, the sum of all has no p < 0.05.
+    critical = critical / squares ** 0.5 if critical < np.inf else FEW ** 0.5
+    # How large is a d that is rare?  As the large ones seen; where few tell, as large as can be.
+    size = most = max(1, np.abs(d).max())
+    if min(carriers(np.abs(d)), carriers(np.abs(d - mean))) >= 10:
+        size = (np.abs(d) ** 3).sum() / squares
+
+    def rejected(delta):
+        """At 0 the test itself.  Elsewhere |d| is the spread about delta; at least that of a d
+        that is 0 or `size`, as what is rare may not have been seen."""
+        spread = max(((d - delta) ** 2).sum(), P * abs(delta) * (size - abs(delta)))
+        return abs(d.sum() - P * delta) > critical * spread ** 0.5
+
+    ends = []
+    for far in (-most, most):
+        if p < 0.05 and mean * far < 0:
+            far = 0
+        near = mean
+        for _ in range(60):                              # bisection
+            middle = (near + far) / 2
+            near, far = (near, middle) if rejected(middle) else (middle, far)
+        ends.append(float(near))
+    return mean, *ends, p
 
 # ---- From graded samples to numbers ------------------------------------------------------------
 
@@ -165,29 +180,45 @@ def summarize(rows):
             "no_answer": float(np.mean([row["extracted"] is None for row in rows])),
             "settings": rows[0]["settings"] | {"seed": rows[0]["seed"][0]}}
 
+def no_verdict(a, b):
+    """Rates of right answers of two models, (P,) each -> why the test gives no verdict, or None.
+    It takes differences as symmetric.  Few problems always right against many seldom right are
+    not (0.05 of 30: p < 0.05 in 16 % of nulls).  There a difference must show as 0s and 1s too."""
+    d, thin = a - b, min(map(carriers, [a, 1 - a, b, 1 - b]))
+    moved = np.count_nonzero(d)                                  # d (P,)
+    if moved < FEW:
+        return f"only {moved} of {len(d)} problems differ, and {FEW} are needed for p < 0.05"
+    if thin < 3 and d.sum() ** 2 < Z * Z * np.abs(d).sum():
+        return "one model is right, or wrong, on so few problems that the interval may mislead"
+    return None
+
 def paired(rows, first):
-    """Two models on the same problems -> {"difference": rows - first, "interval", "p", "needed"}.
-    ValueError: their problems are not the same."""
+    """Two models on the same problems -> {"difference": rows - first, "interval", "p",
+    "withheld": why there is no verdict, or None}.  ValueError: their problems are not the same."""
     ours, theirs = rates(rows), rates(first)
     odd = ", ".join(map(repr, sorted(ours.keys() ^ theirs.keys())))
     check(not odd, f"models are compared on the same problems; of one model only: {odd}")
-    c, n = np.array([ours[key] for key in ours]).T               # (P,), (P,)
-    c1, n1 = np.array([theirs[key] for key in ours]).T           # (P,), (P,)
-    d, parts = c / n - c1 / n1, [variance_parts(c, n)[0], variance_parts(c1, n1)[0]]
-    mean, low, high, p = paired_difference(d)
-    within = None if None in parts else sum(parts)      # both models' sampling noise
-    return {"difference": mean, "interval": [low, high], "p": p,
-            "needed": needed(d, within, (n.mean() + n1.mean()) / 2)}
+    a, b = (np.array([of[key][0] / of[key][1] for key in ours]) for of in (ours, theirs))
+    mean, low, high, p = paired_difference(a - b)
+    return {"difference": mean, "interval": [low, high], "p": p, "withheld": no_verdict(a, b)}
 
 # ---- What they show ----------------------------------------------------------------------------
 
-def verdict(name, against, why, mean, low, high):
-    """One comparison as a sentence; no difference is seen where the interval holds 0."""
-    found = "better" if low > 0 else "no difference is seen"
-    if high < 0:
-        found = "worse"
+def verdict(name, against, why, mean, low, high, withheld=None):
+    """One comparison as a sentence; no difference is seen where the interval holds 0.
+    withheld  why there is no verdict; low and high may then be None"""
+    found = f"no verdict: {withheld}"
+    if not withheld:
+        found = "better" if low > 0 else "no difference is seen"
+        found = "worse" if high < 0 else found
     question = why[0].upper() + why[1:]
-    return f"{question}? {name} against {against}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], {found}."
+    return f"{question}? {name} against {against}: {bracketed(mean, low, high, '+')}, {found}."
+
+def bracketed(value, low, high, sign=""):
+    """0.500 [0.400, 0.600]; sign "+" for differences.  low None: there is no interval."""
+    if low is None:
+        return f"{value:{sign}.3f}, no interval"
+    return f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 STYLE = """<style>
 text { font: 14px system-ui, sans-serif; fill: #22252a } rect { fill: #fdfcf9 }
@@ -198,8 +229,10 @@ path, circle { stroke: #b8650a; fill: #b8650a; stroke-width: 2 }
 
 def figure(points, title, line=None):
     """Arms [(name, value, low, high)], top to bottom -> SVG text, 800 px wide, light and dark.
-    line  a value to compare with: a dashed vertical line"""
-    values = sum((list(point[1:]) for point in points), [] if line is None else [line])
+    low, high  None where there is no interval.  line  a value to compare with: dashed, vertical"""
+    values = [] if line is None else [line]
+    for point in points:
+        values += [value for value in point[1:] if value is not None]
     first = math.floor(min(values) * 10)                 # the axis, in tenths
     last = max(math.ceil(max(values) * 10), first + 1)
     bottom = 50 + 28 * len(points)
@@ -220,6 +253,8 @@ def figure(points, title, line=None):
         parts.append(f'<path class="base" d="M{x(line)} 44V{bottom}"/>')
     for y, (name, value, low, high) in zip(range(64, bottom, 28), points):
         parts.append(words(16, y + 5, name if len(name) < 30 else f"{name[:28]}…"))
-        parts.append(f'<path d="M{x(low)} {y}H{x(high)}"/><circle cx="{x(value)}" cy="{y}" r="4"/>')
-        parts.append(words(640, y + 5, f"{value:.3f} [{low:.3f}, {high:.3f}]"))
+        parts.append(f'<circle cx="{x(value)}" cy="{y}" r="4"/>')
+        if low is not None:
+            parts.append(f'<path d="M{x(low)} {y}H{x(high)}"/>')
+        parts.append(words(640, y + 5, bracketed(value, low, high)))
     return "\n".join([*parts, "</svg>\n"])

@@ -115,10 +115,11 @@ def rows(rights):
     ([1] * 60 + [0] * 40, [0] * 60 + [0] * 40, "better"),
     ([0] * 60 + [0] * 40, [1] * 60 + [0] * 40, "worse"),
     ([1, 0] * 50, [0, 1] * 50, "no difference is seen"),
+    ([1] * 5 + [0] * 95, [0] * 100, "no verdict: only 5 of 100 problems differ, and 6 are needed for p < 0.05"),
 ])
 def test_a_comparison_says_what_its_interval_says(mine, control, verdict):
     pair = stats.paired(rows(mine), rows(control))
-    said = eval.verdict("a", "b", "is it so", pair["difference"], *pair["interval"])
+    said = eval.verdict("a", "b", "is it so", pair["difference"], *pair["interval"], pair["withheld"])
     assert said.startswith("Is it so? a against b: ") and said.endswith(f"], {verdict}.")
 
 

@@ -221,6 +221,19 @@ def test_of_a_layer_no_more_experts_are_forced_on_than_a_token_uses():
     assert len(edits["null 4 off"][1]) == 5
 
 
+@pytest.mark.parametrize("counts", [(2, 4), (4, 5)])
+def test_controls_are_named_by_what_they_control_however_few_are_drawn(counts):
+    """A layer of 6 has 2 others for its top 4, as many as for its top 2; 1 for its top 5."""
+    best = [(0, e) for e in range(5)]
+    plan = list(experts.plan_edits(counts, best, {0: torch.rand(6)}, 6))
+    nulls = {name: draws for name, _, draws in plan if name.startswith("null")}
+    names = {2: "null 2 off", 4: "null 4 off, 2 drawn", 5: "null 5 off, 1 drawn"}
+    assert list(nulls) == [names[n] for n in counts] and len(plan) == 1 + 3 * len(counts)
+    for n, draws in zip(counts, nulls.values()):
+        assert {len(draw) for draw in draws} == {min(n, 6 - n)}
+        assert not set(best[:n]) & {expert for draw in draws for expert in draw}
+
+
 @pytest.mark.parametrize("text, refused", [
     ("</think>\nNo.", True), (" </think> ?", True), ("</think>\n12", False),
     ("</think>\n\n 7", False), ("5+7=12\n</think>\n12", False),

@@ -102,14 +102,16 @@ def plan_edits(counts, best, usage, top_k):
     yield "unedited", "", [()]
     for n in counts:
         yield f"top {n} off", "off", [best[:n]]
-        yield f"null {n} off", "off", [null_sample(best[:n], usage, rng) for _ in range(5)]
+        draws = [null_sample(best[:n], usage, rng) for _ in range(5)]
+        fewer = f", {len(draws[0])} drawn" * (len(draws[0]) < len(best[:n]))
+        yield f"null {n} off{fewer}", "off", draws       # named by what it controls, not its size
         yield f"top {n} on", "on", [fits[:n]]
 
 def effect(rows, base):
     """Answers with and without an edit -> cells: share of right ones, and its change."""
     found, pair = eval.summarize(rows), eval.paired(rows, base)
-    return ["{:.3f} [{:.3f}, {:.3f}]".format(found["pass@1"], *found["interval"]),
-            "{:+.3f} [{:+.3f}, {:+.3f}]".format(pair["difference"], *pair["interval"])]
+    return [eval.bracketed(found["pass@1"], *found["interval"]),
+            eval.bracketed(pair["difference"], *pair["interval"], "+")]
 
 NOTE = """
 Top experts (layer, expert), found on {} questions: {}; p of the first {:.3f}.

@@ -29,7 +29,6 @@ from sae import dense
 
 # Always fresh SAEs; batch, rate and optimizer are the preset's.
 SAE = "train.py --stage sae --init scratch --sae-from= --source {source} --steps {steps} --layer "
-INTERVAL = "{:+.3f} [{:+.3f}, {:+.3f}]"
 
 # ---- Which latents: by the published rule, by attribution, at random ---------------------------
 
@@ -153,7 +152,7 @@ def report(found, study):
         times, lines, sizes = result["rule"].values(), [], {"ranked": [], "rule": [], "null": []}
         for row in result["latents"]:
             lines.append([row["latent"], " ".join(row["groups"]), f"{row['rate']:.1%}",
-                          f"{row['attribution']:.3f}", INTERVAL.format(*row["effect"])])
+                          f"{row['attribution']:.3f}", eval.bracketed(*row["effect"], "+")])
             for group in row["groups"]:
                 sizes[group].append(abs(row["effect"][0]))
         for group in ("ranked", "rule"):
@@ -164,7 +163,7 @@ def report(found, study):
                   f"{sum(t == n for t in times)} in all of {n}.",
                   eval.table(lines, ["latent", "chosen", "fires", "attribution", "ablated"]), ""]
     alone = np.mean([row["correct"] for row in study.base.values()])
-    forced = INTERVAL.format(*study.forced)
+    forced = eval.bracketed(*study.forced, "+")
     return "\n".join([*parts, NOTE]).format(n=len(study.base), alone=alone, forced=forced)
 
 # ---- The command -------------------------------------------------------------------------------
