@@ -33,12 +33,13 @@ from data import prepare
 from data.files import (
     REQUIRED, TINY, check, parse_json, printable, read_fields, read_json, read_problems, read_text,
     relative, shorten, write_json, write_text)
-from data.flags import Parser, front_door, open_run, parse, read_preset, real, refuse_idle, whole
+from data.flags import (
+    Parser, choose_device, front_door, open_run, parse, read_preset, real, refuse_idle, whole)
 from data.grade import extract_answer, grade, grade_answer       # noqa: F401  (for importers)
 from data.stats import (                                         # noqa: F401  (for importers)
     bracketed, figure, interval, paired, paired_difference, pass_at_k, permutation_p, student,
     summarize, verdict, wilson)
-from model import DTYPES, choose_device, load_model, load_tokenizer, stream, think_prefix
+from model import DTYPES, load_model, load_tokenizer, stream, think_prefix
 
 # ---- Benchmarks --------------------------------------------------------------------------------
 

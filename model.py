@@ -50,14 +50,6 @@ def check_finite(x, what):
     low, high = x.aminmax()                  # NaN is both
     check(bool(low.isfinite() & high.isfinite()), f"{what} holds NaN or infinite numbers")
 
-def choose_device(name=None):
-    """"cpu", "cuda" or "cuda:N"; None picks a GPU where there is one.  ValueError: not there."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    known = ["cuda", *(f"cuda:{i}" for i in range(count)), "cpu"] if count else ["cpu"]
-    name = name or known[0]
-    check(name in known, f"device {shorten(name)} is not one of those here: {', '.join(known)}")
-    return name
-
 # ---- Config: every field of config.json is used, known to be harmless, or refused by name ------
 
 SIZE, MAYBE_SIZE = (int, 1, None, REQUIRED), (int, 1, None, None)
@@ -478,6 +470,7 @@ ADAPTER_FIELDS = {
     # Those left out (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) change the base weights too.
     "init_lora_weights": ((True, False, "gaussian", "eva", "orthogonal", "mica"), None, None, True),
 }
+
 def lora_scale(alpha, r, rslora):
     """The factor of B A: alpha / r, or alpha / sqrt(r), rank-stabilised (arXiv 2312.03732)."""
     return alpha / (math.sqrt(r) if rslora else r)
@@ -522,9 +515,9 @@ def read_adapter(spec):
     path = path.with_name("adapter_model.safetensors")
     with open_tensors([path], FLOATS) as found:
         for name in sorted(found):           # A of a layer, then its B
-            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+            match = re.fullmatch(r"base_model\.model\.(model\..+)\.lora_([AB])\.weight", name)
             check(match, f"{path}: {name} is not of a linear layer's LoRA, and only that is read, "
-                  "not biases or weights of embeddings (save_embedding_layers, lm_head)")
+                  "not biases or weights of embeddings (save_embedding_layers) or lm_head")
             r, shape = value_for(match[1], ranks, adapter["r"]), found[name].get_shape()
             check(len(shape) == 2 and shape["AB".index(match[2])] == r and 0 not in shape,
                   f"{path}: {name} of shape {shape} is not a LoRA matrix of rank {r}")
@@ -544,8 +537,6 @@ def check_adapter(model, adapter, where):
     for name, (A, B) in pairs.items():
         check(name in linears,
               f"{where}: the adapter changes {name}, which this model does not have")
-        check(name != "lm_head" or not model.config.tie_word_embeddings,
-              f"{where}: the adapter changes lm_head, which is tied to the embedding here")
         ours, theirs = tuple(linears[name].weight.shape), (B.shape[0], A.shape[1])
         check(theirs == ours, f"{where}: {name} of the adapter is {theirs}, the model's is {ours}")
     chosen = {n for n in (*linears, "model.embed_tokens") if re.fullmatch(adapter["selects"], n)}
@@ -599,8 +590,7 @@ def put_on(model, adapter, where="adapter", factor=1.0):
         if layer.weight.dtype.itemsize >= 4:
             layer.weight.copy_(fold(layer.weight, A, B, scale))
             check_finite(layer.weight, f"{where}: {name} with the adapter in it")
-        else:                            # losses read the head's weight, not its output
-            check(name != "lm_head", f"{where}: changes lm_head, which needs --dtype float32")
+        else:
             A, B = (side.to(layer.weight.device, torch.float32) for side in (A, B))
             replace(model, name, AdaptedLinear(layer, A, scale * B))
 

@@ -37,12 +37,12 @@ from tqdm import tqdm
 import resa
 from data.files import (REQUIRED, TINY, check, parse_json, read_fields, read_jsonl, read_problems,
                         relative, staged, write_json)
-from data.flags import Parser, front_door, open_run, parse, real, refuse_idle, whole
+from data.flags import Parser, choose_device, front_door, open_run, parse, real, refuse_idle, whole
 from data.formats import load_any
 from data.grade import grade
 from data.prepare import TRAINING, training_set
-from model import (choose_device, collect, load_model, load_tokenizer, right_pad, save_model,
-                   split_spec, think_prefix)
+from model import (collect, load_model, load_tokenizer, right_pad, save_model, split_spec,
+                   think_prefix)
 from sae import (VARIANTS, Chosen, Metrics, build, default_lr, init_b_dec, make_optimizer,
                  save_sae, train_step)
 

@@ -56,6 +56,15 @@ def real(low, high=1e308, above=False, kind=float):
 def whole(low, high=2**62):
     return real(low, high, kind=int)
 
+def choose_device(name=None):
+    """"cpu", "cuda" or "cuda:N"; None picks a GPU where there is one.  ValueError: not there."""
+    import torch                         # slow to import, and --help has no need of it
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = ["cuda", *(f"cuda:{i}" for i in range(count)), "cpu"] if count else ["cpu"]
+    name = name or known[0]
+    check(name in known, f"device {shorten(name)} is not one of those here: {', '.join(known)}")
+    return name
+
 def read_preset(name):
     """A bundle of data/presets.json -> {flag: value, or the name of a section: {flag: value}}.
     "like" names another bundle, of which this one says only what is different."""

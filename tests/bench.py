@@ -21,7 +21,7 @@ import model  # noqa: E402
 import resa  # noqa: E402
 import sae as sae_  # noqa: E402
 from data.files import TINY  # noqa: E402
-from data.flags import Parser, front_door  # noqa: E402
+from data.flags import Parser, choose_device, front_door  # noqa: E402
 
 def race(title, sides):
     """Prints the median of each side, and of its ratio to the first one, with the extremes.
@@ -102,7 +102,7 @@ def main(argv):
     parser.add_argument("--model", default=f"{TINY}/distill", help="whose paths are raced")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
-    device = model.choose_device(args.device)
+    device = choose_device(args.device)
     print(f"{device}, {torch.get_num_threads()} threads")
     if args.what == "paths":
         return paths(model.load_model(args.model, device=device))

@@ -21,8 +21,9 @@ from torch import nn
 
 import resa
 from data.files import read_json
+from data.flags import choose_device
 from model import (
-    Cache, Config, Tokenizer, Transformer, check_adapter, check_sampling, choose_device, collect,
+    Cache, Config, Tokenizer, Transformer, check_adapter, check_sampling, collect,
     fold, generate, load_model, load_tokenizer, put_on, read_adapter, right_pad,
     rope_table, sample, save_model, split_spec, stream, think_prefix)
 
@@ -1256,7 +1257,7 @@ def test_adapter_of_a_tied_head_does_not_touch_the_embedding(tmp_path):
     """Merged into the shared matrix, it would change the input too."""
     spec = adapter(tmp_path / "ad", tensors={tensor_name("lm_head", "A"): torch.ones(2, 20),
                                              tensor_name("lm_head", "B"): torch.ones(37, 2)})
-    check_refused(lambda: load_model(f"{checkpoint(tmp_path / 'm')}+{spec}"), "lm_head", "tie")
+    check_refused(lambda: load_model(f"{checkpoint(tmp_path / 'm')}+{spec}"), "lm_head", "embeddings")
 
 
 def test_adapter_files_missing_or_damaged(tmp_path):

@@ -22,9 +22,10 @@ import eval
 import resa
 import train
 from data.files import check, read_problems, write_json, write_text
-from data.flags import experiment_parser, front_door, parse_experiment, run_commands, whole
+from data.flags import (
+    choose_device, experiment_parser, front_door, parse_experiment, run_commands, whole)
 from data.formats import load_any
-from model import Config, choose_device, load_model, load_tokenizer, think_prefix
+from model import Config, load_model, load_tokenizer, think_prefix
 from sae import dense
 
 # Always fresh SAEs; batch, rate and optimizer are the preset's.

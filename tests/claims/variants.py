@@ -19,8 +19,8 @@ import eval
 import train
 from data.files import read_json, write_text
 from data.flags import (
-    experiment_parser, front_door, parse_experiment, refuse_idle, run_commands, slug, whole)
-from model import choose_device
+    choose_device, experiment_parser, front_door, parse_experiment, refuse_idle, run_commands,
+    slug, whole)
 from sae import VARIANTS, build, init_b_dec, make_optimizer, metrics
 
 # ---- Compare: one training for each variant and seed, by train.py ------------------------------

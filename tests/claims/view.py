@@ -17,9 +17,10 @@ import torch
 import resa
 import train
 from data.files import TINY, check, read_problems, relative, write_text
-from data.flags import experiment_parser, front_door, parse_experiment, real, whole
+from data.flags import (
+    choose_device, experiment_parser, front_door, parse_experiment, real, whole)
 from data.formats import load_any
-from model import choose_device, collect, load_model, load_tokenizer
+from model import collect, load_model, load_tokenizer
 
 # ---- What is on the page -----------------------------------------------------------------------
 
