@@ -55,7 +55,8 @@ def extract_answer(text, choice=False):
         return answer
     values = VALUE.findall(text[-NEAR:])
     prose = re.search(r"\n|\.\s", text) or values and re.match("[A-Z][a-z]+,? ", text)      # So 5
-    if 0 < len(text) <= LONGEST_ANSWER and not prose and (few_words(text) or text.count(" ") < 3):
+    short = len(text) <= LONGEST_ANSWER and not BLANK.fullmatch(text)
+    if short and not prose and (few_words(text) or text.count(" ") < 3):
         return stated_answer(text)
     return values[-1] if values else None
 
@@ -130,7 +131,7 @@ def last_box(text):
             opened.append(None)                                 # a group that is not a box
         elif token[0] == "}" and opened:
             box = opened.pop()
-            if box and not BLANK.fullmatch(text, box[1], token.start()):
+            if box and not BLANK.fullmatch(text, box[1], min(token.start(), box[1] + 60)):
                 complete.append((*box, token.start()))
     answers, following = [], None
     for start, inside, end in sorted(complete, reverse=True):   # from the last one to open

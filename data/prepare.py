@@ -21,8 +21,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.files import (REQUIRED, ROOT, TEXT, TINY, blank, check, parse_json, read_fields,
-                        read_json, read_jsonl, read_value, relative, staged, write_json, write_jsonl)
+from data.files import (
+    REQUIRED, ROOT, TEXT, TINY, blank, check, parse_json, read_fields, read_json, read_jsonl,
+    read_value, relative, staged, write_json, write_jsonl)
 from data.flags import front_door
 
 # ---- The embedded questions, and the corpora that the embedded models learn from ---------------
