@@ -37,9 +37,8 @@ def extract_answer(text, choice=False):
     r"""The final answer of a completion; None if there is none, or thinking or a box never closed.
     After the last </think>: the last complete \boxed{}; else what follows the last "answer is",
     "answer:" or <answer>; else all of it if that is one line of few words, as the embedded models
-    write; else the last formula or number.  choice: a letter A to H is wanted.
-    """
-    text = text.rpartition("</think>")[2]
+    write; else the last formula or number.  choice: a letter A to H is wanted."""
+    text = END.split(text.rpartition("</think>")[2], maxsplit=1)[0]
     thinking, text = "<think>" in text, plain(text[-LONGEST_TEXT:]).strip()
     box = last_box(text)
     if thinking or box == "":
@@ -55,9 +54,8 @@ def extract_answer(text, choice=False):
         return answer
     values = VALUE.findall(text[-NEAR:])
     prose = re.search(r"\n|\.\s", text) or values and re.match("[A-Z][a-z]+,? ", text)      # So 5
-    short = len(text) <= LONGEST_ANSWER and not BLANK.fullmatch(text)
-    if short and not prose and (few_words(text) or text.count(" ") < 3):
-        return stated_answer(text)
+    if 0 < len(text) <= LONGEST_ANSWER and not prose and (few_words(text) or text.count(" ") < 3):
+        return None if BLANK.fullmatch(text) else stated_answer(text)
     return values[-1] if values else None
 
 @np.errstate(all="ignore")
@@ -67,7 +65,7 @@ def same_answer(gold, answer):
         return False
     gold, answer = normalise(gold), normalise(answer)
     bare, other = SPACES.sub("", gold), SPACES.sub("", answer)
-    word = bare.isalpha() and len(bare) > 2                     # West and west
+    word = bare.isalpha() and (len(bare) > 2 or bare.lower() == "no")     # West and west
     if bare == other or word and bare.lower() == other.lower():
         return True
     options = [OPTION.fullmatch(s) or OPENS_WITH_OPTION.match(s) for s in (gold, answer)]
@@ -86,24 +84,28 @@ LONGEST_TEXT = 100_000      # characters of a completion that are looked at, fro
 NEAR = 2_000                # the same, for a value that nothing points to
 # What makes no difference in text: a space, though "1 2" is not 12; the \ of \no for \text{no}
 SPACES = re.compile(r"(?<![0-9]) | (?![0-9])|(?<!\\)\\(?=[A-Za-z])")
-DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"      # 12  .5e-7
+DECIMAL = r"(?:[0-9]+(?:\.[0-9]+|\.(?![\\{]))?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"   # .5e-7
 NUMBER = (r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?"                 # 1,234.5
-          r"|(?:[0-9]+ )?[0-9]+/[0-9]+"                                 # 2/3  1 2/3
+          r"|(?:[0-9]+ )?[0-9]+/[0-9]+|[0-9]+(?::[0-9]+)+"              # 2/3  1 2/3  3:15
           r"|[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)(?:\s?\\?%)?")         # 12  .5  6e23  12 \%
 FORMULA = (r"(?s:\$\$[^$]{1,500}\$\$|\\\[.{1,500}?\\\]"                 # $$x$$  \[x\]
            r"|\\\(.{1,500}?\\\))|\$(?:\\.|[^$\\\n]){1,500}\$")          # \(x\)  $x$
 VALUE = re.compile(rf"{FORMULA}|(?<![A-Za-z0-9_.\\^])(?<![_^]\{{){NUMBER}")     # not the 7 of B7
 ANSWER_IS = re.compile(             # **Answer**: ..  answer is equal to ..  <answer>..  答案: ..
-    r"""(?i)(?:answer[ *_"]{0,4}(?:is\b|:)|<(?:final_?)?answer>|答[案え]?[ *]{0,4}[是为為は:])"""
-    r"(?:\*\*|__)?(?:\s(?:equal to|indeed|simply|just|therefore|thus|exactly))?[\s,:]{0,6}(?=\S)")
+    r"""(?i)(?:answers?[ *_"]{0,4}(?:is\b|are\b|:)|<(?:final_?)?answer>"""
+    r"|答[案え]?[ *]{0,4}[是为為は:])(?:\*\*|__|\s?\})?(?:\s(?:equal to|indeed|just|therefore|thus"
+    r"|then|hence|about|only|now|still|always|[a-z]+ly(?= [-$\\0-9])))?[\s,:]{0,6}(?=\S)")
+END = re.compile(r"(?<=\S)\s*(?:<\|(?:endoftext|im_end|eot_id|end)\|>|<｜end▁of▁sentence｜>|</s>)")
 TAG = re.compile(r"(?i)<(answer>)\s*</\1|<\|\S{1,40}?\|>|</\w{1,20}>"               # <|im_end|>
                  r"|<(?!answer|final)\w{3,20}>|<[sb]>")
 WORD = re.compile(r"""(?<![^\s("'])[A-Za-z]{2,}(?![^\s.,;:!?)"'])|[\u3040-\u9fff]""")    # of prose
+LONE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 LINE = re.compile(rf"(?:{FORMULA})?(?:(?!\.\s).)*")          # "5. I hope it is correct": 5
 NO_WORD = re.compile(rf"{FORMULA}|\b(?:and|or)\b")
-REASON = re.compile(r"[\s,;(-]+(?:because|since)\b.*")
-ASIDE = re.compile(r"(?<![+*/=<>^\s-])[\s,;(]+(?:as|so|which|therefore|due|given|not|but|by"
-                   r"(?! \d)|from|after|where|when|for)\b.*|\s\([a-z]{2,},? [a-z]{2,}.*")
+REASON = re.compile(r"[\s,;(—-]+(?:because|since)\b.*")
+ASIDE = re.compile(r"(?<![+*/=<>^\s-])[\s,;(]+(?:as|so|which|therefore|due|given|not|but|using|with"
+                   r"|obtained|found|based|meaning|rather|that is|i\.e|by(?! \d)|from|after|where"
+                   r"|when|for)\b.*|\s\([a-z]{2,} .*")
 OPTION = re.compile(r"(?:\\text ?\{)?\(?([A-H])\)?\}?")                 # B  (B)  \text{(B)}
 OPENS_WITH_OPTION = re.compile(r"\(?([A-H])(?:[).:,]|\s+\\?[A-Z][a-z]|$)")      # (B) 12 m  B Blue
 LETTER = re.compile(r"(?a)(?<![\w'\\])[A-H](?![\w'^/+=]|\*\w)")         # not in Blue, A's, \A, A+1
@@ -149,17 +151,17 @@ def joins(gap):
     words = re.sub(r"[^A-Za-z.\n]+", " ", words).strip(" ")     # a full stop or line end divides
     return len(gap) <= 60 and (words == "" or words.split()[-1:] in (["and"], ["or"]))
 
-def few_words(text):
+def few_words(text):    # of prose, beside formulas
     return len(WORD.findall(NO_WORD.sub(" ", text))) <= 2
 
 def stated_answer(said):
     """The answer in what follows "answer is": what is in quotes; a few words as they are; of a
     sentence its formula or number, the first if the sentence opens with it, else the last."""
     line = LINE.match(said)[0].strip()
-    if quoted := re.match(r"""(["`]|\*\*|__)(.+?)\1""", line):
+    if quoted := re.match(r"""(["'`_]+|\*+)(.+?)\1""", line):
         return quoted[2]
     line = REASON.sub("", line).strip(" *") or line
-    line = ASIDE.sub("", line) if VALUE.match(line) else line   # 5 by symmetry
+    line = line if WORD.match(line) else ASIDE.sub("", line)    # 5 by symmetry
     values = VALUE.findall(line)
     if not values or few_words(line) and not re.search("[\u3040-\u9fff]", line):
         return line
@@ -173,17 +175,18 @@ CHARACTERS = str.maketrans("−–×·⋅∙÷⁄∶′“”‘’、⩽≦⩾�
 COMMANDS = {                # LaTeX command: what the parser knows it by
     "quad": " ", "qquad": " ", "cdot": "*", "times": "*", "div": "/", "equiv": "=", "lt": "<",
     "gt": ">", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠", "neq": "≠", "approx": "≈",
-    "simeq": "≈", "in": "∈", "cup": "∪", "pm": "±", "mp": "∓", "infty": "∞", "pi": "π", "circ": "°",
-    "degree": "°", "varnothing": r"\{\}", "emptyset": r"\{\}", "lfloor": r"\floor(", "rfloor": ")",
+    "simeq": "≈", "in": "∈", "cup": "∪", "pm": "±", "mp": "∓", "infty": "∞", "infinity": "∞",
+    "pi": "π", "circ": "°", "degree": "°", "lvert": "|", "rvert": "|", "vert": "|", "colon": ":",
+    "varnothing": r"\{\}", "emptyset": r"\{\}", "lfloor": r"\floor(", "rfloor": ")",
     "lceil": r"(-\floor(-(", "rceil": ")))",                    # the negative of the floor of -x
-    "colon": ":", "pmod": r"\mod ", "bmod": r"\mod ", "cdots": r"\dots", "ldots": r"\dots"}
+    "pmod": r"\mod ", "bmod": r"\mod ", "cdots": r"\dots", "ldots": r"\dots"}
 UNITS = {                   # kind: its units and their sizes
     "share": {"%": ".01", "percent": ".01", "percentage": ".01", "pct": ".01"}, "am": {"a.m": "1"},
     "angle": {"°": "1", "degree": "1"}, "money": {"cent": ".01", "dollar": "1"}, "pm": {"p.m": "1"},
     "length": {"mm": ".001", "millimeter": ".001", "cm": ".01", "centimeter": ".01", "m": "1",
                "meter": "1", "metre": "1", "km": "1000", "kilometer": "1000", "inch": ".0254",
                "foot": ".3048", "feet": ".3048", "ft": ".3048", "mile": "1609.344"},
-    "mass": {"mg": ".001", "g": "1", "gram": "1", "kg": "1000", "kilogram": "1000"},
+    "speed": {"mph": "1"}, "mass": {"g": "1", "gram": "1", "kg": "1000", "kilogram": "1000"},
     "time": {"s": "1", "sec": "1", "second": "1", "min": "60", "minute": "60", "hr": "3600",
              "hour": "3600", "day": "86400", "week": "604800"}}
 
@@ -194,7 +197,7 @@ def known_unit(text):
     text = re.sub(r"[{} ]|\\unit", "", text.lower())
     prefix, name, exponent = re.match(r"(square|sq|cubic)?(.*?)(?:\^?([1-3]))?$", text).groups()
     power = {"square": 2, "sq": 2, "cubic": 3}.get(prefix) or int(exponent or 1)
-    for singular in (name, name[:-1], name[:-2]):               # cm, meters, inches
+    for singular in (name, name.removesuffix("s"), name.removesuffix("es")):    # meters, inches
         for kind, sizes in UNITS.items():
             if singular in sizes:
                 return (kind, power), Fraction(sizes[singular]) ** power
@@ -202,24 +205,21 @@ def known_unit(text):
 
 def unit_or_words(match):
     r"""5 \text{cm} -> 5 \unit{cm}; else the words, marked as one label: \text{BAC} -> \BAC."""
-    before, text = match[1], match[2].strip(" ~")
-    unit = re.fullmatch(r"[A-Za-z][A-Za-z /.^0-9]+|[mgs]", text)        # square feet, m/s, cm^2, m
+    before, text = match[1], match[2].strip(" ~\"'`")
+    unit = re.fullmatch(r"[A-Za-z][A-Za-z /.^0-9\\*]+|[mgsACJKLNTVW]", text)   # square feet, cm^2
     if before and unit and text not in WORDS:
         return rf"{before} \unit{{{text}}}"
-    word = re.match("[A-Za-z]*", text)[0]
-    mark = "\\" if len(word) > 1 and word not in WORDS and word not in COMMANDS else ""
-    return f"{before} {mark}{text} "
+    label = lambda word: word[0] if word[0] in {*WORDS, *COMMANDS} else "\\" + word[0]
+    return f"{before} {LONE.sub(label, text)} "
 
 def repeating(match):
     r"""0.1\overline{6}, 0.1\dot{6}, 0.1(6) and 0.1666... become (15/90)."""
     whole, once, period = match[1], match[2], re.sub(r"\\dot|[{} ]", "", match[match.lastindex])
-    shift = 10 ** len(once)
     digits = int(whole + once + period) - int(whole + once or 0)
-    return f"({digits}/{shift * (10 ** len(period) - 1)})"
+    return f"({digits}/{10 ** len(once) * (10 ** len(period) - 1)})"
 
 REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # where `mark` occurs
-    # \\frac, escaped twice as in JSON, but not the \\ between the rows of a matrix
-    ("\\", r"(?<!\\)\\\\(?=[A-Za-z{}%|](?![\s\S]*\\end))", r"\\"),
+    ("\\", r"(?<!\\)\\\\(?=[A-Za-z{}%|](?![\s\S]*\\end))", r"\\"),      # \\frac of JSON
     (",", r"\{, ?\}|,\s*\\!\s*", ","), ("~", "~", " "), ("\\ ", r"(?<!\\)\\ ", " "),      # 1{,}000
     ("$", r"\\?\$", ""), ("\\", r"(?<!\\)\\[,;:!()\[\]]", ""),  # $x$  \$5  \(x\)  5\,cm
     ("%", r"\\%", "%"), ("*", r"\*\*", "^"), ("=", "<=", "≤"), ("=", ">=", "≥"), ("=", "!=", "≠"),
@@ -229,11 +229,11 @@ REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # wh
     ("\\", r"\\(?:vec|hat|bar|d?dot|tilde|overline|mathbb|mathcal)"
            r"(?: ?\{([A-Za-z])\}| ([A-Za-z]))", r"\1\2'"),         # \hat x is the variable x'
     ("np.", r"\bnp\.", ""), ("pi", r"(?<![\\A-Za-z])pi\b", "π"),
-    ("\\", r"([0-9A-Za-z)}!\]π]?)\s*\\(?:(?:text|math)(?:rm|bf|it|sf)?|mbox|operatorname|rm)\*?"
-           r" ?\{([^{}]*)\}", unit_or_words),
+    ("\\", r"([0-9A-Za-z)}!\]π]?)\s*\\(?:(?:text|math)(?:rm|bf|it|sf|tt|sc|normal)?"
+           r"|mbox|operatorname|rm)\*? ?\{([^{}]*)\}", unit_or_words),
     ("and", r"(, ?)?\band\b", ","), ("or", r"(, ?)?\bor\b", ","),      # 1, 2, and 3
-    ("\\", r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|boxed|fbox|underline"
-           r"|emph|boldsymbol|bm|[lL]arge)(?![A-Za-z])|\\(?:text)?color ?\{[^{}]*\}", ""),
+    ("\\", r"\\(?:left|right|[bB]igg?[lr]?|(?:display|text|script)style|limits|boxed|fbox"
+           r"|underline|emph|boldsymbol|bm|[lL]arge)(?![A-Za-z])|\\(?:text)?color ?\{[^{}]*\}", ""),
     ("\\", r"\\[cdt](frac|binom)(?![A-Za-z])", r"\\\1"), ("eqslant", "eqslant", "eq"),
     ("\\", r"\\([A-Za-z]+)", lambda match: COMMANDS.get(match[1], match[0])),
     ("mod", r"(?<![\\A-Za-z])mod\b", r"\\mod"),
@@ -244,7 +244,6 @@ REWRITES = [(mark, re.compile(pattern), new) for mark, pattern, new in [    # wh
     ("\\", r"(\\frac|\\binom) ?([0-9])", r"\1{\2}"),            # \frac12 takes a digit at a time
     ("\\", r"((?:\\frac|\\binom) ?\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
     (" ", r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]| ?/))", ""),         # 71 204
-    # mixed numbers, 2\frac{1}{2} and 2 1/2, but not x^2\frac{1}{2} or \sqrt2\frac{1}{2}
     ("\\frac", r"(?<![0-9.^_])(?<!sqrt)(?<!sqrt )([0-9]+) ?"
                r"\\frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r"(\1+\2/\3)"),
     ("/", r"(?<![0-9.^_])([0-9]+) ([0-9]+) ?/ ?([0-9]+)", r"(\1+\2/\3)")]]
@@ -259,11 +258,11 @@ def normalise(answer):
     for mark, pattern, new in REWRITES:
         if mark in s:
             s = pattern.sub(new, s)
-    return " ".join(s.split()).strip("*#:, ").rstrip(".,;: ")
+    return " ".join(s.split()).strip("*#:, ").rstrip(".,;: \\")
 
 # ---- 2. Read it: values, Fractions while rational, else complex (P,); and the parser -----------
 
-P = 16                      # points: 4 positive, 4 of any sign, 8 larger ones
+P = 16                      # points: 4 positive, 4 of any sign, 8 larger ones, the last whole
 REAL = np.arange(P) < 8     # there a value is nan if it would depend on the choice of a branch
 LARGEST = 20_000            # bits of a rational number; a larger one is not computed
 
@@ -284,8 +283,9 @@ def rational(*values):
 def symbol(name):
     """A variable's values at the points, the same in every answer and process -> (P,)."""
     rng = random.Random(name)
-    values = [rng.uniform(0.3, 3) for _ in range(8)] + [rng.uniform(2, 12) for _ in range(8)]
-    values = np.array(values) * [*[1] * 4, *rng.choices((-1, 1), k=4), *[1] * 8]
+    values = [rng.uniform(0.3, 3) for _ in range(8)] + [rng.uniform(2, 12) for _ in range(7)]
+    signs = [*[1] * 4, *rng.choices((-1, 1), k=4), *[1] * 8]
+    values = np.array([*values, rng.randint(2, 12)]) * signs
     whole = re.match("[jklmnN](?![A-Za-z])", name)              # n, k_1: integers by name
     return (np.copysign(np.ceil(abs(values)), values) if whole else values).astype(complex)
 
@@ -330,8 +330,8 @@ def factorial(x, step=1):
         return Fraction(math.prod(range(int(x), 0, -step)))
     values = np.full(P, np.nan + 0j)
     for k, v in enumerate(at_points(x)):
-        if step == 1 and v.imag == 0 and 0 <= v.real <= 170:
-            values[k] = math.gamma(v.real + 1)
+        if v.imag == 0 and 0 <= v.real <= 170 and (step < 2 or v.real % 1 == 0):
+            values[k] = math.gamma(v.real + 1) if step < 2 else math.prod(range(int(v.real), 0, -2))
     return values
 
 FUNCTIONS = {               # of arrays (P,)
@@ -356,9 +356,8 @@ FACTOR = re.compile(r"[A-Za-z([{π∞]|\\(?!(?:unit|end|cap|setminus|to)(?![A-Za
 RELATIONS, SEPARATORS, CLOSERS = tuple("=<>≤≥≠∈"), (",", ";", "∪"), (")", "]", "}", r"\}")
 KINDS = {"()": "()", "[]": "[]", "(]": "(]", "[)": "[)", "{}": ",", r"\{\}": "{}"}      # of Nodes
 
-LABEL = re.compile("[A-Z]{2,}|[A-Z][a-z]{2}|i{2,3}")
-EDGES = ("", "(", "[", r"\{", ")", "]", r"\}", *SEPARATORS)
-# f(2)  f(x)  f(g(x)), but x(x+1) is a product
+LABEL = re.compile("[A-Z]{2,}|[A-Z]([aeiou][a-z]|[a-z][aeiou])|i{2,3}|iv|vi{1,3}")
+EDGES = ("", "=", "(", "[", r"\{", ")", "]", r"\}", *SEPARATORS)
 APPLIED = re.compile(r"\\?\w+ \( [0-9]+ \)|[f-hF-HPQpq]['\w]* \( (\\?\w+ [),|]|[f-hF-HPQpq] \()")
 
 def unknown(token):     # Is it a command without a meaning here: a symbol, with what belongs to it?
@@ -374,7 +373,8 @@ def tokenize(text):
         last = tokens[-1] if tokens else ""
         value, word = last.endswith(tuple("0123456789)}]!.")), len(token) > 3
         name = token in KNOWN and (word or token not in SYMBOLS) and token != "sec"
-        alone = last in EDGES and following in EDGES and last + following != "()" or unknown(last)
+        alone = last in EDGES and following in EDGES or unknown(last)
+        alone &= last + following != "()" or len(token) > 2
         if not name and (value and word or (value or last[-1:].isalpha()) and known_unit(token)):
             tokens.append(rf"\unit{{{token}}}")                 # 12 apples, 12 cm, x cm, 5 sec
         elif name or word or alone and LABEL.fullmatch(token):
@@ -392,7 +392,6 @@ class Reader:
     # base   = "-" base | number | group | matrix | function | variable
     #        | ("\frac" | "\binom") base base | "\sqrt" [ "[" sum "]" ] base
     # variable = letter { "_" token | "'" } [ group ]   f(x)
-    #        | unknown command ( { group of {} } | factors that follow )    compared as written
 
     def __init__(self, text):
         self.tokens, self.i, self.names = tokenize(text), 0, []             # variables met so far
@@ -450,7 +449,7 @@ class Reader:
             parts.append(self.sum())
         text, start = "".join(self.tokens[start:self.i]), self.i
         value = ratio(parts, text) if len(parts) > 1 else parts[0]
-        if self.next.startswith(("%", "°", "_", r"\unit{")):    # the base in 132_7 counts as a unit
+        if self.next.startswith(("%", "°", "_", r"\unit{")) or self.next > "\u3040":     # 132_7  5个
             while self.next not in ("", "+", "-", ":", *RELATIONS, *SEPARATORS, *CLOSERS):
                 self.raw()
         unit = "".join(self.tokens[start:self.i])
@@ -513,7 +512,8 @@ class Reader:
             return self.matrix()
         if token[1:] in FUNCTIONS:
             return self.function(token[1:])
-        return CONSTANTS[token] if token in CONSTANTS else self.variable(token)
+        constant = token in CONSTANTS and self.next != "'"      # \hat{i} is a vector
+        return CONSTANTS[token] if constant else self.variable(token)
 
     def group(self, opening):
         items = [] if opening + self.next == r"\{\}" else self.items()
@@ -665,7 +665,7 @@ def equal(a, b):
         return a == b
     x, y = at_points(a), at_points(b)
     gap, size = abs(x - y), np.maximum(abs(x), abs(y))
-    near = gap <= 1e-9 * size
+    near = gap <= 1e-9 * size + 1e-14 * np.max(size, where=np.isfinite(size), initial=0)
     if min(p, q) > 0 and p != q:                                # 1/3 and 0.333333; 13 is exact
         near |= (gap <= 1e-6) & (gap <= 1e-4 * size)
     zero = rational(a) and a == 0 or rational(b) and b == 0

@@ -485,7 +485,7 @@ def small(tmp_path_factory):
              + [tok.eos_id]
              for _ in range(7)] + [tok.encode("1+1=2\n1+1=2\n1+1=2\n")]
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for step in range(160):
+    for step in range(185):
         ids = torch.tensor([prompt + texts[step % len(texts)]])
         logits = model(ids)[0, len(prompt) - 1:-1]
         loss = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt):])

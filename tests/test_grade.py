@@ -445,7 +445,6 @@ DISAGREE = {
 }
 DISPUTED = {
     189: ("994eb4ad", "a list without brackets has no order"),
-    195: ("f61f1685", "a stray backslash is not mathematics"),
     205: ("821a956c", "tuples are equal if their elements are, reduced or not"),
     209: ("b9376591", "ten places of 1/3 are enough"),
     211: ("316782c9", "50% is a half"),
@@ -635,3 +634,52 @@ def test_math_verify_agrees(golds):
         pairs += [(gold, boxed(other)) for other in [*spellings(gold), *perturbed(gold)]]
     agree = [grade(gold, text) == verify(gold, text) for gold, text in pairs]
     assert len(pairs) > 80 and np.mean(agree) > 0.98
+
+
+# Answers beside reasons, fillers, marks and units, as completions have them
+FOUND = [
+    ("(1,2)", "The answer is (1,2), which lies on y=3."),
+    (r"\sqrt{2}", r"The answer is \sqrt{2}, which is about 1.414."),
+    (r"\pi", "The answer is π, which is about 3.14."), ("5", "The answer is x = 5, which is 2+3."),
+    ("x=5", "The answer is x=5, so the triangle has side 3."),
+    ("-x+1", "The answer is -x+1, so f(0) = 1."),
+    ("n(n+1)/2", "The answer is n(n+1)/2, which gives 55 for n=10."),
+    (r"\{1,2\}", r"The answer is \{1,2\}, as 3 is not in it."),
+    (r"\log_2 3", r"The answer is \log_2 3, which is about 1.585."),
+    ("5", "The answer is 5, obtained by adding 2 and 3."), ("5", "The answer is 5, i.e., 2+3."),
+    ("5", "The answer is 5, that is, 2+3."), ("5", "The answer is 5 using 2+3."),
+    ("5", "The answer is 5 with 2+3=5."), ("5", "The answer is 5 rather than 6."),
+    ("12", "The answer is 12, based on 3*4."), ("12", "The answer is 12 — because 3*4=12"),
+    (r"\frac34", "The answer is 3/4 (or 0.75)."),
+    (r"\sqrt2", r"The answer is $\sqrt{2}$ (about 1.414)."), ("7", "The answer is approximately 7."),
+    ("7", "The answer is only 7."), ("7", "The answer is actually 7."), ("7", "The answer is about 7."),
+    ("2,3", "The answers are 2 and 3."), ("2,3", "The answers are $2$ and $3$."),
+    ("2,3", "The answers: 2, 3"), (r"\frac{1}{2}mv^2", r"\frac{mv^2}{2}"),
+    (r"\frac12gt^2", r"\frac{gt^2}{2}"), (r"\sqrt{2gh}", r"\sqrt{2hg}"),
+    (r"\frac{3}{2}mg", r"\frac{3mg}{2}"), ("5", r"5 \text{ J}"), ("5", r"5 \mathrm{~kg \cdot m/s^2}"),
+    ("10:30", "So she arrives at 10:30."),
+    ("3:4", "Therefore the ratio of boys to girls in the class is 3:4."), ("7:3", "比为7:3"),
+    (r"\text{No}", "The answer is no, since 3 does not divide 8."), ("no", "No"),
+    ("3.14", "The answer is '3.14'."), ("3.14", "The answer is *3.14*."),
+    ("3.14", "The answer is _3.14_."), ("7", "The answer is ```7```."), ("7", r'\boxed{\text{"7"}}'),
+    ("3.14", r"\textbf{Answer:} 3.14"), ("3.14", r"\text{Answer: } 3.14"),
+    (r"\infty", r"\text{infinity}"), (r"(0,\infty)", r"(0,\text{infinity})"),
+    (r"\text{Yes, No}", r"\text{No, Yes}"), ("3", r"\lvert -3\rvert"),
+    (r"\hat{i}+\hat{j}", r"\hat{j}+\hat{i}"), ("(2n)!!", "2^n n!"), ("5", r"\boxed{5个}"),
+    ("7", r"\boxed{7 \\}"), (r"\frac12", r"\textstyle\frac12"), ("6", r"\texttt{6}"),
+    ("12", "The answer is 12<|endoftext|>The answer is 13"),
+    ("12", r"\boxed{12}<|endoftext|>Human: what is \boxed{13}?"), ("1/3", "0.3333..."), ("0.5", "1/2"),
+    ("12", "12."), ("3.0", "3"), ("Bqv", "qvB"), ("500 mg", "500 mg"), ("x", "x"), ("1,000", "1000"),
+    ("5 apples", "5"), ("60 mph", "60"), ("100", "$100"), ("B", "(B) 12 m"),
+]
+OTHER = [
+    (r"\textbf{(BAC)}", r"\textbf{(CAB)}"), ("(HTT)", "(TTH)"), ("x = BAC", "x = CAB"), ("2mgR", "2mgL"),
+    ("2mgh", "2"), ("5mgL", "5"), (r"0.\overline{AB}", r"0.\overline{BA}"), (r"0.\widehat{3}", "0"),
+    (r"\lceil x\rceil", r"\lfloor x\rfloor+1"), (r"\lfloor x\rfloor+\lfloor -x\rfloor", "-1"),
+    ("HTT", "TTH"),
+]
+
+
+@pytest.mark.parametrize("gold, text, right", [(*pair, True) for pair in FOUND] + [(*pair, False) for pair in OTHER])
+def test_answers_as_completions_write_them(gold, text, right):
+    assert grade(gold, text) is right
