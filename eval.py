@@ -34,7 +34,8 @@ from data.files import (
     REQUIRED, TINY, check, parse_json, printable, read_fields, read_json, read_problems, read_text,
     relative, shorten, write_json, write_text)
 from data.flags import (
-    Parser, choose_device, front_door, open_run, parse, read_preset, real, refuse_idle, whole)
+    SEED, Parser, choose_device, front_door, open_run, parse, read_preset, real, refuse_idle,
+    whole)
 from data.grade import extract_answer, grade, grade_answer       # noqa: F401  (for importers)
 from data.stats import (                                         # noqa: F401  (for importers)
     bracketed, figure, interval, paired, paired_difference, pass_at_k, permutation_p, student,
@@ -162,7 +163,7 @@ def generate_rows(model, tokenizer, planned, ids_of, *, max_new_tokens, **sampli
 
 # name: (kind, low, high, default), as data.files.read_fields takes them
 FIELDS = {name: (str, None, None, REQUIRED) for name in ("id", "prompt", "gold", "completion")}
-FIELDS |= {"sample": (int, 0, None, REQUIRED), "tokens": (int, 0, None, REQUIRED),
+FIELDS |= {"sample": (int, 0, 2**62, REQUIRED), "tokens": (int, 0, 2**62, REQUIRED),
            "seed": ([int], 3, 3, REQUIRED), "settings": (dict, None, None, REQUIRED),   # 3 ints
            "finish": (("stop", "length"), None, None, REQUIRED),
            "extracted": (str, None, None, None), "correct": (bool, None, None, None)}
@@ -329,7 +330,8 @@ def show(argv):
     parser.add_argument("--wrong", action="store_true", help="only those that were graded wrong")
     parser.add_argument("--id", help="only those of this problem, at full length")
     args = parse(parser, argv)
-    rows = [mark(row) | row for row in read_samples(args.file)]      # a grade in the file stays
+    rows = [row if row.get("correct") is not None and "extracted" in row else mark(row)
+            for row in read_samples(args.file)]          # a grade in the file stays
     picked = [row for row in rows
               if args.id in (None, row["id"]) and not (args.wrong and row["correct"])]
     check(picked, f"{args.file}: no such sample among its {len(rows)}")
@@ -377,7 +379,7 @@ def settings(argv):
     add("--top-p", type=real(0, 1, above=True), default=0.95, help="probability of the tokens kept")
     add("--top-k", type=whole(0), default=0, help="likeliest tokens kept; 0: all")
     add("--max-new-tokens", type=whole(1), default=MAX_NEW_TOKENS, help="then it is truncated")
-    add("--seed", type=whole(0), default=0, help="a sample is seeded by (seed, problem, sample)")
+    add("--seed", type=SEED, default=0, help="a sample is seeded by (seed, problem, sample)")
     add = parser.add_argument_group("machine").add_argument
     add("--slots", type=whole(1), default=64, help="samples decoded at a time: speed and memory")
     add("--dtype", choices=DTYPES, help="of the weights; else the checkpoint's")
@@ -406,7 +408,9 @@ def check_flags(args):
 def read_benches(args):
     """--bench -> {name: (problems, source, prompt)}.  The first process fetches."""
     names = list(PUBLISHED) if args.bench == "all" else args.bench.split(",")
-    check(len(set(names)) == len(names), f"--bench {args.bench}: the same one twice")
+    names = [args.bench] if Path(args.bench).is_file() else names      # with a comma in its name
+    folders = {samples_path("", name, "") for name in names}
+    check(len(folders) == len(names), f"--bench {args.bench}: two of one name, one folder")
     own, benches = None, {}
     if args.prompt_file:
         own = read_text(args.prompt_file).strip()       # asks every benchmark

@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,32 +34,27 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from data.files import (REQUIRED, check, check_tensors, locate, open_tensors, read_fields,
-                        read_json, read_text, read_value, refuse_unknown, shorten, staged,
-                        write_json)
+from data.adapters import read_adapter
+from data.files import (
+    FLOATS, REQUIRED, check, check_finite, check_tensors, locate, open_tensors, read_fields,
+    read_json, read_text, read_value, refuse_unknown, shorten, staged, write_json)
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-FLOATS = ("F32", "BF16", "F16", "F64")       # the same, in safetensors' words
 
 def at_least_fp32(x):
     """x in fp32; fp64 stays fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
-def check_finite(x, what):
-    """ValueError: x holds NaN or an infinity.  One pass without another tensor: half of a copy."""
-    low, high = x.aminmax()                  # NaN is both
-    check(bool(low.isfinite() & high.isfinite()), f"{what} holds NaN or infinite numbers")
-
 # ---- Config: every field of config.json is used, known to be harmless, or refused by name ------
 
-SIZE, MAYBE_SIZE = (int, 1, None, REQUIRED), (int, 1, None, None)
+SIZE, MAYBE_SIZE = (int, 1, 2**31, REQUIRED), (int, 1, 2**31, None)
 TOKEN_ID, TOKEN_IDS = (int, None, None, None), ((int, [int]), None, None, None)
 DTYPE, DEFAULT = (tuple(DTYPES), None, None, None), (("default",), None, None, None)
 POSITIVE = (int, float), 1e-30, 1e30
 
 DENSE_FIELDS = {                             # names, order and defaults of Hugging Face
     "vocab_size": SIZE, "hidden_size": SIZE, "intermediate_size": SIZE,
-    "num_hidden_layers": SIZE, "num_attention_heads": SIZE,
+    "num_hidden_layers": (int, 1, 4096, REQUIRED), "num_attention_heads": SIZE,
     "num_key_value_heads": MAYBE_SIZE, "head_dim": MAYBE_SIZE,
     "rms_norm_eps": (*POSITIVE, 1e-6), "rope_theta": (*POSITIVE, 1e4),
     "max_position_embeddings": (int, 1, None, 32768),    # kept, not used: angles are computed
@@ -68,7 +63,7 @@ DENSE_FIELDS = {                             # names, order and defaults of Hugg
     "dtype": DTYPE,                      # of the checkpoint's weights
 }
 MOE_FIELDS = {
-    "num_experts": SIZE, "num_experts_per_tok": SIZE,
+    "num_experts": (int, 1, 2**16, REQUIRED), "num_experts_per_tok": SIZE,
     "moe_intermediate_size": SIZE, "shared_expert_intermediate_size": SIZE,
     "norm_topk_prob": (bool, None, None, False),         # the weights of a token's experts sum to 1
     "decoder_sparse_step": (int, 1, None, 1),            # every so many blocks one has experts,
@@ -83,19 +78,11 @@ OTHER_FIELDS = {                             # choices of which we compute one, 
 }
 # Another type changes every position
 ROPE_FIELDS = {"rope_theta": (*POSITIVE, None), "rope_type": DEFAULT, "type": DEFAULT}
-# Not used, or only with another field, which is refused; in config.json and adapter_config.json
+ROPE_IDLE = ["factor", ".*_factor", "original_max_position_embeddings", "beta_.*"]  # of other types
+# Not used, or only with another field, which is refused
 HARMLESS = """architectures transformers_version use_cache initializer_range return_dict
     _name_or_path _attn_implementation_autoset sliding_window max_window_layers
-    output_router_logits router_aux_loss_coef
-    auto_mapping base_model_name_or_path revision inference_mode peft_version task_type
-    megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size
-    ensure_weight_tying""".split()
-# Of tools, labels and sampling: ignored with a note.  q, k, v have biases without attention_bias.
-BOOKKEEPING = """_.* (unsloth|peft|trl|torch|transformers|mergekit)[._].* .*_class auto_map
-    torchscript custom_pipelines attention_bias attn_implementation id2label label2id num_labels
-    problem_type finetuning_task task_specific_params name_or_path model_max_length output_.*
-    (max|min)(_new)?_(length|tokens) do_sample temperature top_[kp] .*_penalty num_beams""".split()
-
+    output_router_logits router_aux_loss_coef""".split()
 class Config:
     """A Qwen2 or Qwen2-MoE architecture: the fields of the tables above are its attributes."""
     num_experts = 0                          # dense, unless given
@@ -117,8 +104,9 @@ class Config:
         other = read_fields(raw, OTHER_FIELDS, where)
         ours = DENSE_FIELDS | (MOE_FIELDS if other["model_type"] == "qwen2_moe" else {})
         found = read_fields(raw, ours, where)
-        refuse_unknown(raw, {*ours, *OTHER_FIELDS, *HARMLESS}, BOOKKEEPING, where)
+        refuse_unknown(raw, {*ours, *OTHER_FIELDS, *HARMLESS}, where)
         rope = other["rope_parameters"] | other["rope_scaling"]
+        refuse_unknown(rope, ROPE_FIELDS, f"{where}: rope_parameters or rope_scaling", ROPE_IDLE)
         rope = read_fields(rope, ROPE_FIELDS, f"{where}: rope_parameters or rope_scaling")
         found["rope_theta"] = rope["rope_theta"] or found["rope_theta"]
         found["dtype"] = found["dtype"] or other["torch_dtype"]
@@ -456,78 +444,7 @@ def save_model(model, directory):
             if model.source is not None and (Path(model.source) / name).exists():
                 shutil.copyfile(Path(model.source) / name, temporary / name)
 
-# ---- PEFT adapters: read, check, put on ----------------------------------------------------------
-
-ALPHA, RANK = ((int, float), -1e30, 1e30), (int, 1, None)
-WORDS, PATTERNS = ((str, [str]), None, None, []), (dict, None, None, {})
-ADAPTER_FIELDS = {
-    "peft_type": (("LORA",), None, None, REQUIRED), "r": (*RANK, REQUIRED),
-    "lora_alpha": (*ALPHA, REQUIRED), "use_rslora": (bool, None, None, False),
-    "rank_pattern": PATTERNS, "alpha_pattern": PATTERNS,         # r and lora_alpha of some modules
-    "target_modules": WORDS, "exclude_modules": WORDS, "layers_pattern": WORDS,
-    "layers_to_transform": ((int, [int]), None, None, []),
-    "lora_dropout": ((int, float), 0, 1, 0.0), "bias": (("none",), None, None, "none"),
-    # Those left out (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) change the base weights too.
-    "init_lora_weights": ((True, False, "gaussian", "eva", "orthogonal", "mica"), None, None, True),
-}
-
-def lora_scale(alpha, r, rslora):
-    """The factor of B A: alpha / r, or alpha / sqrt(r), rank-stabilised (arXiv 2312.03732)."""
-    return alpha / (math.sqrt(r) if rslora else r)
-
-def name_pattern(words):
-    """PEFT's rule for names as a regular expression: a text is one, a list holds ends of names."""
-    return words if isinstance(words, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, words))})"
-
-def selection(adapter):
-    """A regular expression for the linear layers that an adapter_config.json selects."""
-    pattern, layers = name_pattern(adapter["target_modules"]), adapter["layers_to_transform"]
-    if pattern.lower() == "all-linear":
-        pattern = r"model\.layers\..+"       # all but the head
-    if layers != []:
-        numbers = "|".join(map(str, np.atleast_1d(layers)))
-        lists = "|".join(np.atleast_1d(adapter["layers_pattern"] or "layers"))
-        pattern = rf"(?=(?:.*\.)?(?:{lists})\.(?:{numbers})\.)(?:{pattern})"
-    return rf"(?!(?:{name_pattern(adapter['exclude_modules'])})$)(?:{pattern})"
-
-def value_for(module, patterns, default):
-    """The value of the first pattern that matches the end of a module's name, as in PEFT."""
-    found = (v for text, v in patterns.items() if re.fullmatch(rf"(.*\.)?({text})", module))
-    return next(found, default)
-
-def read_adapter(spec):
-    """A PEFT LoRA adapter (arXiv 2106.09685) -> dict of ADAPTER_FIELDS, `selects` (see above),
-    pairs {layer: [A (r,in), B (out,r)]}, alphas {layer: lora_alpha}, scales {layer: factor of B A}.
-    ValueError names what is not supported."""
-    path = locate(spec) / "adapter_config.json"
-    raw = read_json(path)
-    adapter = read_fields(raw, ADAPTER_FIELDS, path)
-    refuse_unknown(raw, {*ADAPTER_FIELDS, *HARMLESS}, BOOKKEEPING, path)
-    ranks, alphas = adapter["rank_pattern"], adapter["alpha_pattern"]
-    read_fields(ranks, dict.fromkeys(ranks, (*RANK, REQUIRED)), f"{path}: rank_pattern")
-    read_fields(alphas, dict.fromkeys(alphas, (*ALPHA, REQUIRED)), f"{path}: alpha_pattern")
-    adapter |= {"selects": selection(adapter), "pairs": {}, "alphas": {}, "scales": {}}
-    try:
-        for text in adapter["selects"], *ranks, *alphas:
-            re.compile(f"({text})")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path}: a name is not a regular expression ({error})") from None
-    path = path.with_name("adapter_model.safetensors")
-    with open_tensors([path], FLOATS) as found:
-        for name in sorted(found):           # A of a layer, then its B
-            match = re.fullmatch(r"base_model\.model\.(model\..+)\.lora_([AB])\.weight", name)
-            check(match, f"{path}: {name} is not of a linear layer's LoRA, and only that is read, "
-                  "not biases or weights of embeddings (save_embedding_layers) or lm_head")
-            r, shape = value_for(match[1], ranks, adapter["r"]), found[name].get_shape()
-            check(len(shape) == 2 and shape["AB".index(match[2])] == r and 0 not in shape,
-                  f"{path}: {name} of shape {shape} is not a LoRA matrix of rank {r}")
-            adapter["pairs"].setdefault(match[1], []).append(found[name][:].float())
-            check_finite(adapter["pairs"][match[1]][-1], f"{path}: {name}")
-    for name, pair in adapter["pairs"].items():
-        check(len(pair) == 2, f"{path}: {name} has only one of lora_A and lora_B")
-        alpha = adapter["alphas"][name] = value_for(name, alphas, adapter["lora_alpha"])
-        adapter["scales"][name] = lora_scale(alpha, len(pair[0]), adapter["use_rslora"])
-    return adapter
+# ---- PEFT adapters: check, put on; data/adapters.py reads them ----------------------------------
 
 def check_adapter(model, adapter, where):
     """ValueError: an adapter is for layers that its config does not select, or lacks some that it
@@ -591,6 +508,7 @@ def put_on(model, adapter, where="adapter", factor=1.0):
             layer.weight.copy_(fold(layer.weight, A, B, scale))
             check_finite(layer.weight, f"{where}: {name} with the adapter in it")
         else:
+            check_finite(scale * B, f"{where}: {name}, scaled,")
             A, B = (side.to(layer.weight.device, torch.float32) for side in (A, B))
             replace(model, name, AdaptedLinear(layer, A, scale * B))
 
@@ -623,7 +541,8 @@ class Tokenizer:
             path = directory / name
             found = read_fields(read_json(path) if path.exists() else {}, TOKENIZER_FIELDS, path)
             ids = found.pop("eos_token_id")
-            self.eos_ids |= set(ids if isinstance(ids, list) else [ids])
+            ids = ids if isinstance(ids, list) else [ids]
+            self.eos_ids |= {i for i in ids if i >= 0}       # -1 says that there is none
             for field, token in found.items():
                 if isinstance(token, dict):
                     token = read_fields(token, CONTENT, f"{path}: {field}")["content"]
@@ -642,6 +561,7 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> list of ids.  Nothing is added: a chat string has its BOS in it."""
+        text.encode()                        # ValueError: half a character, as of a broken locale
         return self.fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids, skip_special=True):
@@ -672,6 +592,10 @@ def compiled(template):
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)           # jinja2's own escapes for HTML
+
     def raise_exception(message):
         raise jinja2.exceptions.TemplateError(message)
 
@@ -679,7 +603,7 @@ def compiled(template):
     template = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", r"\1\2with", template)
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                             extensions=["jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's escapes for HTML
+    sandbox.filters["tojson"] = to_json
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return sandbox.from_string(template)

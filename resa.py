@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from data.adapters import lora_scale, read_adapter
 from data.files import check, staged
 from data.flags import Parser, arms_parser, front_door, parse, parse_experiment, run_commands
-from model import (AdaptedLinear, at_least_fp32, check_adapter, fold, load_model, lora_scale,
-                   low_rank, read_adapter, replace, save_model, split_spec)
+from model import (AdaptedLinear, at_least_fp32, check_adapter, fold, load_model, low_rank,
+                   replace, save_model, split_spec)
 from sae import Chosen, build
 
 # ---- The objective -----------------------------------------------------------------------------

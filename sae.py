@@ -1007,6 +1007,8 @@ def write_sae(directory, weights, cfg, tensors):
           f"{directory}: its cfg.json belongs to other weights; name another directory")
     with staged(directory) as temporary:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            check(tensor.isfinite().all(), f"{directory} was not written: {name} is not finite")
         save_file(tensors, temporary / weights)
         (temporary / "cfg.json").write_text(json.dumps(cfg, indent=2) + "\n", encoding="utf-8")
 

@@ -37,7 +37,8 @@ from tqdm import tqdm
 import resa
 from data.files import (REQUIRED, TINY, check, parse_json, read_fields, read_jsonl, read_problems,
                         relative, staged, write_json)
-from data.flags import Parser, choose_device, front_door, open_run, parse, real, refuse_idle, whole
+from data.flags import (
+    SEED, Parser, choose_device, front_door, open_run, parse, real, refuse_idle, whole)
 from data.formats import load_any
 from data.grade import grade
 from data.prepare import TRAINING, training_set
@@ -77,7 +78,11 @@ def read_rows(path):
     """Rows of text or problem/completion if the first one is; else all must be problem/answer."""
     _, first = next(read_jsonl(path), (0, {}))
     if first.get("text") is None and first.get("completion") is None:      # null is absent
-        return read_problems(path)
+        rows = read_problems(path)
+        for i, row in enumerate(rows, start=1):
+            check(not row.keys() & {"text", "completion"},
+                  f"{path}: row {i} has a text or completion, the first has none")
+        return rows
     rows = []
     for number, row in read_jsonl(path):
         names = ["problem", "completion"] if row.get("text") is None else ["text"]
@@ -676,7 +681,7 @@ def common_flags(add):
     add("--data", default="", help="file of JSON(L), see read_rows; or name of a published set")
     add("--steps", type=whole(0), default=0, help="optimizer steps; 0: --epochs decides")
     add("--micro-batch", type=whole(0), default=0, help="rows in one forward pass; 0: the batch")
-    add("--seed", type=whole(0), default=0, help="of initialisation, data order and sampling")
+    add("--seed", type=SEED, default=0, help="of initialisation, data order and sampling")
     # The learning rate
     add("--lr", type=real(0), default=3e-4, help="at its peak; SAEs: 0 for the optimizer's rule")
     add("--warmup", type=whole(0), default=0, help="steps of linear warm-up")

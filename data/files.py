@@ -38,7 +38,10 @@ def parse_json(text, where):
             raise ValueError(f"{word} is not a finite number")
         return value
     try:
-        return json.loads(text, parse_constant=finite, parse_float=finite)
+        value = json.loads(text, parse_constant=finite, parse_float=finite)
+        if "\\ud" in str(text).lower():      # maybe half a character, which no tokenizer reads
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
 
@@ -101,7 +104,19 @@ def read_value(value, kind, low=None, high=None, where="value"):
     listed = inner and isinstance(value, list)
     return [read_value(x, inner[0], where=where) for x in value] if listed else value
 
-def refuse_unknown(raw, known, harmless, where):
+# Fields of tools, labels and sampling, as expressions.  (q, k, v have biases in any case.)
+BOOKKEEPING = r"""
+    _\w*(hash|path|implementation\w*|enabled|version) unsloth_\w+ \w+_token_id auto_map
+    (peft|trl|torch|transformers|mergekit)(_version|\.\w+) \w+_class torchscript custom_pipelines
+    attention_bias  attn_implementation id2label label2id num_labels problem_type
+    finetuning_task task_specific_params name_or_path model_max_length pretraining_tp is_decoder
+    output_(attentions|hidden_states|scores|logits) (max|min)(_new)?_(length|tokens) do_sample
+    temperature top_[kp] \w+_penalty num_(beams|return_sequences) (begin_)?suppress_tokens prefix
+    gradient_checkpointing use_flash_attn use_bfloat16 return_dict_in_generate license language
+    remove_invalid_values bad_words_ids tf_legacy_loss tie_encoder_decoder neftune_noise_alpha
+    chunk_size_feed_forward""".split()
+
+def refuse_unknown(raw, known, where, harmless=BOOKKEEPING):
     """ValueError: a field that is switched on and not known; it may change what is computed.
     Names that match an expression in `harmless` are ignored with a note."""
     on = [name for name, value in raw.items() if value and name not in known]
@@ -133,7 +148,7 @@ def read_jsonl(path):
 
 def blank(value):
     """Whether a field of a row says nothing: absent, null, or white space alone."""
-    return value is None or not str(value).strip()
+    return value is None or not str(value).strip("\u200b\ufeff \t\r\n\f\v\u00a0\u3000")
 
 TEXT = (str, int, float)
 PROBLEM = {name: (TEXT, None, None, None) for name in ("problem", "question", "answer", "id")}
@@ -149,7 +164,7 @@ def read_problems(path):
         problem = found["question"] if blank(found["problem"]) else found["problem"]
         for name, value in (("problem", problem), ("answer", found["answer"])):
             check(not blank(value), f'{where}: no "{name}" field')
-        key = str(len(rows) if found["id"] is None else found["id"])
+        key = str(len(rows) if blank(found["id"]) else found["id"])
         check(key not in ids, f"{where}: id {key!r} occurs twice")
         ids.add(key)
         rows.append(row | {"problem": str(problem), "answer": str(found["answer"]), "id": key})
@@ -157,6 +172,13 @@ def read_problems(path):
     return rows
 
 # ---- Tensors -----------------------------------------------------------------------------------
+
+FLOATS = ("F32", "BF16", "F16", "F64")   # dtypes of weights, in safetensors' words
+
+def check_finite(x, what):
+    """ValueError: x holds NaN or an infinity.  One pass without another tensor: half of a copy."""
+    low, high = x.aminmax()                  # NaN is both
+    check(bool(low.isfinite() & high.isfinite()), f"{what} holds NaN or infinite numbers")
 
 @contextmanager
 def open_tensors(paths, dtypes=None):

@@ -48,13 +48,15 @@ def real(low, high=1e308, above=False, kind=float):
         value = kind(text)
         if not low <= value <= high or (above and value == low):       # NaN is in no range
             bounds = f"{'finite, ' * (kind is float)}{'above' if above else 'at least'} {low}"
-            bounds += f" and at most {high}" if high < 2**62 else ""
+            bounds += f" and at most {high}" if high < 1e308 else ""
             raise argparse.ArgumentTypeError(f"{text} should be {bounds}")
         return value
     return number
 
 def whole(low, high=2**62):
     return real(low, high, kind=int)
+
+SEED = whole(0, 2**32 - 1)      # numpy would take a larger one for two numbers
 
 def choose_device(name=None):
     """"cpu", "cuda" or "cuda:N"; None picks a GPU where there is one.  ValueError: not there."""
@@ -168,7 +170,7 @@ def arms_parser(prog, description):
     """The same for adapters that are trained and asked."""
     parser = experiment_parser(prog, description, "source", "target", "data", "bench", "dtype")
     add = parser.add_argument
-    add("--seed", type=whole(0), default=0, help="of every training and of the samples")
+    add("--seed", type=SEED, default=0, help="of every training and of the samples")
     add("--questions", type=whole(0), default=1000, help="of --bench, the first ones; 0: all")
     add("--samples", type=whole(1), default=1, help="of each question")
     add("--sae-steps", type=whole(1), default=100, help="optimizer steps of an SAE")

@@ -10,6 +10,7 @@ changed on reading so that codes and reconstructions stay the same.  No pickle i
 D width (d_in), F latents (n_latents).
 """
 
+import re
 import shlex
 from pathlib import Path
 
@@ -114,7 +115,7 @@ NORMALIZE = {                            # -> our word; booleans are from before
     "expected_average_only_in": "scale", True: "scale"}
 HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out"}        # our site -> its hook
 NAMES = {"hook_name": (str, None, 200, None), "hook_point": (str, None, 200, None),
-         "model_name": MAYBE_TEXT}
+         "hook_layer": (int, 0, None, None), "model_name": MAYBE_TEXT}
 
 SAELENS = {                              # the fields of cfg.json
     "architecture": (tuple(ARCHITECTURES), None, None, "standard"),
@@ -172,7 +173,12 @@ def saelens_meta(cfg, config):
     meta = {name: value for name, value in (cfg["metadata"] or {}).items()
             if value is not None and not name.startswith("sae_lens_")}
     said = read_fields(cfg | meta, NAMES, f"{config}: metadata")
-    place = stated_place(said["hook_name"] or said["hook_point"])
+    name, layer = said["hook_name"] or said["hook_point"] or "", said["hook_layer"]
+    place = stated_place(name)
+    if layer is not None and "layer" in place:
+        check(re.search(rf"\b{layer}\b", name), f"{config}: hook_layer {layer}, but {name!r}")
+    elif layer is not None:
+        place["layer"] = layer
     meta = {name: value for name, value in meta.items() if name not in NAMES}
     return meta | place | {"model": said["model_name"]}
 
@@ -244,6 +250,12 @@ def read_dictionary_learning(config, weights):
     cfg = read_fields(parts["trainer"], TRAINER, f"{config}: trainer")
     kind, n_latents = cfg["dict_class"], cfg["dict_size"]
     variant, names, ignored = DICTIONARIES[kind]
+    if "k" in ignored:                   # there twice: an older file lacks one of them
+        with open_tensors([weights]) as found:
+            stored = [int(found["k"][...])] if "k" in found and not found["k"].get_shape() else []
+        check(not stored or cfg["k"] in (None, *stored), f"{config}: k is {cfg['k']}, but {stored} "
+              "in the weights")
+        cfg["k"] = cfg["k"] or max(stored, default=None)
     hyper = hyper_of(variant, n_latents, k=cfg["k"], levels=cfg["group_sizes"],
                      rows="unit" if kind == "AutoEncoder" else "free")
     sae = read_sae(weights, variant, cfg["activation_dim"], n_latents, hyper, names, ignored)

@@ -802,7 +802,7 @@ def test_regrade_says_what_changed(whole, tmp_path):
     (["--temperature", "nan"], "--temperature: nan should be finite"),
     (["--model", "m", "m"], "same model twice"),
     (["--bench", "math600"], "--bench math600: known names are"),
-    (["--bench", "tiny,tiny"], "the same one twice"),
+    (["--bench", "tiny,tiny"], "two of one name"), (["--bench", "x.json,x.jsonl"], "two of one name"),
     (["--bench", "no.jsonl"], "no.jsonl: no such file"),
     (["--regrade", "no.jsonl"], "no.jsonl: no such file"), (["--modle", "m"], "--model"),
     (["--grader", "resa"], "no flag '--grader'"), (["--slots", "many"], "--slots: invalid"),

@@ -173,13 +173,13 @@ def test_one_or_a_list_of_it():
 
 def test_unknown_fields_that_are_switched_on(capsys):
     harmless = ["_.*", "a|b"]
-    refuse_unknown({"k": 1, "x": None, "y": 0, "z": False, "w": {}}, {"k"}, harmless, "x.json")
+    refuse_unknown({"k": 1, "x": None, "y": 0, "z": False, "w": {}}, {"k"}, "x.json", harmless)
     assert capsys.readouterr().err == ""
-    refuse_unknown({"k": 1, "_p": 1, "b": "2"}, {"k"}, harmless, "x.json")
+    refuse_unknown({"k": 1, "_p": 1, "b": "2"}, {"k"}, "x.json", harmless)
     assert capsys.readouterr().err == "x.json: ignored: _p, b\n"
     for name in ("x", "ab", "x_p", "A", "_\n"):
         raw = {"_p": 1, name: "v" * 999}
-        text = check_refused(lambda: refuse_unknown(raw, {"k"}, harmless, "x.json"), "x.json: ", "v")
+        text = check_refused(lambda: refuse_unknown(raw, {"k"}, "x.json", harmless), "x.json: ", "v")
         assert len(text) < 200 and capsys.readouterr().err == ""
 
 
@@ -727,3 +727,18 @@ def test_a_run_directory_says_what_was_run(tmp_path, presets):
     assert record["settings"]["batch"] == 3 and record["settings"]["steps"] == 7
     assert "given" not in record["settings"] and record["argv"] == sys.argv
     assert record["versions"]["torch"] == torch.__version__ and record["machine"]["cores"] > 0
+
+
+def test_half_a_character_is_refused_where_it_is_read(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"problem": "p", "answer": 1}\n{"problem": "\\ud800", "answer": 1}\n')
+    check_refused(lambda: read_problems(tmp_path / "p.jsonl"), "p.jsonl:2", "surrogates")
+    assert parse_json(r'"\ud83d\ude00"', "x") == "\U0001f600"
+
+
+def test_invisible_characters_are_blank_and_blank_ids_are_none(tmp_path):
+    rows = [{"problem": "p", "answer": "\u200b"}, {"problem": "p", "answer": "\ufeff "}]
+    for row in rows:
+        (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+        check_refused(lambda: read_problems(tmp_path / "p.jsonl"), 'no "answer"')
+    (tmp_path / "p.jsonl").write_text("".join('{"problem": "p", "answer": 1, "id": " "}\n' for _ in "ab"))
+    assert [row["id"] for row in read_problems(tmp_path / "p.jsonl")] == ["0", "1"]

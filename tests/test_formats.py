@@ -563,7 +563,7 @@ REFUSED = {      # name of the case that is changed -> (message, change)
     "MatryoshkaBatchTopKSAE": [
         ("'dict_class' = 'IdentityDict' is not supported, only 'AutoEncoder', ",
          dict(dict_class="IdentityDict")),
-        ("matryoshka: k=None is no number", dict(k=None)),
+        ("k is 3, but .2. in the weights", dict(k=3)),
         ("matryoshka: levels=None is no number", dict(group_sizes=None)),
         (": .*levels.* above 0", dict(group_sizes=[2, -2])),
         ("'group_sizes' should be a number, it is 1000", dict(group_sizes=[10**400])),
@@ -594,6 +594,27 @@ def test_refusals_of_foreign_files_are_one_line_that_names_the_thing(tmp_path, n
         with pytest.raises(ValueError, match=text) as err:
             load_any(folder)
         assert str(folder) in str(err.value) and "\n" not in str(err.value), text
+
+
+@pytest.mark.parametrize("name", ["AutoEncoderTopK", "MatryoshkaBatchTopKSAE"])
+def test_a_k_that_only_the_weights_have_is_taken_from_there(tmp_path, name):
+    foreign(name, tmp_path)
+    want = load_any(tmp_path).k
+    settings = {key: value for key, value in FOREIGN[name][1]["trainer"].items() if key != "k"}
+    edit(tmp_path / "config.json", trainer=settings)
+    assert load_any(tmp_path).k == want
+
+
+def test_the_layer_that_saelens_says_apart_is_read_or_must_agree(tmp_path):
+    for i, (said, layer) in enumerate((({"hook_name": "blocks.1.hook_resid_post", "hook_layer": 1}, 1),
+                                       ({"hook_name": "blocks.3.hook_resid_pre", "hook_layer": 3}, 2),
+                                       ({"hook_layer": 3}, 3))):
+        foreign("topk", tmp_path / str(i))
+        edit(tmp_path / str(i) / "cfg.json", metadata=said)
+        assert load_any(tmp_path / str(i)).meta["layer"] == layer
+    edit(tmp_path / "0" / "cfg.json", metadata={"hook_name": "blocks.1.hook_resid_post", "hook_layer": 3})
+    with pytest.raises(ValueError, match="hook_layer 3, but 'blocks.1"):
+        load_any(tmp_path / "0")
 
 
 def test_scales_that_are_no_scales(tmp_path):

@@ -142,6 +142,14 @@ def test_rl_samples_from_the_policy_itself_without_dropout(run, monkeypatch, tmp
     assert modes == [(False, True)] * 2
 
 
+@pytest.mark.parametrize("more", [{"text": "LEAK"}, {"completion": 7}, {"completion": ""}])
+def test_rows_of_another_kind_than_the_first_are_refused(tmp_path, more):
+    path, row = tmp_path / "rows.jsonl", {"problem": "1+1?", "answer": "2"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | more) + "\n")
+    with pytest.raises(ValueError, match="row 2 has a text or completion"):
+        train.read_rows(path)
+
+
 @pytest.mark.parametrize("row", [
     {"problem": "1+1?", "answer": "2", "completion": None}, {"problem": "1+1?", "answer": 2, "text": None},
     {"problem": None, "question": "1+1?", "answer": "2"}, {"problem": " ", "question": "1+1?", "answer": "2"}])

@@ -112,7 +112,8 @@ def effect(rows, base):
     """Answers with and without an edit -> cells: share of right ones, and its change."""
     found, pair = eval.summarize(rows), eval.paired(rows, base)
     return [eval.bracketed(found["pass@1"], *found["interval"]),
-            eval.bracketed(pair["difference"], *pair["interval"], "+")]
+            eval.bracketed(pair["difference"], *pair["interval"], "+")
+            + " (no verdict)" * bool(pair["withheld"])]
 
 NOTE = """
 Top experts (layer, expert), found on {} questions: {}; p of the first {:.3f}.

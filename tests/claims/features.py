@@ -23,7 +23,7 @@ import resa
 import train
 from data.files import check, read_problems, write_json, write_text
 from data.flags import (
-    choose_device, experiment_parser, front_door, parse_experiment, run_commands, whole)
+    SEED, choose_device, experiment_parser, front_door, parse_experiment, run_commands, whole)
 from data.formats import load_any
 from model import Config, load_model, load_tokenizer, think_prefix
 from sae import dense
@@ -194,7 +194,7 @@ def main(argv):
     add = parser.add_argument
     add("--layers", nargs="+", type=whole(0), help="blocks, from 0; by default all")
     add("--steps", type=whole(1), default=100, help="optimizer steps of an SAE")
-    add("--seed", type=whole(0), default=0, help="of SAEs, answers and null samples")
+    add("--seed", type=SEED, default=0, help="of SAEs, answers and null samples")
     add("--questions", type=whole(1), default=300, help="of --bench and of --data, the first ones")
     add("--top", type=whole(1), default=5, help="latents of a layer by attribution, by the rule")
     add("--max-new-tokens", type=whole(1), default=2048, help="of an answer")

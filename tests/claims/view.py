@@ -18,7 +18,7 @@ import resa
 import train
 from data.files import TINY, check, read_problems, relative, write_text
 from data.flags import (
-    choose_device, experiment_parser, front_door, parse_experiment, real, whole)
+    SEED, choose_device, experiment_parser, front_door, parse_experiment, real, whole)
 from data.formats import load_any
 from model import collect, load_model, load_tokenizer
 
@@ -119,7 +119,7 @@ def main(argv):
     add("--prompt", default="", help="what the user asks; by default an embedded question")
     add("--max-new-tokens", type=whole(1), default=2048, help="of the answer")
     add("--temperature", type=real(0), default=0.6, help="0 is greedy")
-    add("--seed", type=whole(0), default=0, help="of the sample")
+    add("--seed", type=SEED, default=0, help="of the sample")
     add("--template", choices=("chat", "resa"), default="chat", help="as in train.py")
     add("--seq-len", type=whole(2), default=256, help="tokens in a chunk of --data")
     add("--chunks", type=whole(1), default=64, help="in which examples are looked for")
