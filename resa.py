@@ -285,7 +285,7 @@ def save_adapter(model, directory, base=None):
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 def load_adapter(model, spec):
-    """Attaches a PEFT adapter for more training (model.load_model merges BASE+ADAPTER instead)."""
+    """Attaches a PEFT adapter for more training (that of a spec BASE+ADAPTER is frozen)."""
     check(not lora_layers(model), "the model has an adapter already: merge_adapter(model) first")
     adapter = read_adapter(spec)
     check_adapter(model, adapter, spec)
