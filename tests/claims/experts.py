@@ -113,11 +113,12 @@ def effect(rows, base):
     found, pair = eval.summarize(rows), eval.paired(rows, base)
     return [eval.bracketed(found["pass@1"], *found["interval"]),
             eval.bracketed(pair["difference"], *pair["interval"], "+")
-            + " (no verdict)" * bool(pair["withheld"])]
+            + " *" * bool(pair["withheld"])]
 
 NOTE = """
 Top experts (layer, expert), found on {} questions: {}; p of the first {:.3f}.
-Measured on others; target: shows it in a sample of its own.  null: 5 draws, pooled."""
+Measured on others; target: shows it in a sample of its own.  null: 5 draws, pooled.
+*: too few questions differ, or carry it, for a verdict."""
 
 def main(argv):
     parser = experiment_parser("python -m tests.claims.experts", __doc__.split("\n")[0],
