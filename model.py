@@ -408,7 +408,8 @@ def weight_files(directory):
         files = list(found["weight_map"].values())
         names = sorted(set(read_value(files, [str], where=f"{index}: 'weight_map'")))
     for name in names:
-        check(Path(name).name == name, f"{index}: file name {name!r} leads out of the directory")
+        check(re.fullmatch(r"[^/\\]+\.safetensors", name),
+              f"{index}: file name {name!r} leads out of the directory, or is of no safetensors")
         if not (directory / name).exists():
             raise FileNotFoundError(f"{directory / name}: no such file; a pickle is never loaded")
     return [directory / name for name in names]
