@@ -42,8 +42,8 @@ from data.flags import (
 from data.formats import load_any
 from data.grade import grade
 from data.prepare import TRAINING, training_set
-from model import (collect, load_model, load_tokenizer, right_pad, save_model, split_spec,
-                   think_prefix)
+from model import (at_least_fp32, collect, load_model, load_tokenizer, right_pad, save_model,
+                   split_spec, think_prefix)
 from sae import (VARIANTS, Chosen, Metrics, build, default_lr, init_b_dec, make_optimizer,
                  save_sae, train_step)
 
@@ -296,7 +296,7 @@ def gradient(model, ids, x, layer, site):
     x = x.detach().requires_grad_()
     with torch.enable_grad(), resa.hooked(model, layer, site, lambda _: x):
         g, = torch.autograd.grad(cross_entropy(model, ids), x)                    # (B,T,D)
-    g = g.float()                        # its mean norm, too, is measured in fp32
+    g = at_least_fp32(g)                 # its mean norm, too, is measured in fp32
     return g / g.norm(dim=-1).mean().clamp_min(1e-30)
 
 def finish_sae(model, sae, chunks, args):

@@ -72,15 +72,16 @@ def test_the_rule_on_planted_latents(tiny):
     assert F.reasoning_features(model, sae, PROMPT, OPEN, CLOSE) == [0, 7]
 
 
-def test_the_rule_counts_negative_codes_and_reads_the_site_of_the_sae(tiny):
+def test_the_rule_counts_negative_codes_and_reads_the_site_of_the_sae(tiny, monkeypatch):
     model, _ = tiny
-    for site, other in (("resid", "mlp"), ("mlp", "resid")):
+    read, places = F.resa.activations, []
+    monkeypatch.setattr(F.resa, "activations", lambda *args: places.append(args[2:]) or read(*args))
+    for site in ("resid", "mlp"):
         sae = build("abstopk", 128, 2, 2, site, k=1)     # a token has one of the two
         rest = [i for i in range(len(PROMPT)) if i not in (2, 5, 7, 9)]
         firing(model, sae, [(2, 5, 7, 9), rest])
         assert F.reasoning_features(model, sae, PROMPT, OPEN, CLOSE) == [0]
-        sae.meta["site"] = other
-        assert F.reasoning_features(model, sae, PROMPT, OPEN, CLOSE) != [0]
+        assert places[-1] == (2, site)
 
 
 # ---- statistics ----------------------------------------------------------------------------------
