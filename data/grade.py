@@ -374,7 +374,7 @@ def tokenize(text):
         value, word = last.endswith(tuple("0123456789)}]!.")), len(token) > 3
         name = token in KNOWN and (word or token not in SYMBOLS) and token != "sec"
         alone = last in EDGES and following in EDGES or unknown(last)
-        alone &= last + following != "()" or len(token) > 2
+        alone &= last + following != "()" or len(token) > 2 or token in ("iv", "vi")
         if not name and (value and word or (value or last[-1:].isalpha()) and known_unit(token)):
             tokens.append(rf"\unit{{{token}}}")                 # 12 apples, 12 cm, x cm, 5 sec
         elif name or word or alone and LABEL.fullmatch(token):

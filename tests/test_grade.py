@@ -676,7 +676,7 @@ OTHER = [
     (r"\textbf{(BAC)}", r"\textbf{(CAB)}"), ("(HTT)", "(TTH)"), ("x = BAC", "x = CAB"), ("2mgR", "2mgL"),
     ("2mgh", "2"), ("5mgL", "5"), (r"0.\overline{AB}", r"0.\overline{BA}"), (r"0.\widehat{3}", "0"),
     (r"\lceil x\rceil", r"\lfloor x\rfloor+1"), (r"\lfloor x\rfloor+\lfloor -x\rfloor", "-1"),
-    ("HTT", "TTH"),
+    ("HTT", "TTH"), ("(iv)", "(vi)"),
 ]
 
 
