@@ -50,6 +50,8 @@ def selection(adapter):
         numbers = "|".join(map(str, np.atleast_1d(layers)))
         lists = "|".join(np.atleast_1d(adapter["layers_pattern"] or "layers"))
         pattern = rf"(?=(?:.*\.)?(?:{lists})\.(?:{numbers})\.)(?:{pattern})"
+        if isinstance(adapter["target_modules"], list):      # a full name counts in any layer
+            pattern = "|".join([*map(re.escape, adapter["target_modules"]), pattern])
     return rf"(?!(?:{name_pattern(adapter['exclude_modules'])})$)(?:{pattern})"
 
 def value_for(module, patterns, default):

@@ -1121,6 +1121,7 @@ SELECTIONS = [          # fields of adapter_config.json, the modules that they s
     (dict(target_modules=["q_proj"], layers_to_transform=0), QS[:1]),
     (dict(target_modules=["q_proj"], layers_to_transform=[1, 7], layers_pattern="layers"), QS[1:]),
     (dict(target_modules=["q_proj"], layers_to_transform=[], layers_pattern=None), QS),
+    (dict(target_modules=QS, layers_to_transform=[1]), QS),             # full names count in any layer
     (dict(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern=["h", "layers"]),
      QS[:1]),
 ]

@@ -1073,6 +1073,7 @@ LOADS = [                    # each option of LoraConfig that leaves plain pairs
     dict(exclude_modules=["q_proj", "model.layers.0.mlp.up_proj"]),
     dict(exclude_modules=r".*layers\.3.*"), dict(layers_to_transform=[1, 3]),
     dict(layers_to_transform=2), dict(layers_to_transform=[0], layers_pattern=["h", "layers"]),
+    dict(layers_to_transform=[0], target_modules=["model.layers.2.mlp.up_proj", "q_proj"]),
     *[dict(init_lora_weights=start) for start in (True, False, "gaussian", "orthogonal", "mica", "eva")],
     dict(fan_in_fan_out=False), dict(ensure_weight_tying=True), dict(task_type=None),
     dict(revision="main"), dict(inference_mode=True), dict(megatron_core="x"),
