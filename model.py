@@ -37,7 +37,7 @@ from torch import nn
 from data.adapters import read_adapter
 from data.files import (
     FLOATS, REQUIRED, check, check_finite, check_tensors, locate, open_tensors, read_fields,
-    read_json, read_text, read_value, refuse_unknown, shorten, staged, write_json)
+    read_json, read_text, read_value, refuse_unknown, staged, write_json)
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -618,8 +618,7 @@ def sample(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     Inverse CDF of the sorted, truncated distribution: the token of a row depends on its own
     logits and its own u alone.  Top-p (arXiv 1904.09751) keeps the token that crosses p, and sees
     the whole distribution; in transformers it sees what top-k left, which differs when both bind.
-    Of a row whose largest logit is not finite, -1, and on a CPU ValueError.
-    """
+    Of a row whose largest logit is not finite, -1, and on a CPU ValueError."""
     top, ids = logits.max(-1, keepdim=True)              # (B,1) each; NaN is the largest of all
     if temperature:
         p = (logits.float() - top.float()) / temperature     # a tiny one must not overflow

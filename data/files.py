@@ -38,8 +38,9 @@ def parse_json(text, where):
             raise ValueError(f"{word} is not a finite number")
         return value
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, parse_constant=finite, parse_float=finite)
-        if "\\ud" in str(text).lower():      # maybe half a character, which no tokenizer reads
+        if "\\ud" in text or "\\uD" in text:      # maybe half a character: no tokenizer reads that
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as error:
@@ -108,8 +109,8 @@ def read_value(value, kind, low=None, high=None, where="value"):
 BOOKKEEPING = r"""
     _\w*(hash|path|implementation\w*|enabled|version) unsloth_\w+ \w+_token_id auto_map
     (peft|trl|torch|transformers|mergekit)(_version|\.\w+) \w+_class torchscript custom_pipelines
-    attention_bias  attn_implementation id2label label2id num_labels problem_type
-    finetuning_task task_specific_params name_or_path model_max_length pretraining_tp is_decoder
+    attention_bias attn_implementation id2label label2id num_labels problem_type finetuning_task
+    task_specific_params name_or_path model_max_length pretraining_tp is_decoder
     output_(attentions|hidden_states|scores|logits) (max|min)(_new)?_(length|tokens) do_sample
     temperature top_[kp] \w+_penalty num_(beams|return_sequences) (begin_)?suppress_tokens prefix
     gradient_checkpointing use_flash_attn use_bfloat16 return_dict_in_generate license language

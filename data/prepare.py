@@ -245,7 +245,7 @@ def read_gpqa(path):
     hash of question and option, always the same.  ValueError: another kind of CSV."""
     rows = []
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file):
                 question, *options = [row[column].strip() for column in GPQA]
                 texts = [f"{question}\n{option}".encode() for option in options]

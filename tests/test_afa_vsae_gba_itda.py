@@ -7,7 +7,6 @@ tests/test_variants.py holds what every variant shares.  Toy trainings are small
 full size stand in the docstrings.
 """
 import copy
-import itertools
 import math
 
 import pytest

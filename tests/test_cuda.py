@@ -113,7 +113,10 @@ def test_sft_and_rl(device, dtype, data, tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_pretraining(device, data, tmp_path):
-    run("pretrain", tmp_path, device, "float32", data, *TEXT, "--model", MODELS["tiny/distill"])
+    first, *_ = run("pretrain", tmp_path, device, "float32", data, *TEXT, "--model", MODELS["tiny/distill"])
+    before, after = M.load_model(MODELS["tiny/distill"]), M.load_model(tmp_path / "model")
+    assert first["loss"] > 0
+    assert not any(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters()))
 
 
 # ---- why stage II runs on a GPU, shown without one -----------------------------------------------

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree
-from pathlib import Path
 
 import numpy as np
 import pytest

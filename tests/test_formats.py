@@ -215,12 +215,8 @@ def test_where_the_sae_belongs_is_read(tmp_path):
         load_any(tmp_path / "BatchTopKSAE")
 
 
-@pytest.mark.parametrize("layout, name", [
-    ("saelens", "model.layers.3"), ("saelens", "transformer.h.1.attn"), ("saelens", "ln_final"),
-    ("saelens", "blocks.0.hook_resid_post"), ("dictionary_learning", "attention_out_layer_1"),
-    ("dictionary_learning", "mlp_out_layer_1"), ("sparsify", "layers.1.self_attn"),
-    ("sparsify", "h.3")])
-def test_an_sae_of_another_place_is_refused_whatever_its_library_calls_it(tmp_path, layout, name):
+def named(tmp_path, layout, name):
+    """The directory of an SAE whose place its library calls `name`."""
     folder = tmp_path / (name if layout == "sparsify" else "sae")
     if layout == "saelens":
         foreign("topk", folder)
@@ -230,12 +226,22 @@ def test_an_sae_of_another_place_is_refused_whatever_its_library_calls_it(tmp_pa
         edit(folder / "config.json", **trainer("BatchTopKSAE", k=2, layer=1, submodule_name=name))
     else:
         save_sae(make(), folder)
+    return folder
+
+
+@pytest.mark.parametrize("layout, name", [
+    ("saelens", "model.layers.3"), ("saelens", "transformer.h.1.attn"), ("saelens", "ln_final"),
+    ("saelens", "blocks.0.hook_resid_post"), ("dictionary_learning", "attention_out_layer_1"),
+    ("dictionary_learning", "mlp_out_layer_1"), ("sparsify", "layers.1.self_attn"),
+    ("sparsify", "h.3")])
+def test_an_sae_of_another_place_is_refused_whatever_its_library_calls_it(tmp_path, layout, name):
+    sae = load_any(named(tmp_path, layout, name))
     place = Namespace(site="resid", layer=1, other_site=False)
     with pytest.raises(ValueError, match="the SAE was trained at (site|layer) .*, not at ") as err:
-        train.check_site(load_any(folder), place)
+        train.check_site(sae, place)
     assert "--other-site" in str(err.value) and "pass --site self_attn" not in str(err.value)
     place.other_site = True
-    train.check_site(load_any(folder), place)
+    train.check_site(sae, place)
 
 
 @pytest.mark.parametrize("layout, name", [
@@ -244,16 +250,8 @@ def test_an_sae_of_another_place_is_refused_whatever_its_library_calls_it(tmp_pa
     ("dictionary_learning", "resid_post_layer_1"), ("sparsify", "gpt_neox.layers.1"),
     ("sparsify", "layers.1")])
 def test_an_sae_of_this_place_is_used_without_a_word(tmp_path, capsys, layout, name):
-    folder = tmp_path / (name if layout == "sparsify" else "sae")
-    if layout == "saelens":
-        foreign("topk", folder)
-        edit(folder / "cfg.json", metadata={"hook_name": name})
-    elif layout == "dictionary_learning":
-        foreign("BatchTopKSAE", folder)
-        edit(folder / "config.json", **trainer("BatchTopKSAE", k=2, layer=1, submodule_name=name))
-    else:
-        save_sae(make(), folder)
-    train.check_site(load_any(folder), Namespace(site="resid", layer=1, other_site=False))
+    sae = load_any(named(tmp_path, layout, name))
+    train.check_site(sae, Namespace(site="resid", layer=1, other_site=False))
     assert capsys.readouterr().err == ""
 
 

@@ -21,7 +21,6 @@ import resa
 from model import (
     Config, Transformer, generate, load_model, read_adapter, rope_table, save_model)
 from sae import build
-from tests.conftest import ROOT
 
 D, V, L, R, ALPHA = 16, 37, 4, 4, 6          # width, vocabulary, blocks, rank, alpha (not the rank)
 CONFIG = dict(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=L, num_attention_heads=4,
