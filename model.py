@@ -18,12 +18,11 @@ positions, S rows of the sampler, N tokens (B*T), E experts, K of them used by a
 width of an MLP, r rank of an adapter.
 """
 
-import json
 import math
 import os
 import re
 import shutil
-from datetime import datetime
+import sys
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,11 +32,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from data.adapters import read_adapter
 from data.files import (
     FLOATS, REQUIRED, check, check_finite, check_tensors, locate, open_tensors, read_fields,
-    read_json, read_text, read_value, refuse_unknown, staged, write_json)
+    read_json, read_value, refuse_unknown, staged, write_json)
+from data.tokenizer import Tokenizer, think_prefix       # noqa: F401  (for importers)
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -148,23 +149,23 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         # Hugging Face averages in fp32 and multiplies by the weight after the cast back.
-        y = at_least_fp32(x)
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)       # (B,T,D)
+        y = F.rms_norm(at_least_fp32(x), x.shape[-1:], eps=self.eps)          # (B,T,D)
         return self.weight * y.to(x.dtype)
 
 def rope_table(config, positions):
-    """positions (B,T) -> cos, sin (B,1,T,C), fp32, of t / theta^(2i/C) for pair i at position t."""
+    """positions (B,T) -> cos, sin (B,1,T,C), fp32, of t / theta^(2i/C) for pair i at position t.
+    The left half of sin is negative, as `rotate` needs it."""
     C = config.head_dim
     exponent = torch.arange(0, C, 2, device=positions.device).float() / C     # (C/2,)
     angle = positions[:, None, :, None].float() * (1.0 / config.rope_theta ** exponent)
-    angle = torch.cat((angle, angle), dim=-1)                                 # (B,1,T,C)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()                                       # (B,1,T,C/2)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)      # (B,1,T,C)
 
 def rotate(x, cos, sin):
     """Rotates the pairs (i, i + C/2) of x (B,H,T,C), in fp32: bf16 would blur whole positions."""
     y = at_least_fp32(x)
-    left, right = y.chunk(2, dim=-1)                     # (B,H,T,C/2) each
-    return (y * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+    partner = y.roll(y.shape[-1] // 2, dims=-1)          # (B,H,T,C) the other one of each pair
+    return (y * cos + partner * sin).to(x.dtype)
 
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share G heads of keys and values."""
@@ -178,19 +179,26 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, self.G * self.C)
         self.o_proj = nn.Linear(self.H * self.C, D, bias=False)  # q, k, v have biases
 
-    def forward(self, x, rope, mask, cache, layer):
-        """x (B,T,D) -> (B,T,D).  mask (B,1,T,L), true where to attend; None: causal."""
+    def forward(self, x, rope, mask=None, memory=None):
+        """x (B,T,D) -> (B,T,D).  mask (B,1,T,L), true where to attend; None: causal.
+        memory  of a Cache: where keys and values go and, if there is a mask, come from."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.H, self.C).transpose(1, 2)         # (B,H,T,C)
         k = self.k_proj(x).view(B, T, self.G, self.C).transpose(1, 2)         # (B,G,T,C)
         v = self.v_proj(x).view(B, T, self.G, self.C).transpose(1, 2)         # (B,G,T,C)
         q, k = rotate(q, *rope), rotate(k, *rope)        # v carries no position
-        if cache is not None:
-            k, v = cache.put(layer, k, v)                                     # (B,G,L,C)
+        if memory is not None:
+            keys, values, rows, positions = memory
+            keys[rows, :, positions] = k.transpose(1, 2)                      # (B,T,G,C)
+            values[rows, :, positions] = v.transpose(1, 2)
+            k, v = (k, v) if mask is None else (keys, values)                 # (B,G,L,C)
+        if T == 1:       # the heads of a group share its keys: they can be the time of one head
+            q = q.reshape(B, self.G, self.H // self.G, self.C)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-            enable_gqa=self.H != self.G)                                      # (B,H,T,C)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.C))  # (B,T,D)
+            enable_gqa=q.shape[1] != self.G)                                  # (B,H,T,C)
+        y = y.reshape(B, self.H, T, self.C).transpose(1, 2)                   # (B,T,H,C)
+        return self.o_proj(y.reshape(B, T, self.H * self.C))                  # (B,T,D)
 
 # ---- Feed-forward: dense MLP, mixture of experts -----------------------------------------------
 
@@ -274,8 +282,8 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.is_sparse(layer) else MLP(D, config.intermediate_size)
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, eps), RMSNorm(D, eps)
 
-    def forward(self, h, rope, mask, cache, layer):
-        h = h + self.self_attn(self.input_layernorm(h), rope, mask, cache, layer)  # (B,T,D)
+    def forward(self, h, rope, mask=None, memory=None):
+        h = h + self.self_attn(self.input_layernorm(h), rope, mask, memory)   # (B,T,D)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 class Transformer(nn.Module):
@@ -290,6 +298,7 @@ class Transformer(nn.Module):
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.source = None       # the directory it was loaded from, whose tokenizer a save copies
+        self.checkpointing = False       # whether blocks run again in the backward pass: less memory
         self.tie()
 
     def tie(self):
@@ -310,14 +319,26 @@ class Transformer(nn.Module):
         stop spares an SAE the blocks above it; start lets teacher and student share the lower ones.
         """
         h = self.model.embed_tokens(x) if start == 0 else x                   # (B,T,D)
-        if cache is None:
-            positions, mask = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2]), None
-        else:
+        positions, mask, memory = torch.arange(h.shape[1], device=h.device)[None], None, None
+        if cache is not None:
             positions, mask = cache.positions, cache.mask                     # (B,T), (B,1,T,L)
         rope = rope_table(self.config, positions)        # once for all blocks
         for i in range(len(self.model.layers))[start:stop]:
-            h = self.model.layers[i](h, rope, mask, cache, i)
+            if cache is not None:
+                memory = cache.memory(i)
+            block = self.model.layers[i]
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, rope, mask, memory, use_reentrant=False)
+            else:
+                h = block(h, rope, mask, memory)
         return h
+
+    def compile_blocks(self):
+        """--compile: the blocks by torch.compile, which fuses their small kernels.  Hooks on a
+        block still run, around what is compiled.  Call it last, once adapters are added."""
+        for block in self.model.layers:
+            block.forward = torch.compile(block.forward)
+        return self
 
 @torch.no_grad()
 def init_weights(model, seed=0, std=0.02):
@@ -381,6 +402,10 @@ def load_model(spec, dtype=None, device=None):
     for adapter, factor in adapters:
         put_on(model, read_adapter(adapter), adapter, factor)
     return model.eval().requires_grad_(False)
+
+def load_tokenizer(spec):
+    """The Tokenizer of a model spec; adapters do not change it."""
+    return Tokenizer(config_path(spec).parent)
 
 @torch.no_grad()
 def load_weights(model, directory, dtype, device=None):
@@ -470,8 +495,11 @@ def fold(weight, A, B, scale):
     return (weight.to(exact) + scale * delta).to(weight.dtype)
 
 def low_rank(x, A, B, scale=1.0):
-    """x (...,in) -> scale * B A x (...,out), in the dtype of A (r,in) and B (out,r)."""
-    return x.to(A.dtype) @ A.T @ B.T * scale
+    """x (...,in) -> scale * B A x (...,out), from A (r,in) and B (out,r) in the dtype of x: of all
+    that is cast, they are the smallest.  Under fp16 in fp32: B may be too small for its range."""
+    exact = torch.float32 if x.dtype == torch.float16 else x.dtype
+    low = x.to(exact) @ A.to(exact).T * scale            # (...,r)
+    return (low @ B.to(exact).T).to(x.dtype)             # (...,out)
 
 class AdaptedLinear(nn.Linear):
     """A Linear of bf16 or fp16 and, beside it in fp32, what adapters add: W x + B A x.
@@ -487,8 +515,7 @@ class AdaptedLinear(nn.Linear):
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        return (y + low_rank(x, self.lora_A, self.lora_B)).to(y.dtype)
+        return F.linear(x, self.weight, self.bias) + low_rank(x, self.lora_A, self.lora_B)
 
     def folded(self):
         """The weight (out,in) with B A in it, rounded to its dtype."""
@@ -513,126 +540,51 @@ def put_on(model, adapter, where="adapter", factor=1.0):
             A, B = (side.to(layer.weight.device, torch.float32) for side in (A, B))
             replace(model, name, AdaptedLinear(layer, A, scale * B))
 
-# ---- Tokenizer and chat ------------------------------------------------------------------------
-
-TOKENIZER_FIELDS = dict.fromkeys(            # as text, or {"content": "<s>", "lstrip": false}
-    ("bos_token", "eos_token", "unk_token", "pad_token"), ((str, dict), None, None, None))
-TOKENIZER_FIELDS |= {"chat_template": (str, None, None, None),
-                     "eos_token_id": ((int, [int]), None, None, [])}
-CONTENT = {"content": (str, None, None, REQUIRED)}
-
-class Tokenizer:
-    """tokenizer.json, with the checkpoint's own chat template and end tokens.
-    special  {"bos_token": "<s>", ...}: what chat templates may ask for
-    eos_ids  the union of what three files call the end: those of published base models disagree,
-             and a sampler that knows only one of them never stops"""
-
-    def __init__(self, directory):
-        from tokenizers import Tokenizer as Fast
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
-        try:
-            self.fast = Fast.from_file(str(path))
-        except Exception as error:           # the library raises plain Exception
-            raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
-        self.fast.no_truncation()            # limits that a trainer left there must not cut texts
-        self.fast.no_padding()               # nor add to them
-        self.special, self.eos_ids = {}, set()
-        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-            path = directory / name
-            found = read_fields(read_json(path) if path.exists() else {}, TOKENIZER_FIELDS, path)
-            ids = found.pop("eos_token_id")
-            ids = ids if isinstance(ids, list) else [ids]
-            self.eos_ids |= {i for i in ids if i >= 0}       # -1 says that there is none
-            for field, token in found.items():
-                if isinstance(token, dict):
-                    token = read_fields(token, CONTENT, f"{path}: {field}")["content"]
-                if token is not None:
-                    self.special[field] = token
-        own, jinja = self.special.pop("chat_template", None), directory / "chat_template.jinja"
-        self.template = read_text(jinja) if jinja.exists() else own
-        self.own_eos_id = self.fast.token_to_id(self.special.get("eos_token", ""))
-        self.eos_ids |= {self.own_eos_id} - {None}       # token_to_id gives None for unknown ones
-
-    @property
-    def eos_id(self):
-        """The end token that joins packed documents: the tokenizer's own, else the smallest."""
-        check(self.eos_ids, "no end-of-text token in tokenizer_config, config, generation_config")
-        return min(self.eos_ids) if self.own_eos_id is None else self.own_eos_id
-
-    def encode(self, text):
-        """str -> list of ids.  Nothing is added: a chat string has its BOS in it."""
-        text.encode()                        # ValueError: half a character, as of a broken locale
-        return self.fast.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids, skip_special=True):
-        return self.fast.decode(list(ids), skip_special_tokens=skip_special)
-
-    def chat(self, messages, add_generation_prompt=True):
-        """[{"role", "content"}, ...] -> the text that the checkpoint's own template makes of it."""
-        check(self.template, "this tokenizer has no chat_template; add a chat_template.jinja")
-        try:
-            return compiled(self.template).render(
-                messages=messages, tools=None, documents=None,
-                add_generation_prompt=add_generation_prompt, **self.special)
-        except Exception as error:           # whatever a stranger's program raises, in one line
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"chat template: {reason}") from None
-
-def load_tokenizer(spec):
-    """The Tokenizer of a model spec; adapters do not change it."""
-    return Tokenizer(config_path(spec).parent)
-
-def think_prefix(prompt):
-    """"<think>" if a chat template ended the prompt with it: the completion then lacks it."""
-    return "<think>" if prompt.rstrip().endswith("<think>") else ""
-
-@lru_cache(maxsize=8)
-def compiled(template):
-    """Templates come from strangers, so they run in jinja2's immutable sandbox."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)           # jinja2's own escapes for HTML
-
-    def raise_exception(message):
-        raise jinja2.exceptions.TemplateError(message)
-
-    # {% generation %} marks what training on answers would keep; for the text it is a scope.
-    template = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", r"\1\2with", template)
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = to_json
-    sandbox.globals["raise_exception"] = raise_exception
-    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return sandbox.from_string(template)
-
 # ---- Sample: from logits to a token ------------------------------------------------------------
 
 NOT_FINITE = "sampling: logits are NaN or infinite; are the weights too large for their dtype?"
+BAD, UNDECIDED = -1, -2      # in the place of a token id
 
 def sample(logits, u, temperature=1.0, top_p=1.0, top_k=0):
     """logits (B,V), u (B,) uniform in [0,1) -> token ids (B,).  Temperature 0 is argmax.
     Inverse CDF of the sorted, truncated distribution: the token of a row depends on its own
     logits and its own u alone.  Top-p (arXiv 1904.09751) keeps the token that crosses p, and sees
     the whole distribution; in transformers it sees what top-k left, which differs when both bind.
-    Of a row whose largest logit is not finite, -1, and on a CPU ValueError."""
+    ValueError: a row whose largest logit is not finite."""
+    ids = draw(logits, u, temperature, top_p, top_k)
+    check(BAD not in ids, NOT_FINITE)
+    rest = (ids == UNDECIDED).nonzero()[:, 0]            # rows of flat distributions
+    ids[rest] = draw(logits[rest], u[rest], temperature, top_p, top_k, sort_all=True)
+    return ids
+
+def draw(logits, u, temperature, top_p, top_k, sort_all=False):
+    """`sample` without a look at what comes out, for which a GPU would have to wait.
+    Sorts only the likeliest tokens, unless `sort_all`.  Where the kept ones may not all be among
+    them the row gets UNDECIDED; where its largest logit is not finite, BAD."""
     top, ids = logits.max(-1, keepdim=True)              # (B,1) each; NaN is the largest of all
     if temperature:
         p = (logits.float() - top.float()) / temperature     # a tiny one must not overflow
-        p, order = p.softmax(-1).sort(dim=-1, descending=True, stable=True)   # (B,V) each
+        p, order = likeliest(p.softmax(-1), sort_all or top_p == 1 and not top_k)    # (B,n) each
         keep = p.cumsum(-1) - p < top_p
         if top_k:
             keep[:, top_k:] = False
-        cdf = (p * keep).cumsum(-1)                      # (B,V), not normalised
+        cdf = (p * keep).cumsum(-1)                      # (B,n), not normalised
         rank = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # (B,1)
         last = keep.sum(-1, keepdim=True) - 1            # rounding must not lead out of the set
         ids = order.gather(-1, torch.minimum(rank, last).clamp(min=0))
-    ids = ids.where(top.isfinite(), -1)[:, 0]
-    check(ids.is_cuda or -1 not in ids, NOT_FINITE)      # of a GPU it would wait; `stream` looks
-    return ids
+        if p.shape[1] < logits.shape[1]:     # others may be as likely as the last of these
+            ids = ids.masked_fill((keep & (p <= p[:, -1:])).any(-1, keepdim=True), UNDECIDED)
+    return ids.where(top.isfinite(), BAD)[:, 0]
+
+def likeliest(p, sort_all):
+    """p (B,V) -> its largest n (B,n), largest first, and whose they are; of equals the first."""
+    n = min(1024, p.shape[1] // 16)
+    if sort_all or n == 0:
+        return p.sort(dim=-1, descending=True, stable=True)
+    some, order = p.topk(n)                              # (B,n) each; equals in any order
+    order = order.sort(-1).values
+    some, place = p.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return some, order.gather(-1, place)
 
 def check_sampling(model, requests, max_new_tokens, temperature, top_p, top_k, slots):
     """ValueError: a setting out of range, or a prompt that the model cannot read."""
@@ -649,8 +601,8 @@ def check_sampling(model, requests, max_new_tokens, temperature, top_p, top_k, s
 
 class Cache:
     """Keys and values of S rows, each row with its own length: one (2,S,G,L,C) per layer.
-    L grows by BUCKET: attention reads up to the longest row in use, not the longest possible.
-    Use: `seek`, then one pass of the model, which calls `put`."""
+    Attention reads L rounded up to a BUCKET: up to the longest row in use, not to the longest
+    possible.  Use: `seek`, then one pass of the model, whose blocks write to `memory`."""
     BUCKET = 64
 
     def __init__(self, model, rows):
@@ -658,18 +610,24 @@ class Cache:
         shape = (2, rows, config.num_key_value_heads, 0, config.head_dim)     # (2,S,G,L,C)
         self.kv = [weight.new_empty(shape) for _ in model.model.layers]
         self.rows = torch.arange(rows, device=weight.device)[:, None]         # (S,1)
+        self.bucket = 512 if weight.is_cuda else self.BUCKET     # a graph for each
 
-    def seek(self, positions):
-        """Says where the next tokens go, positions (S,T); a row attends to all before them."""
-        self.positions = positions
-        last, T = int(positions.max()), positions.shape[1]
-        self.used = (last // self.BUCKET + 1) * self.BUCKET
+    def seek(self, positions, last=None):
+        """Says where the next tokens go, positions (S,T); a row attends to all before them.
+        last: none of them is larger; without it a GPU would have to wait."""
+        T = positions.shape[1]
+        last = int(positions.max()) if last is None else last
+        self.used = self.length(last)
+        self.positions = positions.clamp(max=self.used - 1)      # of rows that are idle
         self.grow(self.used)
-        self.starting = T > 1 and last == T - 1          # prompts alone: causal without a mask
         self.mask = None
-        if not self.starting:
+        if T == 1 or last >= T:              # not prompts alone, which are causal without a mask
             keys = torch.arange(self.used, device=positions.device)           # (L,)
             self.mask = (keys <= positions[..., None])[:, None]               # (S,1,T,L)
+
+    def length(self, last):
+        """How many positions are read if the last one is `last`."""
+        return (last // self.bucket + 1) * self.bucket
 
     def grow(self, L):
         """Makes room for L positions; layer by layer, so that only one is held twice."""
@@ -677,14 +635,10 @@ class Cache:
             if old.shape[3] < L:
                 self.kv[layer] = F.pad(old, (0, 0, 0, L - old.shape[3]))
 
-    def put(self, layer, k, v):
-        """Stores k, v (S,G,T,C) -> the keys and values (S,G,L,C) to attend to, these included."""
-        keys, values = self.kv[layer]                                         # (S,G,L,C) each
-        keys[self.rows, :, self.positions] = k.transpose(1, 2)                # (S,T,G,C)
-        values[self.rows, :, self.positions] = v.transpose(1, 2)
-        if self.starting:
-            return k, v
-        return keys[:, :, :self.used], values[:, :, :self.used]
+    def memory(self, layer):
+        """keys, values (S,G,L,C) of a layer, and where in them the next ones go."""
+        keys, values = self.kv[layer][:, :, :, :self.used]
+        return keys, values, self.rows, self.positions
 
     def take(self, rows, other, other_rows):
         """Copies rows of another cache, maybe one prompt to several samples, into rows here."""
@@ -705,11 +659,99 @@ def prefill(model, prompts, cache, slots):
     which = [unique.setdefault(tuple(prompt), len(unique)) for prompt in prompts]
     ids, lengths = right_pad([list(prompt) for prompt in unique], device=device)      # (P,T), (P,)
     fresh = Cache(model, len(unique))
-    fresh.seek(torch.arange(ids.shape[1], device=device).expand_as(ids))
+    fresh.seek(torch.arange(ids.shape[1], device=device).expand_as(ids), ids.shape[1] - 1)
     h = model.run(ids, cache=fresh)                      # (P,T,D)
     last = h[torch.arange(len(ids), device=device), lengths - 1]              # (P,D)
     cache.take(slots, fresh, which)
     return model.head(last)[which]       # (len(slots),V)
+
+class Decoder:
+    """The S rows of the sampler on the device: their cache, and one step for all of them.
+    ids        (S,1) the last token of each row, which is not in the cache yet
+    positions  (S,1) where it stands
+    drawn      (S,1) how many of its numbers u (S,n), one for each new token, are used up"""
+
+    def __init__(self, model, rows, new_tokens, settings):
+        self.model, self.settings, self.cache = model, settings, Cache(model, rows)
+        device = model.lm_head.weight.device
+        self.state = torch.zeros(3, rows, 1, dtype=torch.int64, device=device)
+        self.ids, self.positions, self.drawn = self.state
+        self.u = torch.zeros(rows, new_tokens, device=device)
+        # A GPU takes several steps between two looks at what was drawn: each look waits for it.
+        self.ahead = 8 if self.u.is_cuda else 1
+        self.graph = {}                                  # what `replay` recorded last
+        hooks = any(module._forward_hooks for module in model.modules())      # may do anything,
+        self.records = self.u.is_cuda and not hooks and not model.config.num_experts  # do wait
+
+    def start(self, slots, prompts, keys):
+        """Puts prompts into rows `slots` -> the first new token of each.  keys: see `stream`."""
+        for s, key in zip(slots, keys):
+            u = np.random.default_rng(list(key)).random(self.u.shape[1], dtype=np.float32)
+            self.u[s] = torch.from_numpy(u)
+        logits = prefill(self.model, prompts, self.cache, slots)              # (len(slots),V)
+        tokens = sample(logits, self.u[slots, 0], **self.settings)            # (len(slots),)
+        lengths = torch.tensor([len(ids) for ids in prompts], device=tokens.device)
+        self.state[:, slots, 0] = torch.stack([tokens, lengths, torch.ones_like(lengths)])
+        return tokens.tolist()
+
+    def steps(self, last):
+        """A few steps -> tokens [step][row].  last: where the longest row's last token stands."""
+        tokens = torch.stack([self.replay(last + i) for i in range(self.ahead)]).tolist()
+        if UNDECIDED in tokens[-1]:
+            tokens.append(self.decide().tolist())
+        return tokens
+
+    def step(self, last):
+        """Draws the next token of each row (S,) and moves on to it; where UNDECIDED, stays.
+        A function of tensors of fixed shapes that looks at no value: a GPU can replay it."""
+        self.cache.seek(self.positions, last)
+        h = self.model.run(self.ids, cache=self.cache)                        # (S,1,D)
+        self.logits = self.model.head(h)[:, 0]                                # (S,V)
+        self.tokens = draw(self.logits, self.numbers(), **self.settings)
+        return self.move(self.tokens)
+
+    def decide(self):
+        """The tokens of rows that stayed UNDECIDED; to the others this happens instead."""
+        stuck = (self.tokens == UNDECIDED).nonzero()[:, 0]
+        some = draw(self.logits[stuck], self.numbers()[stuck], **self.settings, sort_all=True)
+        return self.move(torch.full_like(self.tokens, UNDECIDED).index_copy(0, stuck, some))
+
+    def numbers(self):
+        """What each row draws next (S,).  A row beyond its last number is idle."""
+        return self.u.gather(1, self.drawn.clamp(max=self.u.shape[1] - 1))[:, 0]
+
+    def move(self, tokens):
+        """Puts tokens (S,) in the place of the last ones, unless UNDECIDED -> tokens."""
+        go = (tokens != UNDECIDED)[:, None]                                   # (S,1)
+        self.ids.copy_(torch.where(go, tokens[:, None].clamp(min=0), self.ids))
+        self.positions += go
+        self.drawn += go
+        return tokens
+
+    def replay(self, last):
+        """`step`, on CUDA as a graph: one launch for some 700 kernels, each shorter than its own.
+        The first step of a length runs as it is, which lays out memory, the second is recorded."""
+        if not self.records:
+            return self.step(last)
+        shape = self.cache.length(last), self.cache.kv[0].data_ptr()
+        if shape not in self.graph:          # another length, or the cache has moved
+            self.graph = {shape: None}
+            return self.step(last)
+        if self.graph[shape] is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):    # nothing runs in here
+                self.graph[shape] = graph, self.step(last)
+        graph, tokens = self.graph[shape]
+        graph.replay()
+        return tokens.clone()                # the next replay writes there
+
+    def keep(self, rows):
+        """A Decoder of these rows alone, to go on with."""
+        smaller = Decoder(self.model, len(rows), self.u.shape[1], self.settings)
+        smaller.cache.take(slice(None), self.cache, rows)
+        smaller.state.copy_(self.state[:, rows])
+        smaller.u.copy_(self.u[rows])
+        return smaller
 
 def stream(model, requests, *, max_new_tokens, temperature=0.6, top_p=0.95, top_k=0, stop_ids=(),
            slots=64):
@@ -717,44 +759,82 @@ def stream(model, requests, *, max_new_tokens, temperature=0.6, top_p=0.95, top_
     requests   [(prompt ids, seed key)]: the key, a tuple of ints >= 0, seeds this request alone, so
                its text does not depend on batch, order or resume
     token ids  what was generated, the stop token included
-    slots      how many run at once; equal prompts that start together are prefilled once"""
+    slots      how many run at once, fewer where memory is short; equal prompts that start together
+               are prefilled once"""
     check_sampling(model, requests, max_new_tokens, temperature, top_p, top_k, slots)
-    waiting = list(enumerate(requests))[::-1]            # popped from the end: first come first
-    idle = SimpleNamespace(ids=[0], start=1, u=np.zeros(1, np.float32))   # what it draws is dropped
-    rows = [idle for _ in requests[:slots]]
-    cache = Cache(model, len(rows))
-    while waiting or not all(row is idle for row in rows):
-        free = [s for s, row in enumerate(rows) if row is idle]
+    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    left = dict(enumerate(requests))
+    slots = min(slots, rows_that_fit(model, requests, max_new_tokens))
+    while left:
+        try:
+            for index, ids, why in run_rows(model, left, max_new_tokens, settings, stop_ids, slots):
+                yield index, ids, why
+                del left[index]
+        except torch.OutOfMemoryError:       # another process's, say; finished texts are kept
+            if slots == 1:
+                raise
+            slots //= 2
+            say_once(f"out of memory: going on with {slots} rows at a time")
+
+def run_rows(model, left, max_new_tokens, settings, stop_ids, slots):
+    """`stream`, of requests {index: (prompt, key)}, with rows that do fit."""
+    # Popped from the end: the longest prompts first, so that those prefilled together are alike.
+    waiting = sorted(left.items(), key=lambda request: len(request[1][0]))
+    rows = [None] * min(slots, len(waiting))             # None: idle
+    decoder = Decoder(model, len(rows), max_new_tokens, settings)
+    while waiting or any(rows):
+        free = [s for s, row in enumerate(rows) if row is None]
         if waiting and len(free) >= max(1, len(rows) // 8):      # one prefill for several requests
             picked = free[:len(waiting)]
             for s in picked:
                 index, (prompt, key) = waiting.pop()
-                u = np.random.default_rng(list(key)).random(max_new_tokens, dtype=np.float32)
-                rows[s] = SimpleNamespace(request=index, ids=list(prompt), start=len(prompt), u=u)
-            logits = prefill(model, [rows[s].ids for s in picked], cache, picked)     # (picked,V)
+                rows[s] = SimpleNamespace(index=index, prompt=list(prompt), key=key, new=[])
+            tokens = [decoder.start(picked, [rows[s].prompt for s in picked],
+                                    [rows[s].key for s in picked])]
         else:
             if not waiting and len(free) > len(rows) // 2:       # the tail runs at its own size
-                busy = [s for s, row in enumerate(rows) if row is not idle]
-                rows, larger, cache = [rows[s] for s in busy], cache, Cache(model, len(busy))
-                cache.take(slice(None), larger, busy)
+                busy = [s for s, row in enumerate(rows) if row is not None]
+                rows, decoder = [rows[s] for s in busy], decoder.keep(busy)
             picked = range(len(rows))                    # idle rows too: one batch
-            last = [[row.ids[-1], len(row.ids) - 1] for row in rows]
-            last = torch.tensor(last, device=model.lm_head.weight.device)     # (S,2)
-            cache.seek(last[:, 1:])
-            logits = model.head(model.run(last[:, :1], cache=cache))[:, 0]    # (S,V)
-        u = np.array([rows[s].u[len(rows[s].ids) - rows[s].start] for s in picked])
-        u = torch.from_numpy(u).to(logits.device)
-        tokens = sample(logits, u, temperature, top_p, top_k).tolist()
-        check(-1 not in tokens, NOT_FINITE)
-        for s, token in zip(picked, tokens):
-            row = rows[s]
-            if row is idle:
-                continue
-            row.ids.append(token)
-            stopped = token in stop_ids                  # the stop token stays in the text
-            if stopped or len(row.ids) == row.start + max_new_tokens:
-                yield row.request, row.ids[row.start:], "stop" if stopped else "length"
-                rows[s] = idle
+            tokens = decoder.steps(max(len(row.prompt + row.new) for row in rows if row) - 1)
+        for step in tokens:
+            for s, token in zip(picked, step):
+                row = rows[s]
+                if row is None or token == UNDECIDED:    # what comes after a stop is dropped
+                    continue
+                check(token != BAD, NOT_FINITE)
+                row.new.append(token)
+                stopped = token in stop_ids              # the stop token stays in the text
+                if stopped or len(row.new) == max_new_tokens:
+                    yield row.index, row.new, "stop" if stopped else "length"
+                    rows[s] = None
+
+def rows_that_fit(model, requests, max_new_tokens):
+    """How many rows of a cache fit into memory if every one grows to its full length."""
+    config, weight = model.config, model.lm_head.weight
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    longest = max_new_tokens + max((len(prompt) for prompt, _ in requests), default=0)
+    size = token * longest * weight.dtype.itemsize       # bytes
+    fit = int(0.8 * free_memory(weight.device) // size)  # the rest is for activations and logits
+    if fit < len(requests):
+        say_once(f"at most {max(1, fit)} rows of {longest:,} tokens fit into memory at a time, "
+                 f"{size / 1e9:.2g} GB each")
+    return max(1, fit)
+
+def free_memory(device):
+    """Bytes that can still be allocated on a torch device; on a system that does not say, inf."""
+    if device.type == "cuda":
+        inside = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + inside
+    try:
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else math.inf
+
+@lru_cache(maxsize=None)
+def say_once(text):
+    print(text, file=sys.stderr)
 
 @torch.no_grad()
 def collect(model, requests, **settings):

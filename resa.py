@@ -59,7 +59,7 @@ def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="tok
 def shares_prefix(model, sae, layer, site, grad, teacher):
     """Whether teacher and student agree up to the hook, so that blocks 0 .. layer can run once.
 
-    Four conditions: the model teaches itself; the gradient stops at the SAE; the SAE replaces the
+    Then it stays so in training: nothing below the hook learns.  Four conditions: the model teaches itself; the gradient stops at the SAE; the SAE replaces the
     block's whole output; the adapters of these blocks are still zero (then nothing moves them)."""
     if sae is None or grad or site != "resid" or teacher is not None:
         return False
@@ -101,10 +101,13 @@ def hooked(model, layer, site, function):
     """Inside, what function(x) returns replaces the activation x (B,T,D); None leaves x alone."""
     hook = lambda module, inputs, x: function(x)
     handle = site_module(model, layer, site).register_forward_hook(hook)
+    block = vars(model.model.layers[layer])
+    compiled = block.pop("forward", None)    # it would not run a hook that came later
     try:
         yield
     finally:
         handle.remove()
+        block |= {"forward": compiled} if compiled else {}
 
 @contextmanager
 def splice(model, sae, layer, site="resid", grad=False):
@@ -205,8 +208,7 @@ class LoRALinear(nn.Linear):
         if not self.on:
             return y
         x = F.dropout(x, self.dropout, self.training)
-        delta = low_rank(x, self.lora_A, self.lora_B, self.scale)                 # (...,out)
-        return (y + delta).to(y.dtype)                              # the sum in fp32, as PEFT does
+        return y + low_rank(x, self.lora_A, self.lora_B, self.scale)              # (...,out)
 
     def folded(self):
         """The weight (out,in) with all adapters in it, rounded to its dtype."""
@@ -215,7 +217,14 @@ class LoRALinear(nn.Linear):
         return AdaptedLinear(self.own, self.lora_A, self.lora_B * self.scale).folded()
 
 def lora_layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    """{name: LoRALinear}, kept beside the model: no step of training walks over its modules."""
+    return vars(model).setdefault("adapters", {})
+
+def attach(model, name, r, alpha, dropout=0.0, rslora=False):
+    layer = LoRALinear(model.get_submodule(name), r, alpha, dropout, rslora)
+    replace(model, name, layer)
+    lora_layers(model)[name] = layer
+    return layer
 
 def add_lora(model, r=32, alpha=128, dropout=0.05, targets=TARGETS):
     """Freezes the model and adds an adapter to every Linear whose name ends in one of `targets`.
@@ -230,7 +239,7 @@ def add_lora(model, r=32, alpha=128, dropout=0.05, targets=TARGETS):
     check(not missing, f"the model's blocks have no layer named {' or '.join(sorted(missing))}")
     model.requires_grad_(False)
     for name in found:
-        replace(model, name, LoRALinear(model.get_submodule(name), r, alpha, dropout))
+        attach(model, name, r, alpha, dropout)
     return model
 
 @contextmanager
@@ -255,6 +264,7 @@ def merge_adapter(model):
         linear = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
         linear.weight, linear.bias = nn.Parameter(layer.folded(), False), layer.bias
         replace(model, name, linear)
+    lora_layers(model).clear()
     return model
 
 def save_adapter(model, directory, base=None):
@@ -291,12 +301,11 @@ def load_adapter(model, spec):
     check_adapter(model, adapter, spec)
     model.requires_grad_(False)
     for name, (A, B) in adapter["pairs"].items():
-        layer = LoRALinear(model.get_submodule(name), len(A), adapter["alphas"][name],
-                           adapter["lora_dropout"], adapter["use_rslora"])
+        layer = attach(model, name, len(A), adapter["alphas"][name], adapter["lora_dropout"],
+                       adapter["use_rslora"])
         with torch.no_grad():
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
-        replace(model, name, layer)
     return model
 
 # ---- The KL divergence, in chunks --------------------------------------------------------------
@@ -314,6 +323,12 @@ def kl_loss(student, teacher, h_s, h_t, reduction="token", chunk=256):
     total = ChunkedKL.apply(h_s, h_t, student.lm_head.weight, teacher.lm_head.weight, chunk)
     return total / (B * T if reduction == "token" else B)
 
+def logits(h, W):
+    """h (N,D), W (V,D) -> (N,V) in at least fp32.  A GPU then never rounds them to bf16."""
+    if h.is_cuda and h.dtype.itemsize == 2:
+        return torch.mm(h, W.T, out_dtype=torch.float32)
+    return at_least_fp32(h @ W.T)
+
 class ChunkedKL(torch.autograd.Function):
     """Sum over tokens of KL(teacher || student) in nats, without ever holding an (N,V) tensor.
 
@@ -330,8 +345,8 @@ class ChunkedKL(torch.autograd.Function):
         total = torch.zeros((), device=h_s.device, dtype=torch.float64)
         grad = torch.empty_like(h_s)                                              # (N,D)
         for i in range(0, len(h_s), chunk):
-            log_s = at_least_fp32(h_s[i:i + chunk] @ W_s.T).log_softmax(-1)       # (chunk,V)
-            log_t = at_least_fp32(h_t[i:i + chunk] @ W_t.T).log_softmax(-1)       # (chunk,V)
+            log_s = logits(h_s[i:i + chunk], W_s).log_softmax(-1)                 # (chunk,V)
+            log_t = logits(h_t[i:i + chunk], W_t).log_softmax(-1)                 # (chunk,V)
             p_t = log_t.exp()
             total += (p_t * (log_t - log_s)).sum().double()
             grad[i:i + chunk] = (log_s.exp() - p_t).to(W_s.dtype) @ W_s

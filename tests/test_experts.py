@@ -27,7 +27,7 @@ def test_rates_are_those_of_a_plain_loop_and_sum_to_k():
     for ids, start, got in [*zip(prompts, [0] * 3, rates), *zip(prompts, [-1] * 3, last)]:
         x, block = model.run(torch.tensor([ids]), stop=1), model.model.layers[1]  # (1,T,D)
         rope = rope_table(model.config, torch.arange(len(ids))[None])
-        x = x + block.self_attn(block.input_layernorm(x), rope, None, None, 1)
+        x = x + block.self_attn(block.input_layernorm(x), rope)
         _, expert = block.mlp.gate(block.post_attention_layernorm(x)[0])          # (T,K)
         want = torch.zeros(6)
         for row in expert[start:]:

@@ -10,7 +10,7 @@ import json
 import resource
 import shutil
 import zlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,9 @@ import resa
 from data.files import read_json
 from data.flags import choose_device
 from model import (
-    Cache, Config, Tokenizer, Transformer, check_adapter, check_sampling, collect,
-    fold, generate, load_model, load_tokenizer, put_on, read_adapter, right_pad,
-    rope_table, sample, save_model, split_spec, stream, think_prefix)
+    BAD, UNDECIDED, Cache, Config, Decoder, Tokenizer, Transformer, check_adapter, check_sampling,
+    collect, draw, fold, generate, likeliest, load_model, load_tokenizer, put_on, read_adapter,
+    right_pad, rope_table, sample, save_model, split_spec, stream, think_prefix)
 
 # ------------------------------------------------------------------------------------------------
 # Tiny models that any machine can rebuild
@@ -215,7 +215,7 @@ def test_rope_angles_are_the_published_ones_to_the_bit():
     cos, sin = rope_table(config, positions)
     assert cos.shape == (1, 1, 3, 128) and cos.dtype == torch.float32
     assert torch.equal(cos[0, 0], torch.cat((angle, angle), -1).cos())
-    assert torch.equal(sin[0, 0], torch.cat((angle, angle), -1).sin())
+    assert torch.equal(sin[0, 0], torch.cat((-angle, angle), -1).sin())
 
 
 def test_bf16_keeps_its_dtype_and_stays_near_fp32():
@@ -223,6 +223,39 @@ def test_bf16_keeps_its_dtype_and_stays_near_fp32():
         got, want = named(name, torch.bfloat16)(INPUT), named(name)(INPUT)
         assert got.dtype == torch.bfloat16
         assert (got.float() - want).norm() < 0.05 * want.norm()
+
+
+def test_blocks_that_run_again_in_the_backward_pass_give_the_same_gradients():
+    def gradients(checkpointing):
+        model = named("tied, one kv head").requires_grad_(True)
+        model.checkpointing, calls = checkpointing, []
+        model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        model(INPUT).logsumexp(-1).sum().backward()
+        with torch.no_grad():
+            model(INPUT)
+        return len(calls), [p.grad for p in model.parameters()]
+    (once, plain), (twice, again) = gradients(False), gradients(True)
+    assert (once, twice) == (2, 3) and all(map(torch.equal, plain, again))
+
+
+@pytest.fixture
+def graphs_only(monkeypatch):
+    """torch.compile up to the graphs it finds: what it gets wrong it gets wrong there; C++ is slow."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def test_compiled_blocks_equal_eager_ones(graphs_only):
+    graphs_only.clear()
+    eager, model = named("tied, one kv head"), named("tied, one kv head").compile_blocks()
+    assert torch.allclose(model(INPUT), eager(INPUT), atol=1e-5)
+    prompts = [some_ids(n, n) for n in (3, 60, 64, 9)]
+    settings = dict(max_new_tokens=12, temperature=0)
+    assert generate(model, prompts, **settings) == generate(eager, prompts, **settings)
+    found = graphs_only["frames"]                        # it took effect, once for all blocks
+    assert 0 < found["ok"] == found["total"] <= 8 and not graphs_only["recompile_limit"]
 
 
 def test_every_parameter_gets_a_gradient():
@@ -1667,10 +1700,50 @@ def test_logits_that_are_not_finite_are_no_distribution(bad, temperature):
     check_refused(lambda: sample(torch.full((1, 4), -float("inf")), u[:1], temperature), "sampling")
 
 
-def test_a_gpu_marks_them_and_the_stream_looks(monkeypatch):
-    """`sample` does not wait for a GPU; what it marks is seen where tokens come to the host."""
-    monkeypatch.setattr("model.sample", lambda logits, *_: torch.full((len(logits),), -1))
+def test_a_decode_step_marks_them_and_the_stream_looks(monkeypatch):
+    """A step does not wait for a GPU; what it marks is seen where tokens come to the host."""
+    logits = torch.tensor([[0.0, float("nan")], [0.0, 1.0]])
+    for temperature in (0, 1.0):
+        assert draw(logits, torch.zeros(2), temperature, 0.9, 0).tolist() == [BAD, 1]
+    monkeypatch.setattr("model.draw", lambda logits, *_, **__: torch.full((len(logits),), -1))
+    monkeypatch.setattr("model.sample", lambda logits, *_, **__: torch.ones(len(logits), dtype=int))
     check_refused(lambda: generate(named("tied, one kv head"), [[1, 2]], 3), "sampling: logits")
+
+
+def awkward_rows(n, vocab):
+    """Logits of n rows of each kind: random at many scales, flat, with ties (as bf16 makes them),
+    all mass in one token, two plateaus, equal but for the last bit."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(n, vocab, generator=rng)
+    one = torch.full((n, vocab), -200.0).scatter(1, x.argmax(1, keepdim=True), 50.0)
+    return {
+        "random": x * torch.linspace(0.01, 12, n)[:, None], "flat": torch.zeros(n, vocab),
+        "ties": (x * 3).round(), "bf16": (x * 4).bfloat16().float(), "one": one,
+        "plateaus": 5.0 * (x > torch.linspace(-1, 2.5, n)[:, None]), "close": 1 + x * 1e-7}
+
+
+@pytest.mark.parametrize("top_p, top_k", [
+    (0.01, 0), (0.5, 0), (0.95, 0), (0.999, 0), (1.0, 0), (0.9, 3), (1.0, 20), (1.0, 127),
+    (1.0, 128), (1.0, 600), (0.95, 128)])
+def test_sorting_only_the_likeliest_is_sorting_all(top_p, top_k):
+    """10,500 rows at the vocabulary of which 128 are sorted; which token is drawn is equal too."""
+    vocab, undecided = 2048, {}
+    assert likeliest(torch.rand(1, vocab), sort_all=False)[0].shape == (1, 128)
+    for kind, logits in awkward_rows(1500, vocab).items():
+        u = torch.rand(1500, generator=torch.Generator().manual_seed(1))
+        u[:4] = torch.tensor([0.0, 1 - 2 ** -24, 0.5, 0.25])
+        for temperature in (0.6, 1.0):
+            settings = temperature, top_p, top_k
+            want = draw(logits, u, *settings, sort_all=True)
+            some = draw(logits, u, *settings)
+            decided = some != UNDECIDED
+            assert torch.equal(some[decided], want[decided]), kind
+            assert torch.equal(sample(logits, u, *settings), want), kind
+            undecided[kind] = 1 - decided.float().mean().item()
+    assert undecided["one"] == 0 and (want >= 0).all()
+    assert (undecided["flat"] > 0) == (0 < top_k or top_p < 1)   # all equal: which ones are first?
+    if (top_p, top_k) == (0.95, 0):                              # the fast path does decide some
+        assert 0.05 < undecided["random"] < 0.95
 
 
 def test_a_row_depends_on_itself_alone():
@@ -1772,6 +1845,66 @@ def test_cached_and_batched_equals_plain_at_any_number_of_slots(setting):
         assert got == want, slots
     backwards = collect(exact(), REQUESTS[::-1], stop_ids=STOP, slots=5, **settings)
     assert backwards[::-1] == want
+
+
+@pytest.mark.parametrize("ahead", [2, 8])
+@pytest.mark.parametrize("setting", range(len(SETTINGS)))
+def test_a_look_every_few_steps_finds_the_same(monkeypatch, ahead, setting):
+    """As on a GPU: rows go on after their stop, and undecided ones stay until the next look."""
+    want, settings = plain_answers(setting, 14, STOP), dict(max_new_tokens=14, **SETTINGS[setting])
+    decided, real = [], Decoder.decide
+
+    def decider(self):
+        decided.append(real(self))
+        return decided[-1]
+
+    class Ahead(Decoder):
+        ahead = property(lambda self: ahead, lambda self, value: None)
+        decide = decider
+    monkeypatch.setattr("model.Decoder", Ahead)
+    for slots in (1, 3, 64):
+        assert collect(exact(), REQUESTS, stop_ids=set(STOP), slots=slots, **settings) == want
+    assert (len(decided) > 5) == (SETTINGS[setting].get("top_p", 1) < 1)
+    prompt = some_ids(61, 2)                             # across the ends of buckets
+    long = plain_generate(exact(), prompt, (3, 1), 80, temperature=1.0, top_p=1.0)
+    company = [(prompt, (3, 1)), (some_ids(9, 5), (3, 2))]
+    assert collect(exact(), company, max_new_tokens=80, temperature=1.0, top_p=1.0)[0] == long
+
+
+def test_rows_that_do_not_fit_wait(monkeypatch, capsys):
+    """Memory for three rows of their longest: three run at a time, and it is said once."""
+    want, settings = plain_answers(1, 14, STOP), dict(max_new_tokens=14, stop_ids=STOP)
+    settings |= SETTINGS[1]
+    row = 2 * exact().config.num_hidden_layers * exact().config.head_dim * (130 + 14) * 8
+    monkeypatch.setattr("model.free_memory", lambda device: 3.9 * row / 0.8)
+    for _ in range(2):
+        shapes = batches(lambda: collect(exact(), REQUESTS, **settings) == want or pytest.fail())
+        assert max(rows for rows, _ in shapes) == 3
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "at most 3 rows of 144 tokens" in said
+    monkeypatch.setattr("model.free_memory", lambda device: 1)           # one goes on in any case
+    assert collect(exact(), REQUESTS[:2], **settings) == want[:2]
+
+
+def test_out_of_memory_halves_the_rows_and_loses_no_text(monkeypatch, capsys):
+    want, grow, seen = plain_answers(1, 14, STOP), Cache.grow, []
+
+    def small(self, length):
+        if len(self.rows) * length > 4 * 192:            # rows x positions of this machine
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        grow(self, length)
+    monkeypatch.setattr(Cache, "grow", small)
+    with torch.no_grad():
+        for i, ids, why in stream(exact(), REQUESTS, max_new_tokens=14, slots=16, stop_ids=STOP,
+                                  **SETTINGS[1]):
+            assert (ids, why) == want[i]
+            seen.append(i)
+    assert sorted(seen) == list(range(len(REQUESTS)))    # each of them once
+    said = capsys.readouterr().err
+    assert "going on with 8 rows" in said and "with 4 rows" in said and "2 rows" not in said
+    monkeypatch.setattr(Cache, "grow", lambda self, length: small(self, 10 ** 6))
+    with pytest.raises(torch.OutOfMemoryError):          # not even one
+        collect(exact(), REQUESTS, max_new_tokens=14)
 
 
 def test_each_alone_equals_each_in_company():

@@ -8,6 +8,7 @@ arithmetic, not random; where both are installed, the last section compares with
 """
 import json
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -294,12 +295,13 @@ SCALES = [          # alpha of a layer, rank of a layer, rank-stabilised; writte
 def uneven(alpha, rank, rslora, targets=resa.TARGETS, layers=range(L)):
     """The toy with an adapter whose layers differ in rank and scale."""
     model = resa.add_lora(toy(), targets=targets)
-    for i, (name, layer) in enumerate(resa.lora_layers(model).items()):
+    for i, (name, layer) in enumerate([*resa.lora_layers(model).items()]):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         plain.weight, plain.bias = layer.weight, layer.bias
-        if block_of(name) in layers:
-            plain = resa.LoRALinear(plain, rank(i), alpha(i), rslora=rslora)
         resa.replace(model, name, plain)
+        del resa.lora_layers(model)[name]
+        if block_of(name) in layers:
+            resa.attach(model, name, rank(i), alpha(i), rslora=rslora)
     return scramble(model.eval())
 
 
@@ -446,10 +448,30 @@ def mlp_output(model, layer):
     block, h = model.model.layers[layer], model.run(IDS, stop=layer)
     positions = torch.arange(IDS.shape[1]).expand(len(IDS), -1)
     rope = rope_table(model.config, positions)
-    h = h + block.self_attn(block.input_layernorm(h), rope, None, None, layer)
+    h = h + block.self_attn(block.input_layernorm(h), rope)
     n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * block.post_attention_layernorm.weight
     gate, up, down = (getattr(block.mlp, f"{p}_proj").weight for p in ("gate", "up", "down"))
     return (F.silu(n @ gate.T) * (n @ up.T)) @ down.T, h
+
+
+@pytest.mark.parametrize("site, grad", [("resid", False), ("mlp", True)])
+def test_a_compiled_model_sees_the_splice_and_the_switch(monkeypatch, site, grad):
+    """torch.compile does not see hooks that come later; the block that has one runs as it is."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    models = adapted(above=-1), adapted(above=-1)
+    models[1].compile_blocks()
+    for teacher in (None, toy()):                        # the first compiles, the second finds it
+        losses = [resa.tuning_loss(m, toy_sae(), 1, IDS, site, grad, teacher=teacher) for m in models]
+        check_close(losses[1], losses[0], 1e-5)
+        for m, loss in zip(models, losses):
+            loss.backward()
+    for a, b in zip(*(resa.lora_layers(m).values() for m in models)):
+        assert (a.lora_B.grad is None) == (b.lora_B.grad is None)
+        if a.lora_B.grad is not None:
+            check_close(b.lora_B.grad, a.lora_B.grad, 1e-4)
+    assert all("forward" in vars(block) for block in models[1].model.layers)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("grad", [False, True])
