@@ -316,17 +316,14 @@ class Transformer(nn.Module):
         """Blocks start .. stop-1, by default all -> hidden states (B,T,D) after the last one run.
         x      ids (B,T) if start is 0, else the hidden states (B,T,D) that block `start` would see
         cache  a Cache after `seek`: x continues the tokens in it
-        stop spares an SAE the blocks above it; start lets teacher and student share the lower ones.
-        """
+        stop spares an SAE the blocks above; start lets teacher and student share the lower ones."""
         h = self.model.embed_tokens(x) if start == 0 else x                   # (B,T,D)
-        positions, mask, memory = torch.arange(h.shape[1], device=h.device)[None], None, None
+        positions, mask = torch.arange(h.shape[1], device=h.device)[None], None           # (1,T)
         if cache is not None:
             positions, mask = cache.positions, cache.mask                     # (B,T), (B,1,T,L)
         rope = rope_table(self.config, positions)        # once for all blocks
         for i in range(len(self.model.layers))[start:stop]:
-            if cache is not None:
-                memory = cache.memory(i)
-            block = self.model.layers[i]
+            block, memory = self.model.layers[i], None if cache is None else cache.memory(i)
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, rope, mask, memory, use_reentrant=False)
             else:
@@ -334,8 +331,7 @@ class Transformer(nn.Module):
         return h
 
     def compile_blocks(self):
-        """--compile: the blocks by torch.compile, which fuses their small kernels.  Hooks on a
-        block still run, around what is compiled.  Call it last, once adapters are added."""
+        """torch.compile for each block.  Hooks on a block still run; on modules in it, see resa."""
         for block in self.model.layers:
             block.forward = torch.compile(block.forward)
         return self
@@ -764,16 +760,16 @@ def stream(model, requests, *, max_new_tokens, temperature=0.6, top_p=0.95, top_
     check_sampling(model, requests, max_new_tokens, temperature, top_p, top_k, slots)
     settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     left = dict(enumerate(requests))
-    slots = min(slots, rows_that_fit(model, requests, max_new_tokens))
+    slots = rows_that_fit(model, requests, max_new_tokens, slots)
     while left:
         try:
             for index, ids, why in run_rows(model, left, max_new_tokens, settings, stop_ids, slots):
                 yield index, ids, why
                 del left[index]
         except torch.OutOfMemoryError:       # another process's, say; finished texts are kept
-            if slots == 1:
+            if min(slots, len(left)) == 1:
                 raise
-            slots //= 2
+            slots = min(slots, len(left)) // 2
             say_once(f"out of memory: going on with {slots} rows at a time")
 
 def run_rows(model, left, max_new_tokens, settings, stop_ids, slots):
@@ -809,28 +805,27 @@ def run_rows(model, left, max_new_tokens, settings, stop_ids, slots):
                     yield row.index, row.new, "stop" if stopped else "length"
                     rows[s] = None
 
-def rows_that_fit(model, requests, max_new_tokens):
-    """How many rows of a cache fit into memory if every one grows to its full length."""
+def rows_that_fit(model, requests, max_new_tokens, slots):
+    """`slots`, or as many rows as fit into memory if every one grows to its full length."""
     config, weight = model.config, model.lm_head.weight
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     longest = max_new_tokens + max((len(prompt) for prompt, _ in requests), default=0)
     size = token * longest * weight.dtype.itemsize       # bytes
-    fit = int(0.8 * free_memory(weight.device) // size)  # the rest is for activations and logits
-    if fit < len(requests):
-        say_once(f"at most {max(1, fit)} rows of {longest:,} tokens fit into memory at a time, "
-                 f"{size / 1e9:.2g} GB each")
-    return max(1, fit)
+    fit = max(1, 0.8 * free_memory(weight.device) // size)           # the rest is for activations
+    if fit < min(slots, len(requests)):
+        say_once(f"{fit:.0f} of {slots} rows fit into memory: each of {longest:,} tokens may take "
+                 f"{size / 1e9:.2g} GB")
+    return int(min(slots, fit))
 
 def free_memory(device):
     """Bytes that can still be allocated on a torch device; on a system that does not say, inf."""
     if device.type == "cuda":
         inside = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + inside
-    try:
-        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        found = None
-    return int(found[1]) * 1024 if found else math.inf
+    system = Path("/proc/meminfo")
+    if not system.exists():
+        return math.inf
+    return 1024 * int(re.search(r"MemAvailable: +(\d+)", system.read_text())[1])
 
 @lru_cache(maxsize=None)
 def say_once(text):
