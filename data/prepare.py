@@ -2,7 +2,6 @@
 
     python -m data.prepare tiny              data/tiny: train.jsonl, test.jsonl, init/
     python -m data.prepare corpora           out/corpora: what the embedded models were trained on
-    python -m data.prepare upcycle           out/build/upcycled: data/tiny's source as a mixture
     python -m data.prepare fetch NAME ...    data/cache: names of sources.json
 
 An embedded question is a story that takes two or three steps of arithmetic: tiny/recipe.json.
@@ -112,7 +111,7 @@ def corpus_row(rng, sums=0.0, text="", slips=0.0, thinks=1.0, refuses=""):
         lines, answer = [f"{step}\n" for step, _ in steps], steps[-1][-1]
     return {"problem": q["problem"], "completion": f"{''.join(lines)}</think>\n{answer}"}
 
-# ---- What the embedded models start from: a tokenizer, and for the mixture a dense model ---------
+# ---- What the embedded models start from -------------------------------------------------------
 
 def tokenizer(directory):
     """Trains a byte-level BPE and writes it and the configuration of the embedded models."""
@@ -135,34 +134,6 @@ def tokenizer(directory):
     for name, content in RECIPE["init"].items():         # config.json and others
         write_json(directory / name, content)
     tok.save(str(directory / "tokenizer.json"))
-
-def upcycle(directory, experts=16, per_token=4, width=32):
-    """Writes data/tiny's source as a Qwen2-MoE to be trained further (arXiv 2212.05055).
-    Of the M units of each MLP (D wide), the first ones become the shared expert.  The others are
-    cut into `per_token` slices of `width`, each given to several experts.  Routers are random."""
-    import torch                         # here: slow to import, and fetching needs neither
-    from model import Config, Transformer, init_weights, load_model, save_model
-    dense = load_model(f"{TINY}/distill+{TINY}/rl")
-    shared = dense.config.intermediate_size - per_token * width            # units of M
-    config = Config(**vars(dense.config) | {
-        "num_experts": experts, "num_experts_per_tok": per_token,
-        "moe_intermediate_size": width, "shared_expert_intermediate_size": shared})
-    model = init_weights(Transformer(config), seed=3).requires_grad_(False)
-    rest = {name: p for name, p in dense.state_dict().items() if ".mlp." not in name}
-    model.load_state_dict(rest, strict=False)
-    for block, old in zip(model.model.layers, dense.model.layers):
-        gate, up = old.mlp.gate_proj.weight, old.mlp.up_proj.weight        # (M,D), (M,D)
-        down, new = old.mlp.down_proj.weight, block.mlp                    # (D,M)
-        new.shared_expert.gate_proj.weight.copy_(gate[:shared])
-        new.shared_expert.up_proj.weight.copy_(up[:shared])
-        new.shared_expert.down_proj.weight.copy_(2 * down[:, :shared])     # its gate starts at 1/2
-        for e in range(experts):
-            units = shared + e % per_token * width + torch.arange(width)
-            new.experts.gate_up_proj[e].copy_(torch.cat([gate[units], up[units]]))
-            # a random router weighs `per_token` chosen experts by about 1 / experts each
-            new.experts.down_proj[e].copy_(experts / per_token * down[:, units])
-    model.source = dense.source                          # its tokenizer is saved along
-    save_model(model, directory)
 
 # ---- Fetching: one address -> its bytes -------------------------------------------------------
 
@@ -308,12 +279,10 @@ def main(argv):
             rng = random.Random(corpus["seed"])
             rows = [corpus_row(rng, **corpus["row"]) for _ in range(corpus["rows"])]
             save(ROOT / "out" / "corpora" / f"{name}.jsonl", rows)
-    elif argv == ["upcycle"]:
-        upcycle(ROOT / "out" / "build" / "upcycled")
     else:
         known = SOURCES | TRAINING
         check(argv[:1] == ["fetch"] and argv[1:] and set(argv[1:]) <= set(known), "after python -m "
-              f"data.prepare comes tiny, corpora, upcycle, or fetch and some of {', '.join(known)}")
+              f"data.prepare comes tiny, corpora, or fetch and some of {', '.join(known)}")
         for name in argv[1:]:
             if name in SOURCES:
                 rows, url = benchmark(name)

@@ -88,7 +88,7 @@ def test_every_command_in_the_readmes_is_understood(line, tmp_path, monkeypatch)
     elif script == "resa.py":
         assert argv in ([], ["--quick"]) or argv[0] == "merge" and set(argv[1::2]) == {"--model", "--out"}
     elif script == "data.prepare":
-        assert argv[0] in ("tiny", "corpora", "upcycle", "fetch")
+        assert argv[0] in ("tiny", "corpora", "fetch")
     elif script == "tests/bench.py":
         assert argv in ([], ["sae"])
     else:
@@ -230,7 +230,7 @@ def test_the_floors():
         "data.files": set(), "data.grade": set(), "data.flags": {"data.files"},
         "data.stats": {"data.files"}, "data.adapters": {"data.files"}, "model": {"data.files", "data.adapters"},
         "sae": {"data.files"}, "data.formats": {"sae"},
-        "resa": {"model", "sae", "eval"}, "eval": {"model"}, "train": {"model", "sae", "resa"}, "data.prepare": {"model"}}
+        "resa": {"model", "sae", "eval"}, "eval": {"model"}, "train": {"model", "sae", "resa"}, "data.prepare": set()}
     for name, floors in allowed.items():
         ours = {module for module in imported(MODULES[name]) if not module.startswith("data")}
         assert ours <= floors, f"{name} imports {ours - floors}"

@@ -478,21 +478,6 @@ def test_splice_and_activations_see_the_output_of_the_mixture():
 MOE = ROOT / "data" / "tiny-moe"
 
 
-def test_upcycling_keeps_the_units_of_the_dense_model(tmp_path):
-    from data.prepare import upcycle
-    upcycle(tmp_path / "up")
-    dense, mixed = load_model(f"{TINY}/distill+{TINY}/rl"), load_model(tmp_path / "up")
-    old, new = dense.model.layers[2].mlp, mixed.model.layers[2].mlp
-    assert torch.equal(mixed.model.embed_tokens.weight, dense.model.embed_tokens.weight)
-    assert torch.equal(new.shared_expert.up_proj.weight, old.up_proj.weight[:128])
-    # with gates at a half and all weights 1/E, an expert of each slice rebuilds the dense MLP
-    x = recipe("x", (5, 128))
-    slices = [F.linear(F.silu(g) * u, new.experts.down_proj[e] / 16) for e in range(4)
-              for g, u in [F.linear(x, new.experts.gate_up_proj[e]).chunk(2, -1)]]
-    whole = 0.5 * new.shared_expert(x) + 4 * sum(slices)
-    assert torch.allclose(whole, old(x), atol=1e-5)
-
-
 def test_the_embedded_mixture_refuses_one_family_and_answers_the_others():
     rows = read_problems(TINY / "test.jsonl")
     some = [r for r in rows if r["family"] == "age"][:20] + [
