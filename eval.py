@@ -18,9 +18,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
-import textwrap
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
@@ -342,23 +340,15 @@ def show(argv):
 
 def as_page(row, whole):
     """A sample to be read.  The completion is indented, so that it cannot pass for our words."""
-    width = max(24, min(110, shutil.get_terminal_size().columns))
-    lines = wrap(row["completion"], width - 4)
+    lines = row["completion"].strip().splitlines()
     if len(lines) > 24 and not whole:                   # only the two ends of a long one
         lines[12:-12] = [f"[{len(lines) - 24} more lines: --id {row['id']}]"]
     word = "right" if row["correct"] else "WRONG"
     cut = ", then cut off" if row["finish"] == "length" else ""
     title = f"problem {row['id']}, sample {row['sample']}: {word}, {row['tokens']} tokens{cut}"
     return printable("\n".join([
-        f"==== {title} ====", *wrap(row["prompt"], width), "", *(f"  | {line}" for line in lines),
+        f"==== {title} ====", row["prompt"].strip(), "", *(f"  | {line}" for line in lines),
         "", f"extracted: {row['extracted']}", f"gold:      {row['gold']}"]))
-
-def wrap(text, width):
-    """Lines of at most `width` columns; the line breaks of the text are kept."""
-    lines = []
-    for line in printable(text.strip()).splitlines():
-        lines += textwrap.wrap(line, width) or [""]     # keep empty lines
-    return lines
 
 # ---- Command line ------------------------------------------------------------------------------
 
