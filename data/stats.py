@@ -25,12 +25,10 @@ FEW = 6                              # five problems prove nothing: all turn one
 
 def pass_at_k(n, c, k):
     """Chance that k of n samples, c of them right, hold a right one (arXiv 2107.03374).
-    1 - C(n-c,k)/C(n,k): unbiased, unlike 1-(1-c/n)^k.  ValueError unless c and k are within n."""
+    Unbiased, unlike 1-(1-c/n)^k.  ValueError unless c and k are within n."""
     check(0 <= c <= n and 1 <= k <= n,
           f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
-    if n - c < k:
-        return 1.0
-    return float(1 - np.prod(1 - k / np.arange(n - c + 1, n + 1)))   # binomials would overflow
+    return 1 - math.comb(n - c, k) / math.comb(n, k)     # whole numbers, which do not overflow
 
 def wilson(c, n, z=Z):
     """95 % score interval of a rate, c successes in n trials (Wilson 1927) -> (low, high)."""
