@@ -304,8 +304,7 @@ def conclude(out, bench, asked, questions, note):
     text = "\n\n".join([text, note, "\n".join(words)])
     points = [(name, s["pass@1"], *s["interval"]) for name, s in summaries.items()]
     write_text(f"{out}/{label_of(bench)}.txt", text + "\n")
-    drawing = figure(points, f"Pass@1 on {bench}", line=points[0][1])
-    write_text(f"{out}/{label_of(bench)}.svg", drawing)
+    write_text(f"{out}/{label_of(bench)}.svg", figure(points, f"Pass@1 on {bench}"))
     print(f"\n{bench}\n\n{text}\n\n{out}: samples, adapters, table, figure, commands")
 
 def regrade(paths):

@@ -225,14 +225,11 @@ path, circle { stroke: #b8650a; fill: #b8650a; stroke-width: 2 }
 @media (prefers-color-scheme: dark) { text { fill: #e4e3df } rect { fill: #16171a } }
 </style>"""
 
-def figure(points, title, line=None):
+def figure(points, title):
     """Arms [(name, value, low, high)], top to bottom -> SVG text, 800 px wide, light and dark.
-    low, high  None where there is no interval.  line  a value to compare with: dashed, vertical"""
-    values = [] if line is None else [line]
-    for point in points:
-        values += [value for value in point[1:] if value is not None]
-    first = math.floor(min(values) * 10)                 # the axis, in tenths
-    last = max(math.ceil(max(values) * 10), first + 1)
+    A dashed line stands at the value of the first."""
+    first = math.floor(min(low for _, _, low, _ in points) * 10)         # the axis, in tenths
+    last = max(math.ceil(max(high for *_, high in points) * 10), first + 1)
     bottom = 50 + 28 * len(points)
 
     def x(value):
@@ -247,12 +244,10 @@ def figure(points, title, line=None):
     for tick in [i / 10 for i in range(first, last + 1)]:
         parts.append(f'<path class="grid" d="M{x(tick)} 44V{bottom}"/>')
         parts.append(words(x(tick), bottom + 22, f"{tick:.1f}", ' text-anchor="middle"'))
-    if line is not None:
-        parts.append(f'<path class="base" d="M{x(line)} 44V{bottom}"/>')
+    parts.append(f'<path class="base" d="M{x(points[0][1])} 44V{bottom}"/>')
     for y, (name, value, low, high) in zip(range(64, bottom, 28), points):
         parts.append(words(16, y + 5, name if len(name) < 30 else f"{name[:28]}…"))
         parts.append(f'<circle cx="{x(value)}" cy="{y}" r="4"/>')
-        if low is not None:
-            parts.append(f'<path d="M{x(low)} {y}H{x(high)}"/>')
+        parts.append(f'<path d="M{x(low)} {y}H{x(high)}"/>')
         parts.append(words(640, y + 5, bracketed(value, low, high)))
     return "\n".join([*parts, "</svg>\n"])

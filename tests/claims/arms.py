@@ -6,7 +6,7 @@
 
 Every arm is a command line, noted in OUT/seed-N/commands.sh.  Intervals are Student's t over seeds:
 they cover another training and other samples; questions, base and source are always the same.
-The result is OUT/report.md, with a figure for each section.
+The result is OUT/report.md.
 """
 
 import time
@@ -178,23 +178,23 @@ def over_seeds(runs, controls=None):
     return mean, float(low), float(high), None
 
 def describe(args, name, rows):
-    """One section -> its Markdown, and the points of its figure."""
+    """One section -> its Markdown."""
     about, arms, questions = SECTIONS[name]
     if name == "generality":
         family = {row["id"]: row["family"] for row in read_problems(TINY / "test.jsonl")}
         for arm, runs in rows.items():
             rows[arm] = [[r for r in run if family[r["id"]] in HALVES["elicit"]] for run in runs]
-    lines, points = [["arm", "Pass@1", "minus base"], ["---"] * 3], []
+    lines = [["arm", "Pass@1", "minus base"], ["---"] * 3]
     for arm in dict.fromkeys(["base", *arms]):
-        points.append((arm, *over_seeds(rows[arm])[:3]))
+        rate = eval.bracketed(*over_seeds(rows[arm])[:3])
         gain = eval.bracketed(*over_seeds(rows[arm], rows["base"])[:3], "+")
-        lines.append([arm, eval.bracketed(*points[-1][1:]), "" if arm == "base" else gain])
+        lines.append([arm, rate, "" if arm == "base" else gain])
     words = [eval.verdict(a, b, why, *over_seeds(rows[a], rows[b])) for a, b, why in questions]
     if name == "cost":
         words = cost(args.out)
     table = ["| " + " | ".join(row) + " |" for row in lines]
     text = [f"## {name}", about, "\n".join(table), "\n".join(f"- {word}" for word in words)]
-    return "\n\n".join(filter(None, text)), points
+    return "\n\n".join(filter(None, text))
 
 def cost(out):
     """What SAE and adapter took of what RL took, from the summaries of seed 0, in words."""
@@ -226,10 +226,7 @@ def main(argv):
     n = (f"{args.seeds} seed(s) x {len(rows['base'][0])} samples of {args.bench}; intervals: "
          "Student's t over seeds, none for fewer than 3 seeds or equal ones")
     parts = [f"# SAE-Tuning and its controls\n\n{time.strftime('%Y-%m-%d')}, {n}"]
-    for name in args.sections:
-        text, points = describe(args, name, dict(rows))
-        parts.append(text)
-        write_text(f"{args.out}/{name}.svg", eval.figure(points, f"{name}: Pass@1"))
+    parts += [describe(args, name, dict(rows)) for name in args.sections]
     write_text(f"{args.out}/report.md", "\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
     print(f"\n{args.out}/report.md; {time.perf_counter() - began:.0f} s in all")
