@@ -1025,6 +1025,7 @@ def test_a_figure_is_xml_that_nothing_in_it_can_break():
     assert "href" not in text and "url(" not in text, "nothing is fetched"
     assert "nan" not in ev.figure([("all wrong", 0, 0, 0)], "an axis without a width")
     assert 'class="base" d="M250.0 ' in ev.figure(points[::-1], "at 0")
+    assert 'd="M259.2 64H610.' in ev.figure([("wide", 0.55, 0.31, 0.69)], "the axis holds intervals")
 
 
 def test_table_is_aligned():
