@@ -1871,6 +1871,15 @@ def test_a_look_every_few_steps_finds_the_same(monkeypatch, ahead, setting):
     assert collect(exact(), company, max_new_tokens=80, temperature=1.0, top_p=1.0)[0] == long
 
 
+def test_a_row_that_has_ended_stays_within_the_cache():
+    """The longest row ends first: the others read fewer positions than it has, it writes there."""
+    requests = [(some_ids(130, 1), (7, 0, 2))] + [(some_ids(3, i), (7, i, 2)) for i in (2, 3, 4)]
+    free = [plain_generate(exact(), *request, 14, temperature=1.0)[0] for request in requests]
+    stop = next(token for token in free[0][:6] if token not in sum(free[1:], []))
+    got = collect(exact(), requests, max_new_tokens=14, temperature=1.0, stop_ids={stop})
+    assert [ids for ids, _ in got] == [free[0][:free[0].index(stop) + 1], *free[1:]]
+
+
 def test_rows_that_do_not_fit_wait(monkeypatch, capsys):
     """Memory for three rows of their longest: three run at a time, and it is said once."""
     want, settings = plain_answers(1, 14, STOP), dict(max_new_tokens=14, stop_ids=STOP)
