@@ -72,17 +72,15 @@ def clock(side, device):
         torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start)
 
-def race(title, sides, device, runs=7):
+def race(title, sides, device, runs=5):
     """Prints the median of each side, and of its ratio to the first one, with the extremes.
-    The sides alternate, so that a busy machine disturbs all of them.  A side of None is left out.
-    """
-    sides = {name: side for name, side in sides.items() if side}
+    The sides alternate, so that a busy machine disturbs all of them."""
     times = torch.tensor([[clock(side, device) for side in sides.values()]
                           for _ in range(runs + 2)])[2:]     # in the first two, memory is laid out
     print(f"\n{title}")
     for name, own in zip(sides, times.T):
         low, middle, high = (own / times[:, 0]).quantile(torch.tensor([0, 0.5, 1])).tolist()
-        print(f"    {name:32s} {own.median():9.1f} ms   {middle:5.2f}x ({low:.2f} .. {high:.2f})")
+        print(f"    {name:28s} {own.median():9.1f} ms   {middle:5.2f}x ({low:.2f} .. {high:.2f})")
 
 # ---- generate ----------------------------------------------------------------------------------
 
@@ -99,29 +97,22 @@ def questions(lm, args):
     return [torch.randint(V, (n,), generator=rng).tolist() for n in lengths], []
 
 def bench_generate(args):
-    lm = load(args)
+    lm, real = load(args), model_.likeliest
     (prompts, stop), new, rows = questions(lm, args), args.new_tokens, args.rows
-    ours = partial(model_.generate, lm, prompts, new, stop_ids=stop, slots=rows)
-    sides = {"ours": ours, "ours, every token sorted": partial(sort_all, ours)}
+
+    def ours(model=lm):
+        model_.generate(model, prompts, new, stop_ids=stop, slots=rows)
+    all_sorted = mock.patch("model.likeliest", lambda p, _: real(p, True))
+    sides = {"ours": ours, "ours, every token sorted": all_sorted(ours)}
     if args.device != "cpu":
-        sides["ours, without graphs"] = partial(without_graphs, ours)
+        sides["ours, no graphs"] = mock.patch("model.Decoder.replay", model_.Decoder.step)(ours)
+    if args.compile:
+        sides["ours, compiled"] = partial(ours, load(args).compile_blocks())
     theirs = peer(lm)
     if theirs:
         sides["transformers"] = partial(peer_generate, theirs, prompts, new, stop, rows)
-    if args.compile:
-        sides["ours, compiled"] = partial(model_.generate, load(args).compile_blocks(), prompts,
-                                          new, stop_ids=stop, slots=rows)
     race(f"generate: {args.shape}, {len(prompts)} prompts, {new} new tokens, {rows} rows at a time",
-         sides, args.device, runs=5)
-
-def sort_all(side):
-    real = model_.likeliest
-    with mock.patch("model.likeliest", lambda p, sort_all: real(p, True)):
-        side()
-
-def without_graphs(side):
-    with mock.patch("model.Decoder.replay", model_.Decoder.step):
-        side()
+         sides, args.device)
 
 @torch.no_grad()
 def peer_generate(theirs, prompts, new, stop, rows):
@@ -186,21 +177,19 @@ def bench_tune(args):
     ids = torch.randint(lm.config.vocab_size, (1, T), device=args.device)                 # (B,T)
     sae = sae_.build("topk", lm.config.hidden_size, 16384, k=32).to(args.device)
     sae.requires_grad_(False)
-    theirs = peer(lm)                                    # first: it shares the plain weights
-    sides = {"ours": None, "ours, two passes": None}
-    if theirs and find_spec("peft"):
-        sides["transformers + PEFT"] = peer_tune(theirs, sae, layer, ids)
+    theirs = peer(lm) if find_spec("peft") else None     # before ours has adapters: one base
     resa.add_lora(lm, dropout=0.0).train()
 
-    def step():
-        resa.tuning_loss(lm, sae, layer, ids).backward()
-    sides["ours"] = step
+    def ours(model=lm):
+        resa.tuning_loss(model, sae, layer, ids).backward()
     two = mock.patch("resa.shares_prefix", mock.Mock(return_value=False))
-    sides["ours, two passes"] = two(step)
+    sides = {"ours": ours, "ours, two passes": two(ours)}
     if args.compile:
         fast = resa.add_lora(load(args), dropout=0.0).train().compile_blocks()
-        sides["ours, compiled"] = lambda: resa.tuning_loss(fast, sae, layer, ids).backward()
-    race(f"tune: a step, {args.shape}, 1 x {T:,} tokens, layer {layer}", sides, args.device, 5)
+        sides["ours, compiled"] = partial(ours, fast)
+    if theirs:
+        sides["transformers + PEFT"] = peer_tune(theirs, sae, layer, ids)
+    race(f"tune: a step, {args.shape}, 1 x {T:,} tokens, layer {layer}", sides, args.device)
 
 def peer_tune(theirs, sae, layer, ids):
     """A step as published: LoRA of PEFT, a hook for the SAE, logits of all tokens at once."""
