@@ -211,8 +211,8 @@ def train_sae(sae, batches, optimizer, args, start=0):
 @torch.no_grad()
 def agree(sae, before, xs):
     """Gradients, and what `observe` counted, become those of the micro-batches of all processes.
-    before: {name: buffer} at the start of the step.  Counters are then exactly one process's; only
-    within a step AuxK takes a latent for dead, or not, that another process has just changed."""
+    before: {name: buffer} at the start of the step.  Counters are then exactly one process's, but
+    within a step AuxK does not see them change elsewhere.  `finish_sae` measures thresholds."""
     average_gradients(sae.parameters())
     (rank, processes), own = world(), sum(len(x) for x, _, _ in xs)
     tokens = list(map(int, add_up([own * (i == rank) for i in range(processes)])))    # of each
@@ -225,8 +225,6 @@ def agree(sae, before, xs):
             buffer.copy_(before[name] + reduce_(new))
         elif name == "peak":
             reduce_(buffer, "MAX")
-        elif name == "threshold":            # a running mean
-            buffer.copy_(before[name] + reduce_(new) / processes)
 
 def make_sae(args, width):
     """The SAE of --init: fresh, to be fine-tuned, or as it is.  ValueError: another width."""
