@@ -437,27 +437,23 @@ def main(argv):
     if args.regrade:
         return print(report(regrade(args.regrade))[0])
     with shared_run():
-        compare(args)
-
-def compare(args):
-    """Evaluates each model on each benchmark and reports."""
-    args.device = choose_device(args.device)
-    # All files are read before the first model is loaded: a mistake shows at once.
-    with first_alone():
-        benches = read_benches(args)
-    results = {name: {} for name in benches}
-    adapter = f"out/{args.preset}/adapter"              # what tuning wrote
-    check(args.model or Path(adapter).is_dir(), f"{adapter}: no adapter there; run train.py "
-          "--stage tune, or name models: --model")
-    for spec in args.model or [f"{read_preset(args.preset)['target']}+{adapter}"]:
-        model, tokenizer = load_model(spec, args.dtype, args.device), load_tokenizer(spec)
-        for name, (problems, _, prompt) in benches.items():
-            results[name][label_of(spec)] = evaluate(
-                model, tokenizer, problems, samples_path(args.out, name, spec),
-                label=label_of(spec), prompt=prompt, **sampling_of(args, name))
-    for name, (_, source, _) in benches.items():
-        if world()[0] == 0:
-            save_report(args, name, source, results[name])
+        args.device = choose_device(args.device)
+        # All files are read before the first model is loaded: a mistake shows at once.
+        with first_alone():
+            benches = read_benches(args)
+        results = {name: {} for name in benches}
+        adapter = f"out/{args.preset}/adapter"              # what tuning wrote
+        check(args.model or Path(adapter).is_dir(), f"{adapter}: no adapter there; run train.py "
+              "--stage tune, or name models: --model")
+        for spec in args.model or [f"{read_preset(args.preset)['target']}+{adapter}"]:
+            model, tokenizer = load_model(spec, args.dtype, args.device), load_tokenizer(spec)
+            for name, (problems, _, prompt) in benches.items():
+                results[name][label_of(spec)] = evaluate(
+                    model, tokenizer, problems, samples_path(args.out, name, spec),
+                    label=label_of(spec), prompt=prompt, **sampling_of(args, name))
+        for name, (_, source, _) in benches.items():
+            if world()[0] == 0:
+                save_report(args, name, source, results[name])
 
 if __name__ == "__main__":
     front_door(main)

@@ -567,8 +567,7 @@ CHANGEABLE = {"resume", "out", "log_every", "save_every", "device", "config", "g
 ARTIFACT = {"sae": "cfg.json", "pretrain": "model/config.json"}
 
 class Run:
-    """A run directory while it is written: settings, log, checkpoints, summary.
-    Under torchrun the first process alone writes; a checkpoint is the same for all."""
+    """A run directory while it is written: settings, log, checkpoints, summary."""
 
     def __init__(self, stage, args, module, optimizer, flops):
         self.stage, self.args, self.module, self.optimizer = stage, args, module, optimizer
@@ -576,7 +575,7 @@ class Run:
         self.checkpoint = self.out / "checkpoint.safetensors"
         self.metrics = self.out / "metrics.jsonl"
         self.start, self.tokens, self.began = 0, 0, time.perf_counter()
-        self.writes = world()[0] == 0
+        self.writes = world()[0] == 0        # all processes hold, and resume from, the same
         self.settings = {k: v for k, v in vars(args).items() if k not in CHANGEABLE}
         log = self.restore() if args.resume else ""
         check(args.resume or not self.checkpoint.exists(),
@@ -607,19 +606,18 @@ class Run:
 
     def log(self, done, values):
         """A line of metrics.jsonl, and of stderr or in the bar."""
-        means = [x / self.args.processes for x in add_up([float(x) for x in values.values()])]
-        row, seconds = {"step": done} | dict(zip(values, means)), time.perf_counter() - self.began
-        speed = self.tokens / seconds
-        row |= {"tok/s": speed, "seconds": round(seconds, 3)}
+        seconds, processes = time.perf_counter() - self.began, self.args.processes
+        sums = add_up([float(value) for value in values.values()])
+        row = {"step": done} | {name: x / processes for name, x in zip(values, sums)}
+        row |= {"tok/s": self.tokens / seconds, "seconds": round(seconds, 3)}
         if self.args.device != "cpu":
-            row |= on_gpu(self.args.device, speed * self.flops / self.args.processes)
+            row |= on_gpu(self.args.device, row["tok/s"] * self.flops / processes)
         check(all(map(math.isfinite, row.values())),
               f"step {done}: not a finite number: {row}; lower --lr")
         if self.writes:
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        shown = [f"{name} {row[name]:,.6g}" for name in row if name not in ("step", "seconds")]
-        line = "  ".join(shown)
+        line = "  ".join(f"{k} {v:,.6g}" for k, v in row.items() if k not in ("step", "seconds"))
         self.bar.set_postfix_str(line)
         if self.bar.disable:                 # no terminal: the bar shows nothing
             left = tqdm.format_interval(seconds / done * (self.args.steps - done))
@@ -698,13 +696,10 @@ PEAKS = {"A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "H100": 989e12, "H2
          "B200": 2250e12}
 
 def on_gpu(device, flops):
-    """{"gb": most memory held, and of a known card "mfu": these FLOPs a second, of its peak}."""
-    found = {"gb": torch.cuda.max_memory_allocated(device) / 1e9}
+    """{"gb": most memory held} and, of a known card, {"mfu": these FLOPs a second by its peak}."""
     card = torch.cuda.get_device_name(device)
-    for name, peak in PEAKS.items():
-        if name in card:
-            found["mfu"] = flops / peak
-    return found
+    mfu = {"mfu": flops / peak for name, peak in PEAKS.items() if name in card}
+    return mfu | {"gb": torch.cuda.max_memory_allocated(device) / 1e9}
 
 # ---- FLOPs per token ---------------------------------------------------------------------------
 
@@ -862,19 +857,15 @@ def main(argv):
         return print(__doc__)
     check(known.stage in RUN, f"usage: train.py --stage {' | '.join(RUN)} ...; see --help")
     with shared_run():
-        train(known.stage, rest)
-
-def train(stage, argv):
-    """A stage with these flags; its summary is printed."""
-    args = settings(stage, argv)
-    if stage == "sae" and args.variant == "help":
-        return list_variants()
-    with first_alone():
-        data_file(args.data)             # fetched before a model is loaded: a failure shows early
-    summary = RUN[stage](args)
-    print(args.out)
-    for name, value in summary.items():
-        print(f"  {name:16s} {value:,.6g}" if isinstance(value, float) else f"  {name:16s} {value}")
+        args = settings(known.stage, rest)
+        if known.stage == "sae" and args.variant == "help":
+            return list_variants()
+        with first_alone():              # before a model is loaded: a failure shows early
+            data_file(args.data)
+        summary = RUN[known.stage](args)
+        print(args.out)
+        for name, value in summary.items():
+            print(f"  {name:16s}", f"{value:,.6g}" if isinstance(value, float) else value)
 
 if __name__ == "__main__":
     front_door(main)

@@ -59,13 +59,12 @@ def whole(low, high=2**62):
 SEED = whole(0, 2**32 - 1)      # numpy would take a larger one for two numbers
 
 def choose_device(name=None):
-    """"cpu", "cuda" or "cuda:N"; None picks a GPU where there is one.  ValueError: not there.
-    Under torchrun "cuda" is a GPU for each process."""
+    """"cpu", "cuda" or "cuda:N"; None picks a GPU where there is one.  ValueError: not there."""
     import torch                         # slow to import, and --help has no need of it
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = ["cuda", *(f"cuda:{i}" for i in range(count)), "cpu"] if count else ["cpu"]
     name = name or known[0]
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
+    if name == "cuda" and "LOCAL_RANK" in os.environ:      # torchrun: one for each process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     check(name in known, f"device {shorten(name)} is not one of those here: {', '.join(known)}")
     return name

@@ -1,10 +1,8 @@
 """A run that the processes of torchrun share: who takes what, and what they tell each other.
 
     torchrun --nproc-per-node 2 train.py --stage sae ...     each takes its share of every batch
-    torchrun --nproc-per-node 2 eval.py --bench tiny ...     each takes its share of the problems
 
-All run the same program and differ by world() alone.  They start from one seed and average their
-gradients, so their weights stay equal without being sent.
+They start from one seed and average their gradients: weights stay equal without being sent.
 """
 
 import os
@@ -23,7 +21,7 @@ def world():
 @contextmanager
 def shared_run():
     """Inside, the processes of torchrun can reach each other, and only the first prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
@@ -32,6 +30,7 @@ def shared_run():
         out, err = (nowhere, nowhere) if world()[0] else (sys.stdout, sys.stderr)
         with redirect_stdout(out), redirect_stderr(err):     # errors end this block: all are seen
             yield
+    wait_for_all()                       # nobody hangs up while another still listens
     dist.destroy_process_group()
 
 def reduce_(tensor, op="SUM"):
