@@ -10,7 +10,7 @@
 A run directory holds config.json (settings, versions), metrics.jsonl (an object per logged step),
 checkpoint.safetensors (until the run is done), summary.json and what was trained.  --resume
 continues an interrupted run, on a CPU to the same bits.  Under torchrun (--nproc-per-node N)
-processes share each batch; without dropout and noise, what they learn is what one would learn.
+processes share each batch; but for dropout, noise and AuxK they learn what one would learn.
 
 B batch, T time, D width, V vocabulary, F latents, K active, N tokens, n chunks in the data,
 Q questions in a step, G samples of each, S = Q G.
