@@ -19,12 +19,10 @@ import json
 import os
 import re
 import sys
-from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data import prepare
@@ -35,6 +33,7 @@ from data.flags import (
     SEED, Parser, choose_device, front_door, open_run, parse, read_preset, real, refuse_idle,
     whole)
 from data.grade import extract_answer, grade, grade_answer       # noqa: F401  (for importers)
+from data.processes import first_alone, shared_run, wait_for_all, world
 from data.stats import (                                         # noqa: F401  (for importers)
     bracketed, figure, interval, paired, paired_difference, pass_at_k, permutation_p, student,
     summarize, verdict, wilson)
@@ -91,7 +90,7 @@ def evaluate(model, tokenizer, problems, path, *, samples=1, temperature=0.6, to
     plan, ids_of = make_plan(model, tokenizer, problems, samples, seed, settings, prompt, system)
     done = gather(path, plan, fresh)
     missing, (rank, processes) = my_share(plan, done), world()
-    if done and rank == 0:
+    if done:
         print(f"{path}: {len(done)} of {len(plan)} samples are already there", file=sys.stderr)
     # Every sample is on disk the moment it ends: kill -9 loses nothing else.
     model.eval()                                         # an adapter in training has dropout
@@ -99,7 +98,7 @@ def evaluate(model, tokenizer, problems, path, *, samples=1, temperature=0.6, to
     with open(own, "a", encoding="utf-8") as file, torch.no_grad():
         rows = generate_rows(model, tokenizer, missing, ids_of, slots=slots, **sampling)
         for row in tqdm(rows, label or "eval", len(done) + len(missing), initial=len(done),
-                        unit="sample", disable=rank > 0 or None):      # None: a bar on terminals
+                        unit="sample", disable=None):      # a bar on terminals
             file.write(json.dumps(row) + "\n")
             file.flush()
     model.train(was_training)
@@ -129,7 +128,7 @@ def make_plan(model, tokenizer, problems, samples, seed, settings, prompt="{prob
     positions = model.config.max_position_embeddings
     room = [max(positions - len(ids), 0) for ids in ids_of.values()]  # new tokens, per prompt
     check(max(room) > 0, f"the shortest prompt fills all {positions} positions of this model")
-    if min(room) < settings["max_new_tokens"] and world()[0] == 0:
+    if min(room) < settings["max_new_tokens"]:
         print(f"{settings['label']}: the model's {positions} positions leave room for {min(room)} "
               f"to {max(room)} new tokens; {room.count(0)} of {len(room)} prompts fill them all, "
               "so that nothing is generated", file=sys.stderr)
@@ -214,15 +213,6 @@ def accept(path, plan):
                   f"{shorten(old.get(name))}, this run has {shorten(new[name])}; {hint}")
         done[key] = mark(row | {"gold": plan[key]["gold"]})      # a corrected gold counts at once
     return done
-
-def world():
-    """(number of this process, how many there are) under torchrun, else (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-def wait_for_all():
-    """All that the processes tell each other is that they have come this far."""
-    if dist.is_initialized():
-        dist.barrier()                                  # gloo; nothing else is sent
 
 def my_share(plan, done):
     """The rows this process has to sample: whole problems, so that each prompt is read once."""
@@ -395,7 +385,7 @@ def check_flags(args):
         args.temperature, args.samples, args.top_p, args.top_k = 0.0, 1, 1.0, 0
 
 def read_benches(args):
-    """--bench -> {name: (problems, source, prompt)}.  The first process fetches."""
+    """--bench -> {name: (problems, source, prompt)}."""
     names = list(PUBLISHED) if args.bench == "all" else args.bench.split(",")
     names = [args.bench] if Path(args.bench).is_file() else names      # with a comma in its name
     folders = {samples_path("", name, "") for name in names}
@@ -404,14 +394,10 @@ def read_benches(args):
     if args.prompt_file:
         own = read_text(args.prompt_file).strip()       # asks every benchmark
         check("{problem}" in own, f"{args.prompt_file}: there is no {{problem}} in it")
-    if world()[0] > 0:
-        wait_for_all()                                   # the files are there then
     for name in names:
         problems, source = read_bench(name)
         prompt = CHOICE_PROMPT if name.endswith(".csv") else BENCHES.get(name, "{problem}")
         benches[name] = problems[:args.limit or None], source, own or prompt
-    if world()[0] == 0:
-        wait_for_all()                                  # let the others go on
     return benches
 
 def sampling_of(args, name):
@@ -439,28 +425,24 @@ def main(argv):
     args = settings(argv)
     if args.regrade:
         return print(report(regrade(args.regrade))[0])
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:     # torchrun; one may take days longer
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    args.device = choose_device(args.device)            # a GPU for each process
-    if args.device == "cuda" and dist.is_initialized():
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    # All files are read before the first model is loaded: a mistake shows at once.
-    benches = read_benches(args)
-    results = {name: {} for name in benches}
-    adapter = f"out/{args.preset}/adapter"              # what tuning wrote
-    check(args.model or Path(adapter).is_dir(), f"{adapter}: no adapter there; run train.py "
-          "--stage tune, or name models: --model")
-    for spec in args.model or [f"{read_preset(args.preset)['target']}+{adapter}"]:
-        model, tokenizer = load_model(spec, args.dtype, args.device), load_tokenizer(spec)
-        for name, (problems, _, prompt) in benches.items():
-            results[name][label_of(spec)] = evaluate(
-                model, tokenizer, problems, samples_path(args.out, name, spec),
-                label=label_of(spec), prompt=prompt, **sampling_of(args, name))
-    for name, (_, source, _) in benches.items():
-        if world()[0] == 0:
-            save_report(args, name, source, results[name])
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with shared_run():
+        args.device = choose_device(args.device)
+        # All files are read before the first model is loaded: a mistake shows at once.
+        with first_alone():
+            benches = read_benches(args)
+        results = {name: {} for name in benches}
+        adapter = f"out/{args.preset}/adapter"              # what tuning wrote
+        check(args.model or Path(adapter).is_dir(), f"{adapter}: no adapter there; run train.py "
+              "--stage tune, or name models: --model")
+        for spec in args.model or [f"{read_preset(args.preset)['target']}+{adapter}"]:
+            model, tokenizer = load_model(spec, args.dtype, args.device), load_tokenizer(spec)
+            for name, (problems, _, prompt) in benches.items():
+                results[name][label_of(spec)] = evaluate(
+                    model, tokenizer, problems, samples_path(args.out, name, spec),
+                    label=label_of(spec), prompt=prompt, **sampling_of(args, name))
+        for name, (_, source, _) in benches.items():
+            if world()[0] == 0:
+                save_report(args, name, source, results[name])
 
 if __name__ == "__main__":
     front_door(main)

@@ -902,10 +902,11 @@ def make_optimizer(sae, name, lr=None):
         return Signum(sae, lr)
     return torch.optim.Adam(sae.parameters(), lr=lr, betas=sae.betas, fused=True)
 
-def train_step(sae, optimizer, xs, progress=1.0):
+def train_step(sae, optimizer, xs, progress=1.0, average=None):
     """One step of any variant on micro-batches, averaged with equal weight -> parts.
     xs        list of x (N_i, D), or of (x, g, position) as `SAE.loss` takes them
     progress  fraction of training completed, 0 to 1
+    average   called before the optimizer acts, where processes share the batch
     parts     those of `SAE.loss`, averaged over xs (fired: in any of them), and "loss"
     """
     optimizer.zero_grad()      # for TopK, nothing here waits for the device unless there is AuxK
@@ -919,6 +920,8 @@ def train_step(sae, optimizer, xs, progress=1.0):
         with torch.no_grad():
             sae.observe(b)
         seen.append({"loss": total.detach(), **parts})
+    if average:
+        average()
     if sae.unit_rows and sae.W_dec.requires_grad:
         sae.project_grad_()
     if sae.clip < math.inf:

@@ -9,7 +9,8 @@
 
 A run directory holds config.json (settings, versions), metrics.jsonl (an object per logged step),
 checkpoint.safetensors (until the run is done), summary.json and what was trained.  --resume
-continues an interrupted run, on a CPU to the same bits.
+continues an interrupted run, on a CPU to the same bits.  Under torchrun (--nproc-per-node N)
+processes share each batch; but for dropout, noise and AuxK they learn what one would learn.
 
 B batch, T time, D width, V vocabulary, F latents, K active, N tokens, n chunks in the data,
 Q questions in a step, G samples of each, S = Q G.
@@ -42,6 +43,8 @@ from data.flags import (
 from data.formats import load_any
 from data.grade import grade
 from data.prepare import TRAINING, training_set
+from data.processes import (add_up, average_gradients, first_alone, reduce_, seed_step, share,
+                            shared_run, wait_for_all, world)
 from model import (at_least_fp32, collect, load_model, load_tokenizer, right_pad, save_model,
                    split_spec, think_prefix)
 from sae import (VARIANTS, Chosen, Metrics, build, default_lr, init_b_dec, make_optimizer,
@@ -125,7 +128,7 @@ def chunk_indices(step, n, args):
 
 def micro_batches(ids, args):
     """ids (B,...) -> the parts of one forward pass each."""
-    return ids.split(args.micro_batch or args.batch)        # equal sizes: settings checks
+    return ids.split(args.micro_batch)       # equal sizes: settings checks
 
 # ---- Steps: at which rate, on which gradient ---------------------------------------------------
 
@@ -148,6 +151,7 @@ def optimizer_step(loss_of, parts, optimizer, rate):
         loss.backward()
         total = total + loss.detach()
     group, = optimizer.param_groups          # one learning rate for all
+    average_gradients(group["params"])
     norm = nn.utils.clip_grad_norm_(group["params"], 1.0)       # as published
     group["lr"] = rate
     optimizer.step()
@@ -167,6 +171,8 @@ def run_sae(args):
     model, tokenizer = load_model(args.source, args.dtype, args.device), load_tokenizer(args.source)
     torch.manual_seed(args.seed)    # for variants that draw noise
     sae = make_sae(args, model.config.hidden_size).to(args.device)
+    check(args.processes == 1 or sae.W_dec.requires_grad,
+          f"--variant {sae.variant} collects its dictionary in one pass: start it without torchrun")
     chunks, held = hold_out(load_chunks(args, tokenizer, model))                  # (n,T) each
     prepare_sae(model, sae, chunks, args)
     optimizer = make_optimizer(sae, args.optimizer, args.lr)
@@ -184,7 +190,8 @@ def run_sae(args):
             finish_sae(model, sae, chunks, args)
         measured = sae_metrics(model, sae, held.to(args.device), args)
         check(math.isfinite(measured["fvu"]), f"FVU {measured['fvu']} at the end: lower --lr")
-        save_sae(sae, args.out)
+        if run.writes:
+            save_sae(sae, args.out)
     return run.finish(**measured)
 
 def train_sae(sae, batches, optimizer, args, start=0):
@@ -195,7 +202,29 @@ def train_sae(sae, batches, optimizer, args, start=0):
     for step, xs in enumerate(batches, start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        yield step, train_step(sae, optimizer, xs, progress=step / args.steps)
+        average = None
+        if world()[1] > 1:
+            before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
+            average = partial(agree, sae, before, xs)
+        yield step, train_step(sae, optimizer, xs, step / args.steps, average)
+
+@torch.no_grad()
+def agree(sae, before, xs):
+    """Gradients, and what `observe` counted, become those of the micro-batches of all processes.
+    before: {name: buffer} at the start of the step.  Counters are then exactly one process's, but
+    within a step AuxK does not see them change elsewhere.  `finish_sae` measures thresholds."""
+    average_gradients(sae.parameters())
+    (rank, processes), own = world(), sum(len(x) for x, _, _ in xs)
+    tokens = list(map(int, add_up([own * (i == rank) for i in range(processes)])))    # of each
+    for name, buffer in sae.named_buffers():
+        new = buffer - before[name]
+        if name == "tokens_since_fired":     # what later processes saw comes after this
+            missed = torch.where(new == own, sum(tokens) - own, sum(tokens[rank + 1:]))
+            reduce_(buffer.add_(missed), "MIN")
+        elif name in ("fired", "tokens"):    # counts of GBA
+            buffer.copy_(before[name] + reduce_(new))
+        elif name == "peak":
+            reduce_(buffer, "MAX")
 
 def make_sae(args, width):
     """The SAE of --init: fresh, to be fine-tuned, or as it is.  ValueError: another width."""
@@ -276,9 +305,10 @@ def find_sink_norm(x, sae, args):
     return limit
 
 def harvest_batch(model, sae, chunks, step, args):
-    """The micro-batches of a step: a list of (x, g, at)."""
+    """The micro-batches of a step that this process takes: a list of (x, g, at)."""
     picked = torch.tensor(chunk_indices(step, len(chunks), args))                 # (B,)
-    return [harvest(model, sae, chunks, part, args) for part in micro_batches(picked, args)]
+    parts = share(micro_batches(picked, args))
+    return [harvest(model, sae, chunks, part, args) for part in parts]
 
 def harvest(model, sae, chunks, picked, args):
     """Chunks `picked` (B,) -> activations x (N,D) in fp32, gradients g (N,D) or None, at (N,).
@@ -304,7 +334,7 @@ def finish_sae(model, sae, chunks, args):
     if not sae.unit_rows:
         sae.fold_rows_()            # keeps what the SAE computes
     if isinstance(sae, Chosen) and not sae.per_token:
-        picked = order(len(chunks), args.seed, 0)[:16 * (args.micro_batch or args.batch)]
+        picked = order(len(chunks), args.seed, 0)[:16 * args.micro_batch]
         sae.calibrate(harvest(model, sae, chunks, part, args)[0]
                       for part in micro_batches(torch.tensor(picked), args))
 
@@ -366,11 +396,11 @@ def train_on_text(stage, args, model, optimizer, loss_of, name, sae=None):
     for step in range(run.start, args.steps):
         ids = chunks[chunk_indices(step, len(chunks), args)].to(args.device)      # (B,T)
         rate = learning_rate(step, args)
-        loss, norm = optimizer_step(loss_of, micro_batches(ids, args), optimizer, rate)
+        loss, norm = optimizer_step(loss_of, share(micro_batches(ids, args)), optimizer, rate)
         run.end_step(step, {name: loss, "norm": norm, "lr": rate}, ids.numel())
-    if stage == "pretrain":
+    if run.writes and stage == "pretrain":
         save_model(model, run.out / "model")
-    else:
+    elif run.writes:
         resa.save_adapter(model, args.out, relative(spec))
     return run.finish()
 
@@ -460,28 +490,31 @@ def run_rl(args):
         return policy_loss(model, *part, args.beta, args.temperature)
     run = Run("rl", args, model, optimizer, training_flops("rl", args, model))
     for step in range(run.start, args.steps):
-        questions = [rows[i] for i in order(len(rows), args.seed, step)[:args.questions]]
+        picked = order(len(rows), args.seed, step)[:args.questions]
+        questions = [rows[i] for i in share(picked)]     # Q and S count what this process takes
         samples, rewards = rollout(model, tokenizer, questions, step, args)       # S pairs, (Q,G)
         spread = rewards.std(1, keepdim=True) + 1e-4                              # (Q,1)
         advantages = (rewards - rewards.mean(1, keepdim=True)) / spread           # (Q,G)
-        size, rate = args.micro_batch or len(samples), learning_rate(step, args)
+        size, rate = args.micro_batch, learning_rate(step, args)
         parts = [(samples[i * size:(i + 1) * size], part)                         # (size,) each
                  for i, part in enumerate(advantages.flatten().split(size))]
         _, norm = optimizer_step(loss_of, parts, optimizer, rate)
         length = sum(len(answer) for _, answer in samples) / len(samples)
-        tokens = sum(len(prompt) + len(answer) for prompt, answer in samples)
+        tokens, = add_up([sum(len(prompt) + len(answer) for prompt, answer in samples)])
         run.end_step(step, {"reward": rewards.mean(), "norm": norm, "lr": rate, "length": length},
-                     tokens)
-    resa.save_adapter(model, args.out, relative(args.target))
+                     int(tokens))
+    if run.writes:
+        resa.save_adapter(model, args.out, relative(args.target))
     return run.finish()
 
 def rollout(model, tokenizer, rows, step, args):
     """Q rows -> S samples (prompt ids, answer ids), G for each row in turn; rewards (Q,G)."""
     prompts, requests, rewards = [], [], []
+    first = world()[0] * len(rows)       # the number of these questions in the whole step
     for i, row in enumerate(rows):
         prompts.append(tokenizer.chat([{"role": "user", "content": row["problem"]}]))
         ids = tokenizer.encode(prompts[i])       # each request: ids, what seeds the sample
-        requests += [(ids, (args.seed, step, i, j)) for j in range(args.group)]
+        requests += [(ids, (args.seed, step, first + i, j)) for j in range(args.group)]
     model.eval()                         # no dropout: the policy itself answers
     done = collect(model, requests, max_new_tokens=args.max_new_tokens, top_p=1.0,
                    temperature=args.temperature, stop_ids=tokenizer.eos_ids, slots=len(requests))
@@ -542,17 +575,22 @@ class Run:
         self.checkpoint = self.out / "checkpoint.safetensors"
         self.metrics = self.out / "metrics.jsonl"
         self.start, self.tokens, self.began = 0, 0, time.perf_counter()
+        self.writes = world()[0] == 0        # all processes hold, and resume from, the same
         self.settings = {k: v for k, v in vars(args).items() if k not in CHANGEABLE}
         log = self.restore() if args.resume else ""
         check(args.resume or not self.checkpoint.exists(),
               f"{self.out} holds an unfinished run: --resume continues it; or name another --out")
-        # an earlier run's results must not stand beside these settings
-        for name in (ARTIFACT.get(stage, "adapter_config.json"), "summary.json"):
-            (self.out / name).unlink(missing_ok=True)
-        open_run(self.out, args)             # config.json
-        self.metrics.write_text(log)
+        wait_for_all()                       # until every process has read the checkpoint
+        if self.writes:
+            # an earlier run's results must not stand beside these settings
+            for name in (ARTIFACT.get(stage, "adapter_config.json"), "summary.json"):
+                (self.out / name).unlink(missing_ok=True)
+            open_run(self.out, args)         # config.json
+            self.metrics.write_text(log)
+        seed_step(args.seed, self.start)
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        print(f"{stage}: {count:,} trainable parameters, {args.steps} steps, {args.device}")
+        shared = f", {args.processes} processes" if args.processes > 1 else ""
+        print(f"{stage}: {count:,} trainable parameters, {args.steps} steps, {args.device}{shared}")
         self.bar = tqdm(total=args.steps, initial=self.start, desc=stage, unit="step",
                         disable=None, dynamic_ncols=True)
 
@@ -560,17 +598,30 @@ class Run:
         """Counts a step; every so often logs `values`, {name: number or tensor}, and saves."""
         done, last, self.tokens = step + 1, step + 1 == self.args.steps, self.tokens + tokens
         self.bar.update()                    # quiet where there is no terminal
+        seed_step(self.args.seed, done)
         if step == 0 or last or done % self.args.log_every == 0:
-            row = {"step": done} | {name: float(value) for name, value in values.items()}
-            seconds = time.perf_counter() - self.began
-            row |= {"tok/s": self.tokens / seconds, "seconds": round(seconds, 3)}
-            check(all(map(math.isfinite, row.values())),
-                  f"step {done}: not a finite number: {row}; lower --lr")
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            self.bar.set_postfix({name: f"{row[name]:.4g}" for name in [*values, "tok/s"]})
+            self.log(done, values)
         if last or done % self.args.save_every == 0:
             self.save(done)
+
+    def log(self, done, values):
+        """A line of metrics.jsonl, and of stderr or in the bar."""
+        seconds, processes = time.perf_counter() - self.began, self.args.processes
+        sums = add_up([float(value) for value in values.values()])
+        row = {"step": done} | {name: x / processes for name, x in zip(values, sums)}
+        row |= {"tok/s": self.tokens / seconds, "seconds": round(seconds, 3)}
+        if self.args.device != "cpu":
+            row |= on_gpu(self.args.device, row["tok/s"] * self.flops / processes)
+        check(all(map(math.isfinite, row.values())),
+              f"step {done}: not a finite number: {row}; lower --lr")
+        if self.writes:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        line = "  ".join(f"{k} {v:,.6g}" for k, v in row.items() if k not in ("step", "seconds"))
+        self.bar.set_postfix_str(line)
+        if self.bar.disable:                 # no terminal: the bar shows nothing
+            left = tqdm.format_interval(seconds / done * (self.args.steps - done))
+            print(f"step {done}/{self.args.steps}  {line}  left {left}", file=sys.stderr)
 
     def learned(self):
         """What a checkpoint holds of the module: {name: tensor}."""
@@ -582,6 +633,8 @@ class Run:
         tensors, optimizer = self.learned(), self.optimizer.state_dict()
         check(all(t.isfinite().all() for t in tensors.values()),
               f"step {done}: the weights are no longer finite; lower --lr")
+        if not self.writes:
+            return
         if self.stage == "rl" and done % self.args.save_every == 0:
             folder = self.out / f"checkpoint-{done}"
             resa.save_adapter(self.module, folder, relative(self.args.target))
@@ -606,8 +659,10 @@ class Run:
             with safe_open(str(self.checkpoint), framework="pt") as file:
                 record = parse_json(file.metadata()["record"], "its header")
                 found = {name: file.get_tensor(name) for name in file.keys()}
-            then, self.start = record["settings"], record["step"]
-            changed = ", ".join(k for k, v in self.settings.items() if v != then.get(k))
+            then, self.start, now = record["settings"], record["step"], dict(self.settings)
+            if now["processes"] != then.get("processes", 1):      # the batch is shared otherwise
+                del now["processes"], now["micro_batch"]
+            changed = ", ".join(k for k, v in now.items() if v != then.get(k))
             check(not changed, f"it has other settings: {changed}")
             self.tokens, self.began = record["tokens"], self.began - record["seconds"]
             for name, tensor in self.learned().items():
@@ -631,9 +686,20 @@ class Run:
         seconds = round(time.perf_counter() - self.began, 2)
         summary = {"steps": self.args.steps, "tokens": self.tokens,
                    "flops": self.tokens * self.flops, "seconds": seconds} | measured
-        write_json(self.out / "summary.json", summary)
-        self.checkpoint.unlink(missing_ok=True)         # nothing is left to resume
+        if self.writes:
+            write_json(self.out / "summary.json", summary)
+            self.checkpoint.unlink(missing_ok=True)     # nothing is left to resume
         return summary
+
+# Dense bf16 FLOPs in a second, of data sheets, by what is in the card's name
+PEAKS = {"A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "H100": 989e12, "H200": 989e12,
+         "B200": 2250e12}
+
+def on_gpu(device, flops):
+    """{"gb": most memory held} and, of a known card, {"mfu": these FLOPs a second by its peak}."""
+    card = torch.cuda.get_device_name(device)
+    mfu = {"mfu": flops / peak for name, peak in PEAKS.items() if name in card}
+    return mfu | {"gb": torch.cuda.max_memory_allocated(device) / 1e9}
 
 # ---- FLOPs per token ---------------------------------------------------------------------------
 
@@ -680,7 +746,7 @@ def common_flags(add):
     # Data, and how much of it
     add("--data", default="", help="file of JSON(L), see read_rows; or name of a published set")
     add("--steps", type=whole(0), default=0, help="optimizer steps; 0: --epochs decides")
-    add("--micro-batch", type=whole(0), default=0, help="rows in one forward pass; 0: the batch")
+    add("--micro-batch", type=whole(0), default=0, help="rows in a forward pass; 0: all of them")
     add("--seed", type=SEED, default=0, help="of initialisation, data order and sampling")
     # The learning rate
     add("--lr", type=real(0), default=3e-4, help="at its peak; SAEs: 0 for the optimizer's rule")
@@ -766,9 +832,13 @@ def settings(stage, argv):
     args = parse(parser, argv, stage)
     args.out = args.out or f"out/{args.preset}/{'adapter' if stage == 'tune' else stage}"
     args.device = choose_device(args.device)            # ValueError: not here
-    rows = args.questions * args.group if stage == "rl" else args.batch
-    check(not args.micro_batch or rows % args.micro_batch == 0,      # parts weigh the same
-          f"--micro-batch {args.micro_batch} does not divide the batch, {rows}")
+    args.processes, flag = world()[1], "questions" if stage == "rl" else "batch"
+    every = getattr(args, flag)          # questions or chunks of a step
+    check(every % args.processes == 0, f"{args.processes} processes cannot share --{flag} {every}")
+    rows = every // args.processes * (args.group if stage == "rl" else 1)
+    args.micro_batch = args.micro_batch or rows
+    check(rows % args.micro_batch == 0,                 # parts weigh the same
+          f"--micro-batch {args.micro_batch} does not divide the batch, {rows} rows a process")
     check(args.lr > 0 or stage == "sae", "--lr must be above 0: nothing would be learned")
     check(not args.steps or "epochs" not in args.given, "--epochs has no effect with --steps")
     return args
@@ -786,14 +856,16 @@ def main(argv):
     if known.stage is None and {"-h", "--help"} & set(rest):
         return print(__doc__)
     check(known.stage in RUN, f"usage: train.py --stage {' | '.join(RUN)} ...; see --help")
-    args = settings(known.stage, rest)
-    if known.stage == "sae" and args.variant == "help":
-        return list_variants()
-    data_file(args.data)                 # fetched before a model is loaded: a failure shows early
-    summary = RUN[known.stage](args)
-    print(args.out)
-    for name, value in summary.items():
-        print(f"  {name:16s} {value:,.6g}" if isinstance(value, float) else f"  {name:16s} {value}")
+    with shared_run():
+        args = settings(known.stage, rest)
+        if known.stage == "sae" and args.variant == "help":
+            return list_variants()
+        with first_alone():              # before a model is loaded: a failure shows early
+            data_file(args.data)
+        summary = RUN[known.stage](args)
+        print(args.out)
+        for name, value in summary.items():
+            print(f"  {name:16s}", f"{value:,.6g}" if isinstance(value, float) else value)
 
 if __name__ == "__main__":
     front_door(main)

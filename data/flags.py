@@ -64,6 +64,8 @@ def choose_device(name=None):
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = ["cuda", *(f"cuda:{i}" for i in range(count)), "cpu"] if count else ["cpu"]
     name = name or known[0]
+    if name == "cuda" and "LOCAL_RANK" in os.environ:      # torchrun: one for each process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     check(name in known, f"device {shorten(name)} is not one of those here: {', '.join(known)}")
     return name
 
