@@ -224,8 +224,7 @@ class SAE(nn.Module):
         return self.tokens_since_fired > self.dead_after
 
     def choose_aux(self, b):
-        """Flat indices of the k_aux strongest dead latents of each token, of all if fewer, sorted.
-        """
+        """Sorted flat indices of the k_aux strongest dead latents of each token, of all if fewer."""
         if "dead" not in b.cache:      # waits for the device: cheaper than ranking nobody
             b.cache["dead"] = self.dead.nonzero()[:, 0]
         dead = b.cache["dead"]
@@ -333,13 +332,11 @@ def flat_indices(latents, n_latents):
     return (latents + first).flatten()                                   # (N k,)
 
 def largest_per_token(score, k):
-    """score (N,F) -> flat indices, sorted, of the k largest of each token, exactly k even on ties.
-    """
-    n_latents = score.shape[1]
-    size = 2 ** int(math.log2(n_latents / k) / 2)      # near sqrt(F / k): fewest candidates
-    size = math.gcd(n_latents, size)
+    """score (N,F) -> sorted flat indices of the k largest of each token, exactly k even on ties."""
+    F = score.shape[1]
+    size = math.gcd(F, 2 ** int(math.log2(F / k) / 2))      # near sqrt(F / k): fewest candidates
     latents = grouped_topk(score, k, size) if size >= 16 else score.topk(k, sorted=False).indices
-    return flat_indices(latents.sort().values, n_latents)
+    return flat_indices(latents.sort().values, F)
 
 def grouped_topk(score, k, size):
     """score (N,F) -> the k largest latents of each token (N,k), from one pass over long rows.
@@ -479,12 +476,12 @@ class FeatureChoice(BatchTopK):
         total = int(self.k * len(b.pre))
         check(total >= self.n_latents, f"feature_choice: {len(b.pre)} tokens x k={self.k} leave "
               f"some of {self.n_latents} latents without: raise --micro-batch, or lower --latents")
-        latent = torch.arange(self.n_latents, device=b.pre.device)[:, None]
-        m = total // self.n_latents + (latent < total % self.n_latents).long()      # (F,1)
-        most = math.ceil(total / self.n_latents)
-        tokens = b.pre.T.topk(most, dim=1).indices                       # (F,most), best first
-        within = torch.arange(most, device=m.device) < m                 # (F,most)
-        return (tokens * self.n_latents + latent)[within].sort().values      # (k N,)
+        least, more = divmod(total, self.n_latents)      # the first `more` latents keep one more
+        tokens = b.pre.T.topk(least + (more > 0), dim=1).indices         # (F,most), best first
+        latent = torch.arange(self.n_latents, device=tokens.device)[:, None]
+        index = tokens * self.n_latents + latent                         # (F,most)
+        kept = [index[:, :least].flatten(), index[:more, least:].flatten()]
+        return torch.cat(kept).sort().values                             # (k N,)
 
     def smallest_active(self, z):
         low = torch.full_like(self.threshold, math.inf)                  # (F,)

@@ -287,9 +287,11 @@ def harvest_batch(model, sae, chunks, step, args):
 def harvest(model, sae, chunks, picked, args):
     """Chunks `picked` (B,) -> activations x (N,D) in fp32, gradients g (N,D) or None, at (N,).
     at: the number of each token in the data.  Sinks are left out of all three."""
-    ids, T = chunks[picked].to(args.device), chunks.shape[1]                      # (B,T)
+    ids, T = chunks[picked], chunks.shape[1]                                      # (B,T)
+    at = picked[:, None] * T + torch.arange(T)                                    # (B,T)
+    # without non_blocking, the host would wait until the device is done with the last step
+    ids, at = (t.to(args.device, non_blocking=True) for t in (ids, at))
     x, g = resa.activations(model, ids, args.layer, args.site), None              # (B,T,D)
-    at = (picked[:, None] * T + torch.arange(T)).to(args.device)                  # (B,T)
     if sae.needs_gradient:
         g = gradient(model, ids, x, args.layer, args.site).flatten(0, 1)          # (B T,D)
     limit = sae.meta["sink_norm"]

@@ -10,11 +10,13 @@ on paper.
 import copy
 import math
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import sae as S
+from tests.conftest import Watch
 
 D, F, K, N = 6, 12, 3, 18
 DEAD = [1, 4]                          # of the latents of `make`
@@ -1369,3 +1371,44 @@ def test_the_target_penalty_is_zero_at_k_and_pulls_towards_it_from_both_sides():
     model = bare("jumprelu", k=3)
     assert model.loss(torch.tensor([[1.0, 1, 1, 0, 0, 0],
                                     [0, 0, 0, 1, 1, 1]]).double())[1]["l0_penalty"] == 0
+
+
+# ---- speed ----------------------------------------------------------------------------------------
+
+# What a micro-batch reads back, so that a GPU would be waited for: how many latents are chosen,
+# which of them are dead (mutual_choice has AuxK on).
+WAITS = {"batchtopk": ["nonzero"], "matryoshka": ["nonzero"],
+         "mutual_choice": ["nonzero", "nonzero"], "topafa": ["index"]}
+learned = pytest.mark.parametrize("variant", [v for v in S.VARIANTS if v != "itda"])
+
+
+@learned
+def test_what_a_step_waits_for(variant):
+    model, xs = make(variant, f=48), [(data(), random(N, D), None)] * 2
+    with Watch() as watch:
+        S.train_step(model, S.make_optimizer(model, "signum"), xs)
+    finite = "_local_scalar_dense"      # whether x is finite, which is looked at on a CPU alone
+    adapt = ["_local_scalar_dense"] if variant == "gba" else []      # whether it is time to
+    assert watch.syncs == [finite, *WAITS.get(variant, [])] * 2 + adapt
+
+
+@learned
+def test_who_fires_is_counted_once_a_micro_batch(variant, monkeypatch):
+    counts = Mock(wraps=S.counts)
+    monkeypatch.setattr(S, "counts", counts)
+    model, xs = make(variant), [(data(), random(N, D), None)] * 2
+    S.train_step(model, S.make_optimizer(model, "adam"), xs)
+    assert counts.call_count == 2
+
+
+@pytest.mark.parametrize("tokens, k", [(40, 3), (41, 3), (7, 5), (12, 1)])
+def test_feature_choice_keeps_the_largest_of_each_column(tokens, k):
+    model = make("feature_choice", k=k, f=12)
+    pre = random(tokens, 12)
+    index = model.choose(S.Batch(None, train=True, pre=pre))
+    kept = torch.zeros(pre.numel()).index_fill_(0, index, 1).view(pre.shape)      # (N,F)
+    size = kept.sum(0).long()
+    assert size.sum() == k * tokens == len(index) and (index.diff() > 0).all()
+    assert size.max() - size.min() <= 1 and (size.diff() <= 0).all()
+    for i in range(12):
+        assert torch.equal(pre[:, i][kept[:, i] > 0].sort().values, pre[:, i].topk(size[i]).values.flip(0))
