@@ -200,31 +200,60 @@ def test_the_gradient_at_the_hook_is_that_of_the_models_loss(site):
 
 # ---- speed flags --------------------------------------------------------------------------------
 
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """args -> args of a run on a GPU; from the moment that the model is loaded a CPU stands in."""
+    def go(args):
+        def load_on_cpu(spec, dtype, device):
+            args.device = "cpu"
+            return M.load_model(spec, dtype, "cpu")
+        monkeypatch.setattr(train, "load_model", load_on_cpu)
+        args.device = "cuda"
+        return args
+    return go
+
+
 @pytest.mark.parametrize("device, flags, expected", [
     ("cpu", [], False), ("cpu", ["--no-tf32"], False), ("cuda", [], True), ("cuda", ["--tf32"], True),
     ("cuda", ["--no-tf32"], False)])
 def test_tf32_reaches_the_step_and_is_the_default_on_a_gpu(device, flags, expected, data, monkeypatch,
-                                                          tmp_path):
-    """A CPU stands in for the GPU from the moment that the model is loaded."""
-    args = args_of(data, "--steps", 2, "--out", tmp_path, *flags)
-    args.device, seen = device, []
-    load, preacts = train.load_model, S.TopK.preacts
-
-    def load_on_cpu(spec, dtype, _):
-        args.device = "cpu"      # by now --tf32 is decided
-        return load(spec, dtype, "cpu")
+                                                          on_gpu, tmp_path):
+    args, seen = args_of(data, "--steps", 2, "--out", tmp_path, "--device", "cpu"), []
+    args.tf32 = args_of(data, *flags).tf32
+    preacts = S.TopK.preacts
 
     def look(self, x):
         seen.append(torch.get_float32_matmul_precision())
         return preacts(self, x)
-    monkeypatch.setattr(train, "load_model", load_on_cpu)
     monkeypatch.setattr(S.TopK, "preacts", look)
-    train.run_sae(args)
+    train.run_sae(on_gpu(args) if device == "cuda" else args)
     # two steps; then the held-out text
     assert seen[:2] == ["high" if expected else "highest"] * 2
     assert len(seen) > 2 and set(seen[2:]) == {"highest"}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["settings"]["tf32"] is expected
+
+
+def test_a_run_of_a_gpu_continues_on_a_cpu(data, monkeypatch, on_gpu, tmp_path):
+    flags = ["--steps", 3, "--save-every", 1, "--out", tmp_path]
+    end_step = train.Run.end_step
+
+    def stop(self, step, *rest):
+        end_step(self, step, *rest)
+        if step == 1:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Run, "end_step", stop)
+        train.run_sae(on_gpu(args_of(data, *flags)))
+    train.run_sae(args_of(data, *flags, "--resume", "--device", "cpu"))
+    assert json.loads((tmp_path / "config.json").read_text())["settings"]["tf32"] is False
+    assert (tmp_path / "sae.safetensors").exists()
+
+
+def test_tf32_is_refused_where_nothing_is_trained(run, tmp_path):
+    out = run(tmp_path / "sae", "--source", RANDOM, "--steps", 1)
+    with pytest.raises(ValueError, match="--tf32 has no effect with --init pretrained"):
+        run(tmp_path / "other", "--source", RANDOM, "--init", "pretrained", "--sae-from", out, "--tf32")
 
 
 @pytest.mark.parametrize("variant, sink_norm, waits", [

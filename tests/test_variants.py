@@ -1412,3 +1412,26 @@ def test_feature_choice_keeps_the_largest_of_each_column(tokens, k):
     assert size.max() - size.min() <= 1 and (size.diff() <= 0).all()
     for i in range(12):
         assert torch.equal(pre[:, i][kept[:, i] > 0].sort().values, pre[:, i].topk(size[i]).values.flip(0))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("variant", [v for v, c in S.VARIANTS.items() if issubclass(c, S.Chosen)])
+def test_codes_and_auxk_codes_are_sorted(variant, train):
+    model = make(variant, f=48, aux_coef=0.25, k_aux=2)
+    model.tokens_since_fired[:20] = model.dead_after + 1
+    b = model.batch(data(), random(N, D), train=train)
+    b.z = model.codes(b)
+    if train and variant == "vsae":      # makes those of AuxK from its dense pre, later
+        b.e = b.x - model.decode_normalized(b.z)
+        model.aux_loss(b)
+    assert ("aux" in b.cache) == train
+    for z in (b.z, b.cache.get("aux", b.z)):
+        assert len(z.flat_index) > N and (z.flat_index.diff() > 0).all()
+
+
+def test_atoms_that_fire_as_soon_as_they_are_collected_are_counted():
+    model, x = S.build("itda", D, F, k=K), data().float()
+    S.train_step(model, S.make_optimizer(model, "adam"), [x])
+    fired = (model.encode(x) != 0).any(0)
+    assert fired.sum() >= D
+    assert (model.tokens_since_fired[:D] == torch.where(fired, 0, N)[:D]).all()
