@@ -250,10 +250,11 @@ def test_a_run_of_a_gpu_continues_on_a_cpu(data, monkeypatch, on_gpu, tmp_path):
     assert (tmp_path / "sae.safetensors").exists()
 
 
-def test_tf32_is_refused_where_nothing_is_trained(run, tmp_path):
-    out = run(tmp_path / "sae", "--source", RANDOM, "--steps", 1)
-    with pytest.raises(ValueError, match="--tf32 has no effect with --init pretrained"):
-        run(tmp_path / "other", "--source", RANDOM, "--init", "pretrained", "--sae-from", out, "--tf32")
+def test_tf32_is_refused_where_nothing_is_trained():
+    for flag in ("--tf32", "--no-tf32"):
+        args = train.settings("sae", ["--init", "pretrained", "--sae-from", "any", flag])
+        with pytest.raises(ValueError, match="--tf32 has no effect with --init pretrained"):
+            train.run_sae(args)
 
 
 @pytest.mark.parametrize("variant, sink_norm, waits", [
