@@ -224,7 +224,7 @@ class SAE(nn.Module):
         return self.tokens_since_fired > self.dead_after
 
     def choose_aux(self, b):
-        """Sorted flat indices of the k_aux strongest dead latents of each token, of all if fewer."""
+        """Sorted flat indices of each token's k_aux strongest dead latents, of all if fewer."""
         if "dead" not in b.cache:      # waits for the device: cheaper than ranking nobody
             b.cache["dead"] = self.dead.nonzero()[:, 0]
         dead = b.cache["dead"]

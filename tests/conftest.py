@@ -34,19 +34,19 @@ def data(tmp_path_factory):
 
 
 class Watch(TorchDispatchMode):
-    """Inside, notes what torch runs: on the CPU, or on "meta", where a step of any size takes no time.
+    """Inside, notes what torch runs: on the CPU, or on "meta", where any size is free.
 
         with Watch() as watch:
             step()
         assert not watch.syncs
 
-    ops     (name, entries of its largest tensor) in order; views and what reads few entries are left out
+    ops     (name, entries of its largest tensor) in order, without views and what reads few entries
     syncs   names of what would make the host wait for a GPU.  A loop without any keeps it busy
     """
-    WAIT = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim",
-            "_unique2", "unique_consecutive", "bincount"}
-    READ_FEW = {"index", "gather", "index_select", "embedding", "_embedding_bag",
-                "_embedding_bag_per_sample_weights_backward", "detach"}
+    WAIT = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select",
+            "_unique2", "unique_dim", "unique_consecutive", "bincount"}
+    READ_FEW = {"index", "gather", "index_select", "embedding", "detach", "_embedding_bag",
+                "_embedding_bag_forward_only", "_embedding_bag_per_sample_weights_backward"}
 
     def __init__(self):
         super().__init__()

@@ -96,7 +96,8 @@ def test_help_lists_every_variant_with_its_settings(capsys):
     ("--variant topkk", "--variant: invalid choice: 'topkk' .*relu.*help"),
     ("--variant relu --k 4", "--k has no effect with --variant relu"),
     ("--variant gba --aux-coef 0.1", "--aux-coef has no effect with --variant gba"),
-    ("--device cpu --tf32", "--tf32 has no effect with --device cpu: leave it out, or pass --no-tf32"),
+    ("--device cpu --tf32",
+     "--tf32 has no effect with --device cpu: leave it out, or pass --no-tf32"),
     ("--set l1", "--set l1: NAME=VALUE"),
     ("--set l1=3", "topk: no setting 'l1', only .*aux_coef"),
     ("--variant relu --set rows=long", "rows.* *= *'long' is not .*unit.*free"),
@@ -214,10 +215,10 @@ def on_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("device, flags, expected", [
-    ("cpu", [], False), ("cpu", ["--no-tf32"], False), ("cuda", [], True), ("cuda", ["--tf32"], True),
-    ("cuda", ["--no-tf32"], False)])
-def test_tf32_reaches_the_step_and_is_the_default_on_a_gpu(device, flags, expected, data, monkeypatch,
-                                                          on_gpu, tmp_path):
+    ("cpu", [], False), ("cpu", ["--no-tf32"], False),
+    ("cuda", [], True), ("cuda", ["--tf32"], True), ("cuda", ["--no-tf32"], False)])
+def test_tf32_reaches_the_step_and_is_the_default_on_a_gpu(
+        device, flags, expected, data, monkeypatch, on_gpu, tmp_path):
     args, seen = args_of(data, "--steps", 2, "--out", tmp_path, "--device", "cpu"), []
     args.tf32 = args_of(data, *flags).tf32
     preacts = S.TopK.preacts

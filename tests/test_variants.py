@@ -1373,7 +1373,7 @@ def test_the_target_penalty_is_zero_at_k_and_pulls_towards_it_from_both_sides():
                                     [0, 0, 0, 1, 1, 1]]).double())[1]["l0_penalty"] == 0
 
 
-# ---- speed ----------------------------------------------------------------------------------------
+# ---- speed --------------------------------------------------------------------------------------
 
 # What a micro-batch reads back, so that a GPU would be waited for: how many latents are chosen,
 # which of them are dead (mutual_choice has AuxK on).
@@ -1411,7 +1411,8 @@ def test_feature_choice_keeps_the_largest_of_each_column(tokens, k):
     assert size.sum() == k * tokens == len(index) and (index.diff() > 0).all()
     assert size.max() - size.min() <= 1 and (size.diff() <= 0).all()
     for i in range(12):
-        assert torch.equal(pre[:, i][kept[:, i] > 0].sort().values, pre[:, i].topk(size[i]).values.flip(0))
+        best = pre[:, i].topk(size[i]).values.flip(0)
+        assert torch.equal(pre[:, i][kept[:, i] > 0].sort().values, best)
 
 
 @pytest.mark.parametrize("train", [True, False])
