@@ -62,6 +62,7 @@ class Batch:
     pre: torch.Tensor | None = None      # (N,F) before selection, where a variant keeps all of it
     z: object = None                     # (N,F) codes, dense or `Codes`
     e: torch.Tensor | None = None        # (N,D) x - x_hat
+    count: torch.Tensor | None = None    # (F,) on how many tokens each latent fires
     denominator: object = 1.0            # what squared errors are divided by
     cache: dict = field(default_factory=dict)      # what `codes` leaves for `extra`, by name
 
@@ -189,14 +190,14 @@ class SAE(nn.Module):
                              "the FVU divides by their variance")
         b.z = self.codes(b)                                              # (N,F)
         b.e = b.x - self.decode_normalized(b.z)                          # (N,D)
-        fired, variance = counts(b.z), (b.x - b.x.mean(0)).pow(2).sum()
+        b.count, variance = counts(b.z), (b.x - b.x.mean(0)).pow(2).sum()
         b.denominator = {"fvu": variance, "token": len(b.x), "entry": b.x.numel()}[self.error_unit]
         total = self.recon_loss(b)
-        parts = {"fvu": b.e.pow(2).sum() / variance, "l0": fired.sum().float() / len(b.x)}
+        parts = {"fvu": b.e.pow(2).sum() / variance, "l0": b.count.sum().float() / len(b.x)}
         for name, (weight, term) in (self.extra(b) | self.aux_loss(b)).items():
             total, parts[name] = total + weight * term, term
         parts = {name: part.detach() for name, part in parts.items()}
-        return total, parts | {"fired": fired > 0}
+        return total, parts | {"fired": b.count > 0}
 
     def recon_loss(self, b):
         return b.e.pow(2).sum() / b.denominator
@@ -211,7 +212,7 @@ class SAE(nn.Module):
 
     def observe(self, b):
         """Without a gradient, after each backward pass.  Here: counts who fires."""
-        self.tokens_since_fired.add_(len(b.x)).masked_fill_(counts(b.z) > 0, 0)
+        self.tokens_since_fired.add_(len(b.x)).masked_fill_(b.count > 0, 0)
 
     def ramp(self, b):
         """The weight of a penalty: rises from 0 to 1 over the first `warmup` of training."""
@@ -223,11 +224,13 @@ class SAE(nn.Module):
         return self.tokens_since_fired > self.dead_after
 
     def choose_aux(self, b):
-        """Flat indices of the k_aux strongest dead latents of each token, of all if fewer."""
-        dead = self.dead.nonzero()[:, 0]      # waits for the device: cheaper than ranking nobody
+        """Sorted flat indices of each token's k_aux strongest dead latents, of all if fewer."""
+        if "dead" not in b.cache:      # waits for the device: cheaper than ranking nobody
+            b.cache["dead"] = self.dead.nonzero()[:, 0]
+        dead = b.cache["dead"]
         score = b.pre[:, dead].abs() if self.signed else b.pre[:, dead]
         best = score.topk(min(self.k_aux, len(dead)), dim=-1, sorted=False).indices
-        return flat_indices(dead[best], self.n_latents)
+        return flat_indices(dead[best.sort().values], self.n_latents)
 
     def aux_loss(self, b):
         """AuxK (arXiv 2406.04093): how well dead latents explain the error -> {"aux": ...} or {}.
@@ -237,7 +240,7 @@ class SAE(nn.Module):
         if not getattr(self, "aux_coef", 0):
             return {}
         if "aux" not in b.cache:      # pre is dense and has a graph; `Chosen` has done this before
-            index = self.choose_aux(b).sort().values
+            index = self.choose_aux(b)
             b.cache["aux"] = Codes(b.pre.flatten()[index].relu(), index, b.pre.shape)
         z, e = b.cache["aux"], b.e.detach()
         if not len(z.value):
@@ -329,8 +332,21 @@ def flat_indices(latents, n_latents):
     return (latents + first).flatten()                                   # (N k,)
 
 def largest_per_token(score, k):
-    """score (N,F) -> flat indices of the k largest of each token, exactly k even on ties."""
-    return flat_indices(score.topk(k, dim=-1, sorted=False).indices, score.shape[1])
+    """score (N,F) -> sorted flat indices of the k largest of each token, exactly k even on ties."""
+    F = score.shape[1]
+    size = math.gcd(F, 2 ** int(math.log2(F / k) / 2))      # near sqrt(F / k): fewest candidates
+    latents = grouped_topk(score, k, size) if size >= 16 else score.topk(k, sorted=False).indices
+    return flat_indices(latents.sort().values, F)
+
+def grouped_topk(score, k, size):
+    """score (N,F) -> the k largest latents of each token (N,k), from one pass over long rows.
+    Latents are put into groups of `size`, every (F/size)th into one.  The k groups of the largest
+    maxima hold the k largest latents, so `topk`, which reads a row several times, ranks few."""
+    score = score.unflatten(1, (size, -1))                               # (N,size,F/size)
+    group = score.amax(1).topk(k, sorted=False).indices                  # (N,k)
+    members = score.gather(2, group[:, None].expand(-1, size, -1))       # (N,size,k)
+    best = members.flatten(1).topk(k, sorted=False).indices              # (N,k)
+    return best // k * score.shape[2] + group.gather(1, best % k)
 
 def largest(score, n):
     """score (M,) -> indices of the n largest, exactly n even on ties.  (`topk` alone is slow.)"""
@@ -343,7 +359,7 @@ def largest(score, n):
     return left[score[left].topk(n, sorted=False).indices]
 
 class Chosen(SAE):
-    """The TopK family: `choose` takes a batch with pre, returns the flat indices (M,) to keep.
+    """The TopK family: `choose` takes a batch with pre -> the flat indices (M,) to keep, sorted.
     Codes are ReLU(pre) there, or pre where `signed`.  pre (N,F) is made some tokens at a time,
     without a graph: autograd sees the selected entries alone."""
     defaults = BASE | AUX | dict(k=32)
@@ -358,11 +374,11 @@ class Chosen(SAE):
         found = {name: [] for name in selections}
         with torch.no_grad():
             for start in range(0, max(1, len(b.x)), rows):      # no tokens: one empty part
-                part = Batch(b.x[start:start + rows], train=b.train)
+                part = Batch(b.x[start:start + rows], train=b.train, cache=b.cache)
                 part.g = None if b.g is None else b.g[start:start + rows]
                 part.pre = self.preacts(part.x)                          # (rows,F)
                 for name, choose in selections.items():
-                    index = choose(part).sort().values
+                    index = choose(part)                                 # (M,)
                     value = part.pre.flatten()[index]                    # (M,)
                     found[name].append((value, index + start * self.n_latents))
         for name, pairs in found.items():
@@ -395,7 +411,7 @@ class BatchTopK(Chosen):
     def choose(self, b):
         if not b.train:
             return (b.pre > self.threshold).flatten().nonzero()[:, 0]
-        return largest(b.pre.flatten(), int(self.k * len(b.pre)))
+        return largest(b.pre.flatten(), int(self.k * len(b.pre))).sort().values
 
     def smallest_active(self, z):
         """Codes -> the smallest |z| above 0, inf if there is none."""
@@ -460,12 +476,12 @@ class FeatureChoice(BatchTopK):
         total = int(self.k * len(b.pre))
         check(total >= self.n_latents, f"feature_choice: {len(b.pre)} tokens x k={self.k} leave "
               f"some of {self.n_latents} latents without: raise --micro-batch, or lower --latents")
-        latent = torch.arange(self.n_latents, device=b.pre.device)[:, None]
-        m = total // self.n_latents + (latent < total % self.n_latents).long()      # (F,1)
-        most = math.ceil(total / self.n_latents)
-        tokens = b.pre.T.topk(most, dim=1).indices                       # (F,most), best first
-        within = torch.arange(most, device=m.device) < m                 # (F,most)
-        return (tokens * self.n_latents + latent)[within]                # (k N,)
+        least, more = divmod(total, self.n_latents)      # the first `more` latents keep one more
+        tokens = b.pre.T.topk(least + (more > 0), dim=1).indices         # (F,most), best first
+        latent = torch.arange(self.n_latents, device=tokens.device)[:, None]
+        index = tokens * self.n_latents + latent                         # (F,most)
+        kept = [index[:, :least].flatten(), index[:more, least:].flatten()]
+        return torch.cat(kept).sort().values                             # (k N,)
 
     def smallest_active(self, z):
         low = torch.full_like(self.threshold, math.inf)                  # (F,)
@@ -518,7 +534,7 @@ class TopAFA(Chosen):
         goal = (b.x - self.b_dec).norm(dim=1, keepdim=True)                            # (N,1)
         last = (size.pow(2).cumsum(1).sqrt() - goal).abs().argmin(1, keepdim=True)
         keep = torch.arange(cap, device=latents.device) <= last                        # (N,cap)
-        return flat_indices(latents, self.n_latents)[keep.flatten()]
+        return flat_indices(latents, self.n_latents)[keep.flatten()].sort().values
 
     def extra(self, b):
         token, square = b.z.flat_index // self.n_latents, b.z.value.pow(2)
@@ -541,7 +557,7 @@ class VSAE(Chosen):
         z = b.pre.relu()
         if b.train and self.sample == "unit":
             z = z + torch.randn_like(z)
-        index = largest_per_token(z.detach().abs(), self.k).sort().values      # (N k,)
+        index = largest_per_token(z.detach().abs(), self.k)              # (N k,)
         return Codes(z.flatten()[index], index, z.shape)
 
     def extra(self, b):
@@ -748,7 +764,7 @@ class ITDA(SAE):
             first = self.most_frequent(b.x)[:self.d_in - int(self.n_atoms)]
             self.add_atoms(b.x[first], position[first])
             b.z = self.codes(b)      # what the new atoms explain needs no atom of its own
-            b.e = b.x - self.decode_normalized(b.z)
+            b.e, b.count = b.x - self.decode_normalized(b.z), counts(b.z)
         super().observe(b)
         # Nothing is encoded again in between: near twins of one batch all become atoms.
         new = fn.cosine_similarity(b.x, b.x - b.e, dim=1) < self.cosine  # (N,)
@@ -865,15 +881,17 @@ class Signum(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for y in group["params"]:
-                if y.grad is None:      # a fixed parameter
-                    continue
+            ys = [y for y in group["params"] if y.grad is not None]      # others are fixed
+            for y in ys:
                 if "z" not in self.state[y]:
                     self.state[y]["z"] = y.clone()
-                z, sign, c = self.state[y]["z"], y.grad.sign(), 1 / (group["steps"] + 1)
-                y.lerp_(z, c)
-                y.add_(sign, alpha=-group["lr"] * (1 - group["momentum"] * (1 - c)))
-                z.add_(sign, alpha=-group["lr"])
+            if ys:      # _foreach_: one launch for all tensors, which must not be none
+                lr, c = group["lr"], 1 / (group["steps"] + 1)
+                zs = [self.state[y]["z"] for y in ys]
+                signs = torch._foreach_sign([y.grad for y in ys])
+                torch._foreach_lerp_(ys, zs, c)
+                torch._foreach_add_(ys, signs, alpha=-lr * (1 - group["momentum"] * (1 - c)))
+                torch._foreach_add_(zs, signs, alpha=-lr)
             group["steps"] += 1
 
     @contextmanager
@@ -902,10 +920,21 @@ def make_optimizer(sae, name, lr=None):
         return Signum(sae, lr)
     return torch.optim.Adam(sae.parameters(), lr=lr, betas=sae.betas, fused=True)
 
-def train_step(sae, optimizer, xs, progress=1.0, average=None):
+@contextmanager
+def tf32_products(on):
+    """Inside, fp32 matrix products on CUDA round their inputs to TF32, 10 bits of mantissa."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if on else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+def train_step(sae, optimizer, xs, progress=1.0, tf32=False, average=None):
     """One step of any variant on micro-batches, averaged with equal weight -> parts.
     xs        list of x (N_i, D), or of (x, g, position) as `SAE.loss` takes them
     progress  fraction of training completed, 0 to 1
+    tf32      see `tf32_products`: for loss and gradients
     average   called before the optimizer acts, where processes share the batch
     parts     those of `SAE.loss`, averaged over xs (fired: in any of them), and "loss"
     """
@@ -914,9 +943,10 @@ def train_step(sae, optimizer, xs, progress=1.0, average=None):
     for x in xs:
         inputs = x if isinstance(x, tuple) else (x,)
         b = sae.batch(*inputs, progress=progress, train=True)
-        total, parts = sae.batch_loss(b)
-        if total.requires_grad:      # a collected dictionary has no gradient
-            (total / len(xs)).backward()
+        with tf32_products(tf32):
+            total, parts = sae.batch_loss(b)
+            if total.requires_grad:      # a collected dictionary has no gradient
+                (total / len(xs)).backward()
         with torch.no_grad():
             sae.observe(b)
         seen.append({"loss": total.detach(), **parts})

@@ -166,8 +166,12 @@ def run_sae(args):
           "--sae-from goes with --init finetune and --init pretrained")
     if args.init != "scratch":
         idle = "latents k variant set"
-        idle += " optimizer lr steps epochs" if args.init == "pretrained" else ""
+        idle += " optimizer lr steps epochs tf32" if args.init == "pretrained" else ""
         refuse_idle(args, idle, f"--init {args.init}: the loaded SAE decides")
+    check(not args.tf32 or args.device != "cpu",
+          "--tf32 has no effect with --device cpu: leave it out, or pass --no-tf32")
+    if args.tf32 is None:
+        args.tf32 = args.device != "cpu"
     model, tokenizer = load_model(args.source, args.dtype, args.device), load_tokenizer(args.source)
     torch.manual_seed(args.seed)    # for variants that draw noise
     sae = make_sae(args, model.config.hidden_size).to(args.device)
@@ -180,7 +184,7 @@ def run_sae(args):
     run = Run("sae", args, sae, optimizer, training_flops("sae", args, model, sae))
     batches = (harvest_batch(model, sae, chunks, step, args)
                for step in range(run.start, args.steps))
-    for step, parts in train_sae(sae, batches, optimizer, args, run.start):
+    for step, parts in train_sae(sae, batches, optimizer, args, run.start, args.tf32):
         dead = sae.dead.float().mean()       # as training counts them
         run.end_step(step, {"fvu": parts["fvu"], "l0": parts["l0"], "dead": dead}, tokens)
 
@@ -194,11 +198,11 @@ def run_sae(args):
             save_sae(sae, args.out)
     return run.finish(**measured)
 
-def train_sae(sae, batches, optimizer, args, start=0):
+def train_sae(sae, batches, optimizer, args, start=0, tf32=False):
     """The training loop of any SAE, on activations or other targets: yields (step, parts).
     batches  one item per step: a list of micro-batches x (N,D), or (x, g, at) as in SAE.loss
     args     anything with lr, schedule, warmup and steps
-    start    the step that the first item belongs to, in a resumed run"""
+    start    the step that the first item belongs to, in a resumed run;  tf32: see train_step"""
     for step, xs in enumerate(batches, start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -206,7 +210,7 @@ def train_sae(sae, batches, optimizer, args, start=0):
         if world()[1] > 1:
             before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
             average = partial(agree, sae, before, xs)
-        yield step, train_step(sae, optimizer, xs, step / args.steps, average)
+        yield step, train_step(sae, optimizer, xs, step / args.steps, tf32, average)
 
 @torch.no_grad()
 def agree(sae, before, xs):
@@ -313,13 +317,20 @@ def harvest_batch(model, sae, chunks, step, args):
 def harvest(model, sae, chunks, picked, args):
     """Chunks `picked` (B,) -> activations x (N,D) in fp32, gradients g (N,D) or None, at (N,).
     at: the number of each token in the data.  Sinks are left out of all three."""
-    ids, T = chunks[picked].to(args.device), chunks.shape[1]                      # (B,T)
+    ids, T = chunks[picked], chunks.shape[1]                                      # (B,T)
+    at = picked[:, None] * T + torch.arange(T)                                    # (B,T)
+    # without non_blocking, the host would wait until the device is done with the last step
+    ids, at = (t.to(args.device, non_blocking=True) for t in (ids, at))
     x, g = resa.activations(model, ids, args.layer, args.site), None              # (B,T,D)
-    at = (picked[:, None] * T + torch.arange(T)).to(args.device)                  # (B,T)
-    keep = ~resa.is_sink(x, sae.meta["sink_norm"])                                # (B,T)
     if sae.needs_gradient:
-        g = gradient(model, ids, x, args.layer, args.site)[keep]                  # (N,D)
-    return x[keep].float(), g, at[keep]
+        g = gradient(model, ids, x, args.layer, args.site).flatten(0, 1)          # (B T,D)
+    limit = sae.meta["sink_norm"]
+    sink = resa.is_sink(x, limit).flatten()                                       # (B T,)
+    x, at = x.flatten(0, 1).float(), at.flatten()
+    if limit is None:
+        return x, g, at
+    keep = (~sink).nonzero()[:, 0]       # waits for the device, once: N is the data's  (N,)
+    return x[keep], None if g is None else g[keep], at[keep]
 
 def gradient(model, ids, x, layer, site):
     """ids (B,T), their activation x (B,T,D) -> fp32 gradient of cross-entropy by x, mean norm 1."""
@@ -563,7 +574,7 @@ def policy_loss(model, samples, advantages, beta, temperature=1.0):
 # ---- The run directory: log, checkpoints, counts -----------------------------------------------
 
 # What may change between a run and its continuation; and without what its artifact does not load
-CHANGEABLE = {"resume", "out", "log_every", "save_every", "device", "config", "given"}
+CHANGEABLE = {"resume", "out", "log_every", "save_every", "device", "tf32", "config", "given"}
 ARTIFACT = {"sae": "cfg.json", "pretrain": "model/config.json"}
 
 class Run:
@@ -794,6 +805,7 @@ def sae_flags(add):
     add("--aux-coef", type=real(0), default=0.03125, help="weight of AuxK; published: 0")
     add("--dead-after", type=whole(1), default=100_000, help="tokens without firing; see AuxK")
     add("--sink-norm", type=real(0), help="leave out norms above this x the median; default 10")
+    add("--tf32", action=SWITCH, help="round the inputs of its matrix products; default on a GPU")
 
 def tune_flags(add):
     add("--sae", default="", help="DIR_OR_HUB_ID[#HOOKPOINT]; by default out/PRESET/sae")

@@ -39,6 +39,7 @@ def chosen(model, x):
     """x -> training batch with its codes."""
     b = model.batch(x, train=True)
     b.z = model.codes(b)
+    b.count = S.counts(b.z)
     return b
 
 

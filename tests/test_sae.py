@@ -8,12 +8,15 @@ Where sparsify and schedulefree are installed, the last test compares training w
 import copy
 import json
 import math
+import warnings
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import sae as S
+from tests.conftest import Watch
 
 D, F, K = 6, 12, 3
 
@@ -105,6 +108,35 @@ def test_largest_equals_topk(shape, n):
     if 0 < n < 40:
         score[5] = math.nan      # of weights that diverged; must not be hidden by what is chosen
         assert score[S.largest(score, n)].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("n_latents, k", [(4096, 4), (4096, 13), (6144, 3), (8192, 1), (65536, 32)])
+def test_grouped_topk_equals_topk(n_latents, k, monkeypatch):
+    """Where latents are grouped: values as topk's, exactly k latents even on ties, NaN seen."""
+    grouped = Mock(wraps=S.grouped_topk)
+    monkeypatch.setattr(S, "grouped_topk", grouped)
+    rng = torch.Generator().manual_seed(0)
+    normal = torch.randn(7, n_latents, generator=rng)
+    one_group = normal.clone()
+    one_group[:, 5::n_latents // 64][:, :k] += 100      # the largest are of few groups
+    for score in (normal, one_group, normal.relu().round(), torch.zeros(7, n_latents),
+                  torch.arange(n_latents).float().repeat(7, 1),
+                  normal.masked_fill(normal < 0, -math.inf)):
+        index = S.largest_per_token(score, k).view(7, k)
+        latent = index - torch.arange(7)[:, None] * n_latents
+        assert (latent.diff() > 0).all() and 0 <= latent.min() and latent.max() < n_latents
+        assert torch.equal(score.gather(1, latent).sort().values, score.topk(k).values.flip(1))
+    normal[3, 77] = math.nan      # of weights that diverged; must not be hidden by what is chosen
+    assert normal.flatten()[S.largest_per_token(normal, k)].isnan().sum() == 1
+    assert S.largest_per_token(normal[:0], k).shape == (0,)
+    assert grouped.call_count == 8
+
+
+def test_codes_do_not_depend_on_whether_latents_are_grouped(monkeypatch):
+    model, x = make(n_latents=4096, k=4), data()
+    z, total = model.encode(x), model.loss(x)[0]
+    monkeypatch.setattr(S, "grouped_topk", lambda score, k, size: score.topk(k).indices)
+    assert torch.equal(model.encode(x), z) and torch.equal(model.loss(x)[0], total)
 
 
 def test_any_leading_shape():
@@ -423,6 +455,101 @@ def test_a_step_reads_nothing_back_from_the_device(name):
     for _ in range(2):
         parts = S.train_step(model, opt, [torch.empty(5, D, device="meta")])
     assert parts["fired"].shape == (F,) and parts["loss"].is_meta
+
+
+@pytest.mark.parametrize("aux_coef, waits", [(0.0, []), (1 / 32, ["nonzero"])])
+def test_a_step_of_topk_waits_for_nothing_but_who_is_dead(aux_coef, waits, monkeypatch):
+    """On a CPU also whether x is finite is looked at.  AuxK: once a step, however pre is cut up."""
+    monkeypatch.setattr(S, "CHUNK", 10 * F)
+    model, x = make(aux_coef=aux_coef, dead_after=30), data()
+    opt = S.make_optimizer(model, "signum")
+    for _ in range(3):
+        with Watch() as watch:
+            S.train_step(model, opt, [x])
+        assert watch.syncs == ["_local_scalar_dense", *waits]
+    assert aux_coef == 0 or model.dead.any()
+
+
+def published_step(**hyper):
+    """A step at the published size, on "meta" -> what it ran on (N,F), on (F,D), parts of pre."""
+    n, d, f = 16384, 1536, 65536
+    with torch.device("meta"):
+        model = S.TopK(d, f, S.resolve_hyper("topk", d, f, {"k": 32, **hyper}))
+        x = torch.empty(n, d)
+    opt = S.make_optimizer(model, "signum")
+    S.train_step(model, opt, [x])
+    with Watch() as watch:
+        S.train_step(model, opt, [x])
+    assert not watch.syncs
+    parts = n * f // S.CHUNK      # pre is made in parts
+    large = [name for name, size in watch.ops if size >= min(S.CHUNK, f * d)]
+    return large[:2 * parts], large[2 * parts:], parts
+
+
+def test_a_published_step_passes_over_pre_twice_and_over_the_weights_no_oftener_than_it_must():
+    on_pre, on_weights, parts = published_step()
+    assert on_pre == ["addmm", "amax"] * parts      # the product, the largest of each group
+    assert sorted(on_weights) == sorted([
+        "_embedding_bag_backward",                # gradient of W_dec; W_enc's is a sum of rows
+        "bmm", "addcmul_",                        # project_grad_
+        # Signum, both matrices at once
+        "_foreach_sign", "_foreach_lerp_", "_foreach_add_", "_foreach_add_",
+        "linalg_vector_norm", "div_"])            # constrain_
+
+
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_tf32_is_on_inside_a_step_and_afterwards_what_it_was(before, monkeypatch):
+    seen, model, x = [], make(), data()
+    preacts, backward = model.preacts, S.Selected.backward
+
+    def look(function):
+        def looked(*args):
+            seen.append(torch.get_float32_matmul_precision())
+            return function(*args)
+        return looked
+    monkeypatch.setattr(model, "preacts", look(preacts))
+    monkeypatch.setattr(S.Selected, "backward", staticmethod(look(backward)))
+    monkeypatch.setattr(model, "project_grad_", look(model.project_grad_))
+    torch.set_float32_matmul_precision(before)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            S.train_step(model, S.make_optimizer(model, "adam"), [x], tf32=True)
+            S.train_step(model, S.make_optimizer(model, "adam"), [x])
+        assert seen == ["high", "high", before, before, before, before]
+        with pytest.raises(ValueError, match="width 6"):
+            S.train_step(model, S.make_optimizer(model, "adam"), [data(d=5)], tf32=True)
+        monkeypatch.setattr(model, "extra", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            S.train_step(model, S.make_optimizer(model, "adam"), [x], tf32=True)
+        assert torch.get_float32_matmul_precision() == before
+        model.encode(x)
+        assert seen[-1] == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def as_tf32(t):
+    """fp32 -> its nearest number with 10 bits of mantissa, as a GPU reads it under TF32."""
+    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1fff).view(torch.float32)
+
+
+def test_a_step_under_tf32_is_the_step_in_fp32_within_1e_3():
+    """TF32 as a GPU has it, put into the one product of a step: inputs rounded, sums in fp32.
+    Where the k-th and the next latent are nearly equal either may be taken; all else is close."""
+    plain, rounded = (make(n_latents=512, d_in=64, k=8) for _ in range(2))
+    W = as_tf32(rounded.W_enc.detach())
+    rounded.preacts = lambda x: as_tf32(x - rounded.b_dec) @ W.T + rounded.b_enc
+    x = data(256, 64)
+    index = [model.codes(model.batch(x)).flat_index.view(256, 8) for model in (plain, rounded)]
+    alike = (index[0] == index[1]).all(1)      # (N,): tokens with the same latents
+    assert 0.9 < alike.float().mean() < 1
+    losses = [model.loss(x)[0] for model in (plain, rounded)]
+    assert 0 < abs(losses[0] - losses[1]) < 1e-3 * losses[0]
+    for model in (plain, rounded):
+        S.train_step(model, torch.optim.SGD(model.parameters(), 0.0), [x[alike]])
+    for p, q in zip(plain.parameters(), rounded.parameters()):
+        assert 0 < (p.grad - q.grad).norm() < 1e-3 * p.grad.norm()
 
 
 def test_training_finds_a_planted_dictionary():

@@ -10,7 +10,7 @@ import model as M
 import resa
 import sae as S
 import train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Watch
 
 RANDOM = f"random:{ROOT}/data/tiny/init/config.json"
 DISTILL = f"{ROOT}/data/tiny/distill"
@@ -96,6 +96,8 @@ def test_help_lists_every_variant_with_its_settings(capsys):
     ("--variant topkk", "--variant: invalid choice: 'topkk' .*relu.*help"),
     ("--variant relu --k 4", "--k has no effect with --variant relu"),
     ("--variant gba --aux-coef 0.1", "--aux-coef has no effect with --variant gba"),
+    ("--device cpu --tf32",
+     "--tf32 has no effect with --device cpu: leave it out, or pass --no-tf32"),
     ("--set l1", "--set l1: NAME=VALUE"),
     ("--set l1=3", "topk: no setting 'l1', only .*aux_coef"),
     ("--variant relu --set rows=long", "rows.* *= *'long' is not .*unit.*free"),
@@ -195,6 +197,91 @@ def test_the_gradient_at_the_hook_is_that_of_the_models_loss(site):
     predicted = [float((g * w).sum()) for w in ways]
     one, two = slopes[0] / predicted[0], slopes[1] / predicted[1]
     assert abs(one - two) < 1e-3 * abs(one)
+
+
+# ---- speed flags --------------------------------------------------------------------------------
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """args -> args of a run on a GPU; from the moment that the model is loaded a CPU stands in."""
+    def go(args):
+        def load_on_cpu(spec, dtype, device):
+            args.device = "cpu"
+            return M.load_model(spec, dtype, "cpu")
+        monkeypatch.setattr(train, "load_model", load_on_cpu)
+        args.device = "cuda"
+        return args
+    return go
+
+
+@pytest.mark.parametrize("device, flags, expected", [
+    ("cpu", [], False), ("cpu", ["--no-tf32"], False),
+    ("cuda", [], True), ("cuda", ["--tf32"], True), ("cuda", ["--no-tf32"], False)])
+def test_tf32_reaches_the_step_and_is_the_default_on_a_gpu(
+        device, flags, expected, data, monkeypatch, on_gpu, tmp_path):
+    args, seen = args_of(data, "--steps", 2, "--out", tmp_path, "--device", "cpu"), []
+    args.tf32 = args_of(data, *flags).tf32
+    preacts = S.TopK.preacts
+
+    def look(self, x):
+        seen.append(torch.get_float32_matmul_precision())
+        return preacts(self, x)
+    monkeypatch.setattr(S.TopK, "preacts", look)
+    train.run_sae(on_gpu(args) if device == "cuda" else args)
+    # two steps; then the held-out text
+    assert seen[:2] == ["high" if expected else "highest"] * 2
+    assert len(seen) > 2 and set(seen[2:]) == {"highest"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["settings"]["tf32"] is expected
+
+
+def test_a_run_of_a_gpu_continues_on_a_cpu(data, monkeypatch, on_gpu, tmp_path):
+    flags = ["--steps", 3, "--save-every", 1, "--out", tmp_path]
+    end_step = train.Run.end_step
+
+    def stop(self, step, *rest):
+        end_step(self, step, *rest)
+        if step == 1:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Run, "end_step", stop)
+        train.run_sae(on_gpu(args_of(data, *flags)))
+    train.run_sae(args_of(data, *flags, "--resume", "--device", "cpu"))
+    assert json.loads((tmp_path / "config.json").read_text())["settings"]["tf32"] is False
+    assert (tmp_path / "sae.safetensors").exists()
+
+
+def test_tf32_is_refused_where_nothing_is_trained():
+    for flag in ("--tf32", "--no-tf32"):
+        args = train.settings("sae", ["--init", "pretrained", "--sae-from", "any", flag])
+        with pytest.raises(ValueError, match="--tf32 has no effect with --init pretrained"):
+            train.run_sae(args)
+
+
+@pytest.mark.parametrize("variant, sink_norm, waits", [
+    ("topk", None, []), ("gsae", None, []), ("topk", 1.2, ["nonzero"]), ("gsae", 1.2, ["nonzero"])])
+def test_harvest_gathers_nothing_without_a_sink_norm_and_waits_once_with_one(
+        variant, sink_norm, waits, data):
+    tiny, args = M.load_model(DISTILL), args_of(data)
+    chunks, _ = chunks_of(args, tiny)
+    sae = S.build(variant, tiny.config.hidden_size, 64, k=4)
+    sae.meta["sink_norm"] = sink_norm and 8.0
+    with Watch() as watch:
+        x, g, at = train.harvest(tiny, sae, chunks, torch.tensor([4, 1]), args)
+    assert watch.syncs == waits and (g is None) == (variant == "topk")
+    assert (len(x) == 2 * 64) == (sink_norm is None) and len(x) == len(at)
+
+
+def test_harvest_copies_to_the_device_without_waiting(data):
+    """On "meta" as the device: copies to it look as those to a GPU."""
+    tiny, args = M.load_model(DISTILL), args_of(data)
+    chunks, _ = chunks_of(args, tiny)
+    sae, args.device = S.build("topk", tiny.config.hidden_size, 64, k=4), "meta"
+    sae.meta["sink_norm"] = None
+    tiny.to("meta")
+    with Watch() as watch:
+        x, _, at = train.harvest(tiny, sae, chunks, torch.tensor([4, 1]), args)
+    assert x.is_meta and at.is_meta and not watch.syncs
 
 
 # ---- sinks --------------------------------------------------------------------------------------

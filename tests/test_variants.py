@@ -10,11 +10,13 @@ on paper.
 import copy
 import math
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import sae as S
+from tests.conftest import Watch
 
 D, F, K, N = 6, 12, 3, 18
 DEAD = [1, 4]                          # of the latents of `make`
@@ -1369,3 +1371,68 @@ def test_the_target_penalty_is_zero_at_k_and_pulls_towards_it_from_both_sides():
     model = bare("jumprelu", k=3)
     assert model.loss(torch.tensor([[1.0, 1, 1, 0, 0, 0],
                                     [0, 0, 0, 1, 1, 1]]).double())[1]["l0_penalty"] == 0
+
+
+# ---- speed --------------------------------------------------------------------------------------
+
+# What a micro-batch reads back, so that a GPU would be waited for: how many latents are chosen,
+# which of them are dead (mutual_choice has AuxK on).
+WAITS = {"batchtopk": ["nonzero"], "matryoshka": ["nonzero"],
+         "mutual_choice": ["nonzero", "nonzero"], "topafa": ["index"]}
+learned = pytest.mark.parametrize("variant", [v for v in S.VARIANTS if v != "itda"])
+
+
+@learned
+def test_what_a_step_waits_for(variant):
+    model, xs = make(variant, f=48), [(data(), random(N, D), None)] * 2
+    with Watch() as watch:
+        S.train_step(model, S.make_optimizer(model, "signum"), xs)
+    finite = "_local_scalar_dense"      # whether x is finite, which is looked at on a CPU alone
+    adapt = ["_local_scalar_dense"] if variant == "gba" else []      # whether it is time to
+    assert watch.syncs == [finite, *WAITS.get(variant, [])] * 2 + adapt
+
+
+@learned
+def test_who_fires_is_counted_once_a_micro_batch(variant, monkeypatch):
+    counts = Mock(wraps=S.counts)
+    monkeypatch.setattr(S, "counts", counts)
+    model, xs = make(variant), [(data(), random(N, D), None)] * 2
+    S.train_step(model, S.make_optimizer(model, "adam"), xs)
+    assert counts.call_count == 2
+
+
+@pytest.mark.parametrize("tokens, k", [(40, 3), (41, 3), (7, 5), (12, 1)])
+def test_feature_choice_keeps_the_largest_of_each_column(tokens, k):
+    model = make("feature_choice", k=k, f=12)
+    pre = random(tokens, 12)
+    index = model.choose(S.Batch(None, train=True, pre=pre))
+    kept = torch.zeros(pre.numel()).index_fill_(0, index, 1).view(pre.shape)      # (N,F)
+    size = kept.sum(0).long()
+    assert size.sum() == k * tokens == len(index) and (index.diff() > 0).all()
+    assert size.max() - size.min() <= 1 and (size.diff() <= 0).all()
+    for i in range(12):
+        best = pre[:, i].topk(size[i]).values.flip(0)
+        assert torch.equal(pre[:, i][kept[:, i] > 0].sort().values, best)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("variant", [v for v, c in S.VARIANTS.items() if issubclass(c, S.Chosen)])
+def test_codes_and_auxk_codes_are_sorted(variant, train):
+    model = make(variant, f=48, aux_coef=0.25, k_aux=2)
+    model.tokens_since_fired[:20] = model.dead_after + 1
+    b = model.batch(data(), random(N, D), train=train)
+    b.z = model.codes(b)
+    if train and variant == "vsae":      # makes those of AuxK from its dense pre, later
+        b.e = b.x - model.decode_normalized(b.z)
+        model.aux_loss(b)
+    assert ("aux" in b.cache) == train
+    for z in (b.z, b.cache.get("aux", b.z)):
+        assert len(z.flat_index) > N and (z.flat_index.diff() > 0).all()
+
+
+def test_atoms_that_fire_as_soon_as_they_are_collected_are_counted():
+    model, x = S.build("itda", D, F, k=K), data().float()
+    S.train_step(model, S.make_optimizer(model, "adam"), [x])
+    fired = (model.encode(x) != 0).any(0)
+    assert fired.sum() >= D
+    assert (model.tokens_since_fired[:D] == torch.where(fired, 0, N)[:D]).all()
