@@ -211,8 +211,8 @@ def train_sae(sae, batches, optimizer, args, start=0):
 @torch.no_grad()
 def agree(sae, before, xs):
     """Gradients, and what `observe` counted, become those of the micro-batches of all processes.
-    before: {name: buffer} at the start of the step.  Counters are then exactly one process's, but
-    within a step AuxK does not see them change elsewhere.  `finish_sae` measures thresholds."""
+    before: {name: buffer} at the start of the step.  Counters are then exactly one process's;
+    thresholds are left out: `finish_sae` measures them."""
     average_gradients(sae.parameters())
     (rank, processes), own = world(), sum(len(x) for x, _, _ in xs)
     tokens = list(map(int, add_up([own * (i == rank) for i in range(processes)])))    # of each
