@@ -87,6 +87,7 @@ class SAE(nn.Module):
     signed = False           # codes may be negative
     centred = True           # b_dec starts at the mean of the activations
     needs_gradient = False   # training needs g
+    step_dead = None         # in a training step: those that were dead when it began
     encoder_names = ("W_enc", "b_enc")      # what scales with the code of a latent
 
     def __init__(self, d_in, n_latents, hyper):
@@ -226,7 +227,8 @@ class SAE(nn.Module):
     def choose_aux(self, b):
         """Sorted flat indices of each token's k_aux strongest dead latents, of all if fewer."""
         if "dead" not in b.cache:      # waits for the device: cheaper than ranking nobody
-            b.cache["dead"] = self.dead.nonzero()[:, 0]
+            dead = self.dead if self.step_dead is None else self.step_dead
+            b.cache["dead"] = dead.nonzero()[:, 0]
         dead = b.cache["dead"]
         score = b.pre[:, dead].abs() if self.signed else b.pre[:, dead]
         best = score.topk(min(self.k_aux, len(dead)), dim=-1, sorted=False).indices
@@ -940,6 +942,7 @@ def train_step(sae, optimizer, xs, progress=1.0, tf32=False, average=None):
     """
     optimizer.zero_grad()      # for TopK, nothing here waits for the device unless there is AuxK
     seen, means = [], {}
+    sae.step_dead = sae.dead   # the same for all micro-batches, whichever process has them
     for x in xs:
         inputs = x if isinstance(x, tuple) else (x,)
         b = sae.batch(*inputs, progress=progress, train=True)
@@ -950,6 +953,7 @@ def train_step(sae, optimizer, xs, progress=1.0, tf32=False, average=None):
         with torch.no_grad():
             sae.observe(b)
         seen.append({"loss": total.detach(), **parts})
+    sae.step_dead = None
     if average:
         average()
     if sae.unit_rows and sae.W_dec.requires_grad:

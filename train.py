@@ -10,7 +10,7 @@
 A run directory holds config.json (settings, versions), metrics.jsonl (an object per logged step),
 checkpoint.safetensors (until the run is done), summary.json and what was trained.  --resume
 continues an interrupted run, on a CPU to the same bits.  Under torchrun (--nproc-per-node N)
-processes share each batch; but for dropout, noise and AuxK they learn what one would learn.
+processes share each batch; but for dropout and noise they learn what one would learn.
 
 B batch, T time, D width, V vocabulary, F latents, K active, N tokens, n chunks in the data,
 Q questions in a step, G samples of each, S = Q G.
@@ -215,8 +215,8 @@ def train_sae(sae, batches, optimizer, args, start=0, tf32=False):
 @torch.no_grad()
 def agree(sae, before, xs):
     """Gradients, and what `observe` counted, become those of the micro-batches of all processes.
-    before: {name: buffer} at the start of the step.  Counters are then exactly one process's, but
-    within a step AuxK does not see them change elsewhere.  `finish_sae` measures thresholds."""
+    before: {name: buffer} at the start of the step.  Counters are then exactly one process's;
+    thresholds are left out: `finish_sae` measures them."""
     average_gradients(sae.parameters())
     (rank, processes), own = world(), sum(len(x) for x, _, _ in xs)
     tokens = list(map(int, add_up([own * (i == rank) for i in range(processes)])))    # of each

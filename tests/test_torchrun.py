@@ -33,6 +33,7 @@ RUNS = {                                 # name: stage and flags; {one} is the f
     **{name: f"sae {SAE}--variant {name}" + K * ("k" in variant.defaults)
        for name, variant in VARIANTS.items()},
     "signum": f"sae {SAE}{K} --optimizer signum --sink-norm 1.1",
+    "dead": f"sae {SAE}{K} --steps 6 --dead-after 300 --micro-batch 2",
     "unit noise": f"sae {SAE}{K} --variant vsae --set sample=unit",
     "tune": f"tune {TEXT}{LORA}--sae {{one}}/topk --sae-grad on",
     "noise": f"tune {TEXT}{LORA}--sae {{one}}/topk --splice noise",
