@@ -363,6 +363,7 @@ def settings(argv):
     add("--slots", type=whole(1), default=64, help="samples decoded at a time: speed and memory")
     add("--dtype", choices=DTYPES, help="of the weights; else the checkpoint's")
     add("--device", help="cpu, cuda or cuda:N; else cuda where there is one")
+    add("--compile", action="store_true", help="torch.compile: slow start, fast steps")
     add = parser.add_argument_group("results").add_argument
     add("--out", help="run directory, samples go to OUT/eval/BENCH; else out/PRESET")
     add("--fresh", action="store_true", help="delete earlier samples instead of resuming")
@@ -436,6 +437,8 @@ def main(argv):
               "--stage tune, or name models: --model")
         for spec in args.model or [f"{read_preset(args.preset)['target']}+{adapter}"]:
             model, tokenizer = load_model(spec, args.dtype, args.device), load_tokenizer(spec)
+            if args.compile:
+                model.compile_blocks()
             for name, (problems, _, prompt) in benches.items():
                 results[name][label_of(spec)] = evaluate(
                     model, tokenizer, problems, samples_path(args.out, name, spec),

@@ -443,10 +443,14 @@ def run_tune(args):
         check(teacher.config.vocab_size == model.config.vocab_size,
               f"{args.source} and {args.target} have different vocabularies")
     inserted = None if args.splice == "none" else make_splice(args, model)
-    loss_of = partial(resa.tuning_loss, model, inserted, args.layer, site=args.site,
-                      grad=args.sae_grad == "on", reduction=args.kl_reduction, teacher=teacher)
+    optimizer, grad = add_adapters(args, model), args.sae_grad == "on"
+    loss_of = partial(resa.tuning_loss, model, inserted, args.layer, site=args.site, grad=grad,
+                      reduction=args.kl_reduction, teacher=teacher)
+    if resa.shares_prefix(model, inserted, args.layer, args.site, grad, teacher):
+        loss_of = partial(resa.shared_prefix_loss, model, inserted, args.layer,   # looked at once
+                          reduction=args.kl_reduction)
     sae = getattr(inserted, "sae", inserted)             # what noise is matched to
-    return train_on_text("tune", args, model, add_adapters(args, model), loss_of, "kl", sae)
+    return train_on_text("tune", args, model, optimizer, loss_of, "kl", sae)
 
 def make_splice(args, model):
     """What takes the activation's place: the SAE, frozen and in fp32, or a control made from it."""
@@ -470,8 +474,15 @@ def add_adapters(args, model):
     """Adds seeded adapters to the model, in training mode -> AdamW over them."""
     torch.manual_seed(args.seed)         # of A, then of dropout
     resa.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout).train()
+    make_fast(args, model)
     learned = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(learned, lr=args.lr, weight_decay=0.01)
+
+def make_fast(args, model):
+    """--checkpointing and --compile, once all modules are in their places."""
+    model.checkpointing = args.checkpointing
+    if args.compile:
+        model.compile_blocks()
 
 def run_pretrain(args):
     """Next-token training of all weights: makes the embedded models."""
@@ -484,6 +495,7 @@ def run_pretrain(args):
         raise ValueError(f"--only {args.only}: not a regular expression ({error})") from None
     check(learned, f"--only {args.only}: no parameter has a name like that")
     learned = [p.requires_grad_(True) for p in learned]
+    make_fast(args, model)
     optimizer = torch.optim.AdamW(learned, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     return train_on_text("pretrain", args, model, optimizer, partial(cross_entropy, model), "loss")
 
@@ -574,7 +586,8 @@ def policy_loss(model, samples, advantages, beta, temperature=1.0):
 # ---- The run directory: log, checkpoints, counts -----------------------------------------------
 
 # What may change between a run and its continuation; and without what its artifact does not load
-CHANGEABLE = {"resume", "out", "log_every", "save_every", "device", "tf32", "config", "given"}
+CHANGEABLE = {"resume", "out", "log_every", "save_every", "device", "tf32", "config", "given",
+              "compile", "checkpointing"}
 ARTIFACT = {"sae": "cfg.json", "pretrain": "model/config.json"}
 
 class Run:
@@ -829,9 +842,14 @@ def pretrain_flags(add):
     add("--model", default="", help="spec to start from, as random:data/tiny/init/config.json")
     add("--only", default="", help="regular expression: parameters of such names learn")
 
-FLAGS = {"sae": (text_flags, site_flags, sae_flags), "sft": (text_flags, lora_flags),
-         "tune": (text_flags, lora_flags, site_flags, tune_flags), "rl": (lora_flags, rl_flags),
-         "pretrain": (text_flags, pretrain_flags)}
+def fast_flags(add):
+    add("--compile", action=SWITCH, default=False, help="torch.compile: slow start, fast steps")
+    add("--checkpointing", action=SWITCH, default=False, help="recompute blocks: less memory")
+
+FLAGS = {"sae": (text_flags, site_flags, sae_flags), "sft": (text_flags, lora_flags, fast_flags),
+         "tune": (text_flags, lora_flags, site_flags, tune_flags, fast_flags),
+         "rl": (lora_flags, rl_flags, fast_flags),
+         "pretrain": (text_flags, pretrain_flags, fast_flags)}
 DEFAULTS = {"sae": {"lr": 0.0}, "pretrain": {"lr": 1e-3, "warmup": 100, "schedule": "cosine"}}
 RUN = {"sae": run_sae, "tune": run_tune, "sft": run_sft, "rl": run_rl, "pretrain": run_pretrain}
 

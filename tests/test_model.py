@@ -27,6 +27,8 @@ from model import (
     collect, draw, fold, generate, likeliest, load_model, load_tokenizer, put_on, read_adapter,
     right_pad, rope_table, sample, save_model, split_spec, stream, think_prefix)
 
+from tests.conftest import Watch
+
 # ------------------------------------------------------------------------------------------------
 # Tiny models that any machine can rebuild
 # ------------------------------------------------------------------------------------------------
@@ -1869,6 +1871,21 @@ def test_a_look_every_few_steps_finds_the_same(monkeypatch, ahead, setting):
     long = plain_generate(exact(), prompt, (3, 1), 80, temperature=1.0, top_p=1.0)
     company = [(prompt, (3, 1)), (some_ids(9, 5), (3, 2))]
     assert collect(exact(), company, max_new_tokens=80, temperature=1.0, top_p=1.0)[0] == long
+
+
+@pytest.mark.parametrize("setting", range(len(SETTINGS)))
+def test_a_decode_step_waits_for_nothing(setting):
+    """Nothing in it needs a value on the host, and its shapes are those of the step before."""
+    settings = {"temperature": 0.6, "top_p": 0.95, "top_k": 0} | SETTINGS[setting]
+    decoder = Decoder(exact(), 3, 20, settings)
+    decoder.start([0, 1, 2], [[1, 2, 3], [4], [5, 6]], [(0,), (1,), (2,)])
+    seen = []
+    for last in (3, 4):
+        with torch.no_grad(), Watch() as watch:
+            decoder.step(last)
+        assert not watch.syncs
+        seen.append(watch.ops)
+    assert seen[0] != [] and seen[1] == seen[0][-len(seen[1]):]      # the first one grows the cache
 
 
 def test_a_row_that_has_ended_stays_within_the_cache():

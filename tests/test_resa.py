@@ -22,6 +22,7 @@ import resa
 from model import (
     Config, Transformer, generate, load_model, read_adapter, rope_table, save_model)
 from sae import build
+from tests.conftest import Watch
 
 D, V, L, R, ALPHA = 16, 37, 4, 4, 6          # width, vocabulary, blocks, rank, alpha (not the rank)
 CONFIG = dict(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=L, num_attention_heads=4,
@@ -452,6 +453,19 @@ def mlp_output(model, layer):
     n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * block.post_attention_layernorm.weight
     gate, up, down = (getattr(block.mlp, f"{p}_proj").weight for p in ("gate", "up", "down"))
     return (F.silu(n @ gate.T) * (n @ up.T)) @ down.T, h
+
+
+@pytest.mark.parametrize("site, grad", [("resid", False), ("mlp", False), ("mlp", True)])
+def test_a_tuning_step_waits_for_nothing_and_walks_over_no_modules(monkeypatch, site, grad):
+    model, sae, loss_of = adapted(), toy_sae(), resa.tuning_loss
+    if resa.shares_prefix(model, sae, 1, site, grad, None):          # train.py looks at that once
+        def loss_of(model, sae, layer, ids, site, grad):
+            return resa.shared_prefix_loss(model, sae, layer, ids)
+    monkeypatch.setattr(nn.Module, "named_modules", None)
+    with Watch() as watch:
+        loss_of(model, sae, 1, IDS, site, grad).backward()
+    # the SAE looks whether its input is finite, on a CPU alone
+    assert watch.ops and watch.syncs == ["_local_scalar_dense"]
 
 
 @pytest.mark.parametrize("site, grad", [("resid", False), ("mlp", True)])

@@ -5,20 +5,23 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import eval as ev
 import model
 import resa
 import sae
 import train
 from data.files import read_problems
 from data.flags import front_door
+from model import Block
 from tests.conftest import ROOT
 
 DISTILL = f"{ROOT}/data/tiny/distill"
@@ -857,3 +860,40 @@ def test_data_that_cannot_be_had_shows_before_the_model_is_loaded(tmp_path):
         with pytest.raises(ValueError, match="no-such.jsonl: no such file"):
             train.main(["--stage", stage, named.get(stage, "--target"), "no-such-model", "--data",
                         "no-such.jsonl", "--out", str(tmp_path / "o"), "--steps", "1"])
+
+
+def test_speed_flags_take_effect_and_change_no_result(tmp_path, monkeypatch, data):
+    """--compile (up to the graphs it finds: C++ is slow) and --checkpointing, of training and eval."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    frames, calls = torch._dynamo.utils.counters["frames"], []
+    forward = Block.forward
+
+    def counted(self, *args):
+        calls.append(1)
+        return forward(self, *args)
+
+    def adapter_of(*flags):
+        frames.clear(), calls.clear()
+        out = tmp_path / f"sft{''.join(flags)}"
+        train.main(["--stage", "sft", "--target", DISTILL, "--data", str(data), "--seq-len", "32",
+                    "--batch", "2", "--steps", "3", "--out", str(out), "--lora-dropout", "0", *flags])
+        return load_file(out / "adapter_model.safetensors")
+    compiled = adapter_of("--compile")
+    assert frames["ok"] == frames["total"] > 0
+    monkeypatch.setattr(Block, "forward", counted)
+    plain, once = adapter_of(), len(calls)
+    again = adapter_of("--checkpointing")
+    assert len(calls) == 2 * once > 0 == frames["total"]
+    for name, tensor in plain.items():
+        assert torch.equal(again[name], tensor)
+        assert torch.allclose(compiled[name], tensor, atol=1e-5), name
+    monkeypatch.setattr(Block, "forward", forward)
+    evaluate = ["--model", DISTILL, "--limit", "3", "--max-new-tokens", "6", "--out"]
+    ev.main([*evaluate, str(tmp_path / "a")])
+    assert not frames["total"]
+    ev.main([*evaluate, str(tmp_path / "b"), "--compile"])
+    assert frames["ok"] > 0
+    a, b = (next((tmp_path / name / "eval/tiny").glob("*.jsonl")).read_text() for name in "ab")
+    assert a == b
+    torch._dynamo.reset()
