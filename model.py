@@ -194,9 +194,13 @@ class Attention(nn.Module):
             k, v = (k, v) if mask is None else (keys, values)                 # (B,G,L,C)
         if T == 1:       # the heads of a group share its keys: they can be the time of one head
             q = q.reshape(B, self.G, self.H // self.G, self.C)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-            enable_gqa=q.shape[1] != self.G)                                  # (B,H,T,C)
+        if T == 1 and mask is not None and q.dtype.itemsize >= 4:    # on a CPU faster than SDPA
+            p = (q @ k.mT * self.C**-0.5).masked_fill(~mask, -math.inf).softmax(-1)
+            y = p @ v                                                         # (B,G,H/G,C)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                enable_gqa=q.shape[1] != self.G)                              # (B,H,T,C)
         y = y.reshape(B, self.H, T, self.C).transpose(1, 2)                   # (B,T,H,C)
         return self.o_proj(y.reshape(B, T, self.H * self.C))                  # (B,T,D)
 
@@ -298,7 +302,7 @@ class Transformer(nn.Module):
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.source = None       # the directory it was loaded from, whose tokenizer a save copies
-        self.checkpointing = False       # whether blocks run again in the backward pass: less memory
+        self.checkpointing = False       # True: blocks run again in the backward pass, less memory
         self.tie()
 
     def tie(self):
@@ -675,9 +679,10 @@ class Decoder:
         self.u = torch.zeros(rows, new_tokens, device=device)
         # A GPU takes several steps between two looks at what was drawn: each look waits for it.
         self.ahead = 8 if self.u.is_cuda else 1
-        self.graph = {}                                  # what `replay` recorded last
-        hooks = any(module._forward_hooks for module in model.modules())      # may do anything,
-        self.records = self.u.is_cuda and not hooks and not model.config.num_experts  # do wait
+        self.graph = {}
+        # Hooks may do anything; how many tokens an expert has is for the host to know.
+        special = model.config.num_experts or any(m._forward_hooks for m in model.modules())
+        self.records = self.u.is_cuda and not special
 
     def start(self, slots, prompts, keys):
         """Puts prompts into rows `slots` -> the first new token of each.  keys: see `stream`."""
@@ -712,8 +717,7 @@ class Decoder:
         some = draw(self.logits[stuck], self.numbers()[stuck], **self.settings, sort_all=True)
         return self.move(torch.full_like(self.tokens, UNDECIDED).index_copy(0, stuck, some))
 
-    def numbers(self):
-        """What each row draws next (S,).  A row beyond its last number is idle."""
+    def numbers(self):                       # (S,); a row beyond its last one is idle
         return self.u.gather(1, self.drawn.clamp(max=self.u.shape[1] - 1))[:, 0]
 
     def move(self, tokens):
@@ -755,8 +759,7 @@ def stream(model, requests, *, max_new_tokens, temperature=0.6, top_p=0.95, top_
     requests   [(prompt ids, seed key)]: the key, a tuple of ints >= 0, seeds this request alone, so
                its text does not depend on batch, order or resume
     token ids  what was generated, the stop token included
-    slots      how many run at once, fewer where memory is short; equal prompts that start together
-               are prefilled once"""
+    slots      how many run at once, or fewer if memory is short"""
     check_sampling(model, requests, max_new_tokens, temperature, top_p, top_k, slots)
     settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     left = dict(enumerate(requests))
@@ -808,10 +811,10 @@ def run_rows(model, left, max_new_tokens, settings, stop_ids, slots):
 def rows_that_fit(model, requests, max_new_tokens, slots):
     """`slots`, or as many rows as fit into memory if every one grows to its full length."""
     config, weight = model.config, model.lm_head.weight
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     longest = max_new_tokens + max((len(prompt) for prompt, _ in requests), default=0)
-    size = token * longest * weight.dtype.itemsize       # bytes
-    fit = max(1, 0.8 * free_memory(weight.device) // size)           # the rest is for activations
+    size = longest * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    size *= weight.dtype.itemsize            # bytes of a row
+    fit = max(1, 0.8 * free_memory(weight.device) // size)   # 0.8: activations need some, too
     if fit < min(slots, len(requests)):
         say_once(f"{fit:.0f} of {slots} rows fit into memory: each of {longest:,} tokens may take "
                  f"{size / 1e9:.2g} GB")
@@ -827,9 +830,7 @@ def free_memory(device):
         return math.inf
     return 1024 * int(re.search(r"MemAvailable: +(\d+)", system.read_text())[1])
 
-@lru_cache(maxsize=None)
-def say_once(text):
-    print(text, file=sys.stderr)
+say_once = lru_cache(lambda text: print(text, file=sys.stderr))
 
 @torch.no_grad()
 def collect(model, requests, **settings):
@@ -843,7 +844,7 @@ def generate(model, prompts, max_new_tokens, temperature=0.6, top_p=0.95, top_k=
     requests = []
     for i, prompt in enumerate(prompts):
         requests += [(prompt, (seed, i, j)) for j in range(samples)]
-    flat = collect(model, requests, max_new_tokens=max_new_tokens, temperature=temperature,
+    done = collect(model, requests, max_new_tokens=max_new_tokens, temperature=temperature,
                    top_p=top_p, top_k=top_k, stop_ids=stop_ids, slots=slots)
-    ids = [tokens for tokens, _ in flat]
+    ids = [tokens for tokens, _ in done]
     return [ids[i * samples:(i + 1) * samples] for i in range(len(prompts))]

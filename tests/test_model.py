@@ -1725,23 +1725,20 @@ def awkward_rows(n, vocab):
 
 
 @pytest.mark.parametrize("top_p, top_k", [
-    (0.01, 0), (0.5, 0), (0.95, 0), (0.999, 0), (1.0, 0), (0.9, 3), (1.0, 20), (1.0, 127),
-    (1.0, 128), (1.0, 600), (0.95, 128)])
+    (0.01, 0), (0.5, 0), (0.95, 0), (1.0, 0), (0.9, 3), (1.0, 31), (1.0, 32), (0.999, 150)])
 def test_sorting_only_the_likeliest_is_sorting_all(top_p, top_k):
-    """10,500 rows at the vocabulary of which 128 are sorted; which token is drawn is equal too."""
-    vocab, undecided = 2048, {}
-    assert likeliest(torch.rand(1, vocab), sort_all=False)[0].shape == (1, 128)
+    """10,500 rows at a vocabulary of which 32 are sorted; which token is drawn is equal too."""
+    vocab, undecided = 512, {}
+    assert likeliest(torch.rand(1, vocab), sort_all=False)[0].shape == (1, 32)
     for kind, logits in awkward_rows(1500, vocab).items():
         u = torch.rand(1500, generator=torch.Generator().manual_seed(1))
         u[:4] = torch.tensor([0.0, 1 - 2 ** -24, 0.5, 0.25])
-        for temperature in (0.6, 1.0):
-            settings = temperature, top_p, top_k
-            want = draw(logits, u, *settings, sort_all=True)
-            some = draw(logits, u, *settings)
-            decided = some != UNDECIDED
-            assert torch.equal(some[decided], want[decided]), kind
-            assert torch.equal(sample(logits, u, *settings), want), kind
-            undecided[kind] = 1 - decided.float().mean().item()
+        settings = 0.6, top_p, top_k
+        want, some = draw(logits, u, *settings, sort_all=True), draw(logits, u, *settings)
+        decided = some != UNDECIDED
+        assert torch.equal(some[decided], want[decided]), kind
+        assert torch.equal(sample(logits, u, *settings), want), kind
+        undecided[kind] = 1 - decided.float().mean().item()
     assert undecided["one"] == 0 and (want >= 0).all()
     assert (undecided["flat"] > 0) == (0 < top_k or top_p < 1)   # all equal: which ones are first?
     if (top_p, top_k) == (0.95, 0):                              # the fast path does decide some
