@@ -612,13 +612,11 @@ class Cache:
         self.rows = torch.arange(rows, device=weight.device)[:, None]         # (S,1)
         self.bucket = 512 if weight.is_cuda else self.BUCKET     # a graph for each
 
-    def seek(self, positions, last=None):
-        """Says where the next tokens go, positions (S,T); a row attends to all before them.
-        last: none of them is larger; without it a GPU would have to wait."""
+    def seek(self, positions, last):
+        """Says where the next tokens go: positions (S,T), none above `last` but of idle rows."""
         T = positions.shape[1]
-        last = int(positions.max()) if last is None else last
         self.used = self.length(last)
-        self.positions = positions.clamp(max=self.used - 1)      # of rows that are idle
+        self.positions = positions.clamp(max=self.used - 1)
         self.grow(self.used)
         self.mask = None
         if T == 1 or last >= T:              # not prompts alone, which are causal without a mask
@@ -697,7 +695,8 @@ class Decoder:
 
     def steps(self, last):
         """A few steps -> tokens [step][row].  last: where the longest row's last token stands."""
-        tokens = torch.stack([self.replay(last + i) for i in range(self.ahead)]).tolist()
+        last += self.ahead - 1               # one length for all of them
+        tokens = torch.stack([self.replay(last) for _ in range(self.ahead)]).tolist()
         if UNDECIDED in tokens[-1]:
             tokens.append(self.decide().tolist())
         return tokens
@@ -733,6 +732,7 @@ class Decoder:
         The first step of a length runs as it is, which lays out memory, the second is recorded."""
         if not self.records:
             return self.step(last)
+        self.cache.grow(self.cache.length(last))
         shape = self.cache.length(last), self.cache.kv[0].data_ptr()
         if shape not in self.graph:          # another length, or the cache has moved
             self.graph = {shape: None}

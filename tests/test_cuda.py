@@ -17,6 +17,7 @@ import model as M
 import resa
 import sae as S
 import train
+from data.files import read_jsonl
 from data.formats import load_any
 from tests.conftest import ROOT
 
@@ -117,6 +118,31 @@ def test_pretraining(device, data, tmp_path):
     before, after = M.load_model(MODELS["tiny/distill"]), M.load_model(tmp_path / "model")
     assert first["loss"] > 0
     assert not any(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters()))
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("temperature", [0, 0.6])
+def test_graphs_take_effect_and_change_no_token(device, temperature, monkeypatch):
+    tiny, replays, replay = M.load_model(MODELS["tiny/distill"], device=device), [], M.Decoder.replay
+    tokenizer = M.load_tokenizer(MODELS["tiny/distill"])
+    rows = [row for _, row in read_jsonl(f"{ROOT}/data/tiny/test.jsonl")][:100]
+    prompts = [tokenizer.encode(tokenizer.chat([{"role": "user", "content": row["problem"]}]))
+               for row in rows]
+    settings = dict(temperature=temperature, stop_ids=tokenizer.eos_ids, slots=16)
+
+    def counted(self, last):
+        replays.append(any(self.graph.values()))
+        return replay(self, last)
+    monkeypatch.setattr(M.Decoder, "replay", counted)
+    recorded = M.generate(tiny, prompts, 96, **settings)
+    assert sum(replays) > 0.5 * len(replays)
+    monkeypatch.setattr(M.Decoder, "replay", M.Decoder.step)
+    assert recorded == M.generate(tiny, prompts, 96, **settings)
+    on_cpu = M.generate(M.load_model(MODELS["tiny/distill"]), prompts, 96, **settings)
+    assert sum(a == b for a, b in zip(recorded, on_cpu)) >= 98      # of 100: fp32 sums differ
+    fast = M.load_model(MODELS["tiny/distill"], device=device).compile_blocks()
+    compiled = M.generate(fast, prompts, 96, **settings)
+    assert sum(a == b for a, b in zip(recorded, compiled)) >= 98
 
 
 # ---- why stage II runs on a GPU, shown without one -----------------------------------------------

@@ -10,6 +10,7 @@ import json
 import resource
 import shutil
 import zlib
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -1885,6 +1886,65 @@ def test_a_decode_step_waits_for_nothing(setting):
     assert seen[0] != [] and seen[1] == seen[0][-len(seen[1]):]      # the first one grows the cache
 
 
+class Recording:
+    """What torch.cuda.CUDAGraph does, on a CPU: recording a step leaves no trace, replaying it reads
+    and writes the tensors that it was recorded with."""
+    now, replays = None, 0
+
+    def record(self, decoder, last, step):
+        state, kv = decoder.state.clone(), [t.clone() for t in decoder.cache.kv]
+        self.tokens = step(decoder, last)
+        self.decoder, self.last, self.logits = decoder, last, decoder.logits
+        self.memory = [t.data_ptr() for t in decoder.cache.kv]
+        for now, before in zip([decoder.state, *decoder.cache.kv], [state, *kv]):
+            now.copy_(before)
+        return self.tokens
+
+    def replay(self):
+        assert self.memory == [t.data_ptr() for t in self.decoder.cache.kv]      # it has not moved
+        length = self.decoder.cache.length
+        assert length(int(self.decoder.positions.max())) <= length(self.last)    # busy or idle
+        self.tokens.copy_(STEP(self.decoder, self.last))
+        self.logits.copy_(self.decoder.logits)
+        self.decoder.tokens, self.decoder.logits = self.tokens, self.logits
+        Recording.replays += 1
+
+
+STEP = Decoder.step
+
+
+@pytest.mark.parametrize("setting", range(len(SETTINGS)))
+def test_replayed_steps_equal_plain_ones(monkeypatch, setting):
+    """The first step of a length runs, the second is recorded, the others are replayed; a cache that
+    has moved, other rows and other lengths are recorded anew.  tests/test_cuda.py has real graphs."""
+    @contextmanager
+    def recording(graph):
+        Recording.now = graph
+        yield
+        Recording.now = None
+
+    def step(self, last):
+        taken.append(last)
+        return Recording.now.record(self, last, STEP) if Recording.now else STEP(self, last)
+
+    class OnCuda(Decoder):
+        ahead = property(lambda self: 4, lambda self, value: None)
+        records = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr("model.Decoder", OnCuda)
+    monkeypatch.setattr(Decoder, "step", step)
+    want, settings = plain_answers(setting, 14, STOP), dict(max_new_tokens=14, **SETTINGS[setting])
+    for slots in (1, 3, 64):
+        taken, Recording.replays = [], 0
+        assert collect(exact(), REQUESTS, stop_ids=set(STOP), slots=slots, **settings) == want
+        assert Recording.replays > 0.3 * len(taken)
+    long = plain_generate(exact(), [5], (3, 1), 140, temperature=1.0)
+    taken, Recording.replays = [], 0
+    assert collect(exact(), [([5], (3, 1))], max_new_tokens=140, temperature=1.0) == [long]
+    assert len(taken) == 2 * 3 and Recording.replays >= 139 - 3 - 4      # three lengths: run, recorded
+
+
 def test_a_row_that_has_ended_stays_within_the_cache():
     """The longest row ends first: the others read fewer positions than it has, it writes there."""
     requests = [(some_ids(130, 1), (7, 0, 2))] + [(some_ids(3, i), (7, i, 2)) for i in (2, 3, 4)]
@@ -1962,7 +2022,7 @@ def test_cache_gives_the_logits_of_a_full_pass():
     at = [0, 0]
     for steps in ((3, 3), (1, 1), (60, 60), (1, 1), (64, 64), (2, 2)):
         positions = torch.tensor([list(range(a, a + n)) for a, n in zip(at, steps)])
-        cache.seek(positions)
+        cache.seek(positions, int(positions.max()))
         ids = torch.tensor([row[a:a + n] for row, a, n in zip(rows, at, steps)])
         got = model.head(model.run(ids, cache=cache))
         assert torch.allclose(
