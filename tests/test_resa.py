@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import resa
 from model import (
-    Config, Transformer, generate, load_model, read_adapter, rope_table, save_model)
+    Config, Transformer, generate, load_model, low_rank, read_adapter, rope_table, save_model)
 from sae import build
 from tests.conftest import Watch
 
@@ -170,6 +170,22 @@ def test_targets_choose_layers_by_their_last_name():
     for other in "c_attn", "proj", "mlp":    # whole names, and of linear layers
         with pytest.raises(ValueError, match=other):
             resa.add_lora(toy(), targets=(other,))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.bfloat16, 2.0 ** -7), (torch.float16, 2.0 ** -10), (torch.float32, 0)])
+def test_an_adapter_acts_in_the_dtype_of_the_activations(dtype, tolerance):
+    """Within the rounding of that dtype of what fp32 products give; A and B themselves stay fp32."""
+    x = numbers((64, D), 1).to(dtype)
+    A, B = numbers((R, D), 2), numbers((24, R), 3)
+    exact = (x.float() @ A.T @ B.T) * 4
+    got = low_rank(x, A, B, 4.0)
+    assert got.dtype == dtype
+    check_close(got.float(), exact, 2 * tolerance * float(exact.abs().max()))
+    small = low_rank(x, A, B * 1e-6, 4.0)        # as after a few steps at a rate of 1e-6
+    low = dtype == torch.float16                 # whose own range ends at 6e-8: steps of that size
+    check_close(small.float(), exact * 1e-6,
+                (2 * tolerance + 1e-6) * float(exact.abs().max()) * 1e-6 + 1e-7 * low)
 
 
 def test_adapters_off_is_the_base_whatever_they_hold_and_they_come_back():
