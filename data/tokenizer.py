@@ -5,7 +5,12 @@
 """
 
 import json
+import os
 import re
+import resource
+import sys
+import time
+from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -69,9 +74,12 @@ class Tokenizer:
         """[{"role", "content"}, ...] -> the text that the checkpoint's own template makes of it."""
         check(self.template, "this tokenizer has no chat_template; add a chat_template.jinja")
         try:
-            return compiled(self.template).render(
-                messages=messages, tools=None, documents=None,
-                add_generation_prompt=add_generation_prompt, **self.special)
+            with bounded():
+                text = compiled(self.template).render(
+                    messages=messages, tools=None, documents=None,
+                    add_generation_prompt=add_generation_prompt, **self.special)
+            check(len(text) < 2**20, "makes a text of more than a million characters")
+            return text
         except Exception as error:           # whatever a stranger's program raises, in one line
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"chat template: {reason}") from None
@@ -80,11 +88,46 @@ def think_prefix(prompt):
     """"<think>" if a chat template ended the prompt with it: the completion then lacks it."""
     return "<think>" if prompt.rstrip().endswith("<think>") else ""
 
+# ---- Chat templates are strangers' programs ----------------------------------------------------
+
+SECONDS, MEMORY = 0.5, 2**25         # processor time and bytes that a template may take
+
+@contextmanager
+def bounded():
+    """Inside, a template may take SECONDS and MEMORY, without a thread or a process to watch it.
+    The clock is looked at before each of its lines, and each call of what it uses."""
+    def watch(frame, event, arg):
+        if time.thread_time() > end:
+            raise TimeoutError(f"stopped after {SECONDS} seconds")
+        return watch if frame.f_code.co_filename == "<template>" else None
+    before, limits = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
+    if os.path.exists("/proc/self/statm"):               # Linux
+        with open("/proc/self/statm", encoding="ascii") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, limits[1]))
+    end = time.thread_time() + SECONDS
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
 @lru_cache(maxsize=8)
 def compiled(template):
-    """Templates come from strangers, so they run in jinja2's immutable sandbox."""
+    """A template in jinja2's immutable sandbox, where numbers also stay small: one product or power
+    of large ones could take for ever."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["*", "**"])
+
+        def call_binop(self, context, operator, left, right):
+            numbers = [x for x in (left, right) if isinstance(x, int)]
+            small = all(abs(x) < 2**31 for x in numbers) and (operator == "*" or right < 64)
+            check(small, f"{operator} of numbers as large as these is not supported")
+            return super().call_binop(context, operator, left, right)
 
     def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
@@ -95,8 +138,8 @@ def compiled(template):
 
     # {% generation %} marks what training on answers would keep; for the text it is a scope.
     template = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", r"\1\2with", template)
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols"])
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True,
+                      extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = to_json
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
