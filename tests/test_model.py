@@ -9,6 +9,8 @@ import copy
 import json
 import resource
 import shutil
+import sys
+import time
 import zlib
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import data.tokenizer
 import resa
 from data.files import read_json
 from data.flags import choose_device
@@ -1606,6 +1609,61 @@ def test_hostile_and_broken_templates(tmp_path, monkeypatch, template):
         "t/tokenizer.json",
         "t/tokenizer_config.json",
     ]
+
+
+DOUBLING = "{%% set n = namespace(x=%s) %%}{%% for i in range(99) %%}%s{%% endfor %%}{{ n.x }}"
+ENDLESS = [        # what a word too many makes, in time or in memory
+    "{{ 'x' * 10**9 }}", "{{ 2 ** (2 ** 31) }}", "{{ 9 ** 9 ** 9 }}", "{{ [1] * 10**9 }}",
+    "{{ 'x' | indent(10**9) }}", "{{ 'x' | indent('x' * 10**6) | indent('x' * 10**6) }}",
+    "{{ 'x' | center(10**9) }}", "{{ 'x'.ljust(10**9) }}", "{{ '\t'.expandtabs(10**9) }}",
+    "{{ '%1000000000d' | format(1) }}", "{{ '%1000000000d' % 1 }}", "{{ '{:999999999}'.format(1) }}",
+    "{{ ('x' * 9999) | replace('x', 'x' * 9999) }}", "{{ ('x' * 9999).replace('x', 'x' * 9999) }}",
+    "{{ range(9999) | join('x' * 9999) }}", "{{ ('x' * 9999).join('x' * 9999) }}",
+    "{{ range(9999) | map(attribute='no', default='x' * 9999) | join }}",
+    "{{ messages | tojson(indent=10**9) }}", "{{ 'x' | batch(10**9, 'x') | list }}",
+    "{{ (5).to_bytes(10**9, 'big') }}", "{{ ('x' * 9999).translate({120: 'x' * 9999}) }}",
+    "{{ lipsum(10**9) }}", "{{ range(0, 10**30, 2**61 - 1) | unique | list }}",
+    DOUBLING % ("'x'", "{% set n.x = n.x ~ n.x %}"), DOUBLING % ("'x'", "{% set n.x = n.x + n.x %}"),
+    DOUBLING % ("'x'", "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}"),
+    DOUBLING % ("'x'", "{% set n.x = [n.x, n.x] %}"), DOUBLING % ("1", "{% set n.x = (n.x, n.x) %}"),
+    DOUBLING % ("'x'", "{% set n.x = {1: n.x, 2: n.x} %}"), DOUBLING % ("9", "{% set n.x = n.x * n.x %}"),
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set r = range(9999) %}{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}"
+    "{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "{% for i in range(99999) %}" + "x" * 9999 + "{% endfor %}",
+    "{{ [" + "('x' * 99999)[1:], " * 2000 + "] | length }}", "{{ 1" + " + 1" * 15000 + "}}",
+    "{{ " + "(" * 9999, "x" * 70000,
+]
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_templates_end(tmp_path, monkeypatch, template):
+    """Without gigabytes, in one line, and the next template is not the poorer for it."""
+    monkeypatch.setattr("data.tokenizer.SECONDS", 0.3)
+    word_tokenizer(tmp_path, chat_template=template)
+    start, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check_refused(lambda: load_tokenizer(str(tmp_path)).chat([USER]), "chat template: ")
+    assert time.thread_time() - start < 1 and sys.gettrace() is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18      # KiB
+
+
+def test_each_text_of_a_template_has_the_whole_allowance(tmp_path):
+    word_tokenizer(tmp_path, chat_template="{{ messages[0].content * 100 }}")
+    tokenizer = load_tokenizer(str(tmp_path))
+    for _ in range(20):
+        assert len(tokenizer.chat([{"role": "user", "content": "x" * 5000}])) == 500_000
+    check_refused(lambda: tokenizer.chat([{"role": "user", "content": "x" * 20_000}]), "10,000,000")
+    assert len(tokenizer.chat([{"role": "user", "content": "x" * 5000}])) == 500_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_real_templates_need_little_of_what_is_allowed(shared, name):
+    tokenizer = real_tokenizer(shared / "tokenizers" / name)
+    start = time.thread_time()
+    text = tokenizer.chat(TALK * 50 + [{"role": "user", "content": "x" * 100_000}])
+    assert "x" * 100_000 in text and time.thread_time() - start < 0.5
+    assert data.tokenizer.compiled(tokenizer.template).environment.left > data.tokenizer.WORK / 2
 
 
 # ------------------------------------------------------------------------------------------------
