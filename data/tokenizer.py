@@ -94,19 +94,23 @@ def think_prefix(prompt):
 
 WORK, SECONDS = 10**7, 1.0       # characters that a template may make, processor time it may take
 
+FILES = __file__, str(Path(nodes.__file__).parent)       # where a template's functions are
+
 class OutOfTime(BaseException):
     """Not an Exception: jinja2 catches some of those."""
 
 def in_time(run):
     """run(), which ends after SECONDS.  A trace function sees each line of a template and each call
-    elsewhere, so this takes no thread and no signal; what one may do is bounded by WORK."""
+    of its functions, so this takes no thread and no signal; what one may do is bounded by WORK."""
     end, before = time.thread_time() + SECONDS, sys.gettrace()
 
     def watch(frame, event, arg):
-        closing = event != "line" and frame.f_code.co_flags & CO_GENERATOR      # perhaps
-        if not closing and time.thread_time() > end:     # what is raised in a close is lost
+        # In a generator, or what the garbage collector calls, the error could be lost.
+        code, line = frame.f_code, event == "line"
+        ours = code.co_filename.startswith(FILES) and not code.co_flags & CO_GENERATOR
+        if (line or ours) and time.thread_time() > end:
             raise OutOfTime(f"stopped after {SECONDS} seconds")
-        return watch if frame.f_code.co_filename == "<template>" else None
+        return watch if code.co_filename == "<template>" else None
     sys.settrace(watch)
     try:
         return run()

@@ -6,6 +6,7 @@ Real files and real processes; checkpoints and adapters, which stand on this, ar
 import argparse
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -279,6 +280,52 @@ def test_a_file_without_problems(tmp_path):
                   kind=FileNotFoundError)
 
 
+def measured(call):
+    """What a call costs: (processor seconds, KiB that it made the process larger)."""
+    start, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return time.thread_time() - start, grown
+
+
+@pytest.mark.parametrize("text, word", [
+    ("[" * 100 + "]" * 100, "nested"), ('{"a":' * 150 + "1" + "}" * 150, "nested"),
+    ("[" + "{}," * 4_000_000 + "1]", "millions of values"), ("[" * 900 + "]" * 900, "not JSON"),
+    ("9" * 5000, "not JSON")])
+def test_json_that_would_take_the_memory_or_the_stack(text, word):
+    seconds, kibibytes = measured(lambda: check_refused(lambda: parse_json(text, "here"), word))
+    assert seconds < 1 and kibibytes < 2**18
+
+
+def test_json_may_be_nested_and_long_within_reason():
+    assert parse_json("[" * 98 + "]" * 98, "here") and len(parse_json("[1" + ",1" * 10**6 + "]", "")) > 10**6
+
+
+def test_whole_numbers_have_64_bits():
+    for value in (2**63 - 1, 1 - 2**63):
+        assert read_value(value, int) == value == read_fields({"a": value}, {"a": TABLE["either"]}, "")["a"]
+    for value in (2**63, -(2**63), 10**400):
+        check_refused(lambda: read_value(value, int, where="here"), "here", "64 bits")
+        check_refused(lambda: read_value([1, value], [int], where="here"), "here", "64 bits")
+
+
+def test_a_field_of_megabytes_is_refused_in_both_kinds_of_files(tmp_path):
+    """Fifty of them took a tokenizer more than a minute."""
+    path, row = tmp_path / "p.jsonl", json.dumps({"problem": "x" * (2**20 + 1), "answer": "1"})
+    for text in (row, f"[{row}]"):
+        path.write_text(text)
+        seconds, _ = measured(lambda: check_refused(lambda: read_problems(path), "p.jsonl:1", "problem"))
+        assert seconds < 1
+    path.write_text(row.replace("xx", "x", 1))
+    assert len(read_problems(path)[0]["problem"]) == 2**20
+
+
+def test_an_error_does_not_write_out_what_it_shortens():
+    value = ["x" * 10**6] * 10**5                                # as text, 100 GB
+    seconds, kibibytes = measured(lambda: shorten({"a": value}))
+    assert seconds < 0.1 and kibibytes < 2**16 and len(shorten(value)) <= 60
+
+
 # ------------------------------------------------------------------------------------------------
 # Tensors
 # ------------------------------------------------------------------------------------------------
@@ -296,6 +343,25 @@ def test_open_tensors_of_several_files(tmp_path):
         assert "more" not in text
         many = {f"t{i}": torch.empty(1) for i in range(20)}
         check_refused(lambda: check_tensors(found, many, "here"), "missing t0", "and 14 more")
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    """The last one would win, in an order that nobody chose."""
+    for name in ("1", "2"):
+        save_file({"a": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="2.safetensors: a is in another file, too"):
+        with open_tensors([tmp_path / "1.safetensors", tmp_path / "2.safetensors"]):
+            pass
+
+
+def test_the_header_is_measured_before_it_is_parsed(tmp_path):
+    path, size = tmp_path / "a.safetensors", 90 * 10**6          # the library stops at 100
+    path.write_bytes(size.to_bytes(8, "little") + b"{" + b" " * size)
+
+    def use():
+        with open_tensors([path]):
+            pass
+    assert measured(lambda: check_refused(use, path, "header of 90,000,000 bytes"))[1] < 2**14
 
 
 def test_dtypes_of_tensors(tmp_path):

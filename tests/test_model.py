@@ -575,14 +575,55 @@ def test_shapes_are_checked_before_anything_is_allocated(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     check_refused(lambda: load_model(str(directory)), "missing model.layers.0")
     checkpoint(tmp_path / "n")
-    edit_config(tmp_path / "n", vocab_size=1 << 30)
+    edit_config(tmp_path / "n", vocab_size=1 << 20)
     check_refused(
         lambda: load_model(str(tmp_path / "n")),
         "model.embed_tokens.weight",
         "(37, 20)",
-        (1 << 30, 20),
+        (1 << 20, 20),
     )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000      # KiB
+
+
+HUGE = dict(vocab_size=2**20, hidden_size=2**20, intermediate_size=2**20, num_hidden_layers=512,
+            num_attention_heads=2**12, head_dim=2**12)
+EXPERTS = dict(model_type="qwen2_moe", num_experts=2**12, num_experts_per_tok=2,
+               moe_intermediate_size=2**20, shared_expert_intermediate_size=2**20)
+
+
+@pytest.mark.parametrize("fields", [HUGE, HUGE | EXPERTS, HUGE | dict(torch_dtype="float64")])
+@pytest.mark.parametrize("spec", ["{}", "random:{}/config.json"])
+def test_the_memory_a_model_takes_is_compared_with_what_is_free(tmp_path, fields, spec):
+    """Every size at its bound: no number overflows, nothing is allocated, no list of names made."""
+    directory = checkpoint(tmp_path / "m")
+    edit_config(directory, **fields)
+    start, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check_refused(lambda: load_model(spec.format(directory)), directory, "weights take", "GB, free are")
+    assert time.thread_time() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18
+
+
+def test_the_memory_is_that_of_the_dtype(tmp_path, monkeypatch):
+    directory = checkpoint(tmp_path / "m")
+    need = sum(p.nbytes for p in load_model(str(directory), "float32").parameters())
+    monkeypatch.setattr("model.free_memory", lambda device: need)
+    check_refused(lambda: load_model(str(directory), "float32"), f"{need / 1e9:.3g} GB")
+    assert load_model(str(directory), "bfloat16").lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "intermediate_size",
+                                   "num_hidden_layers", "num_attention_heads", "head_dim",
+                                   "num_key_value_heads", "num_experts", "moe_intermediate_size"])
+@pytest.mark.parametrize("value", [2**31, 2**64, 10**400])
+def test_sizes_of_a_config_are_bounded(field, value):
+    raw = TINY | EXPERTS | dict(num_experts=4) | {field: value}
+    start = time.thread_time()
+    check_refused(lambda: Config.from_dict(raw, "here/config.json"), "here/config.json", field)
+    assert time.thread_time() - start < 0.1
+
+
+def test_a_width_smaller_than_the_heads_is_refused():
+    check_refused(lambda: Config.from_dict(TINY | dict(hidden_size=4), "here"), "here", "head_dim 0")
 
 
 def test_missing_files(tmp_path):
@@ -1048,6 +1089,10 @@ def test_a_factor_scales_an_adapter(tmp_path):
         (dict(layers_to_transform="1"), "layers_to_transform"),
         (dict(layers_to_transform=[0.5]), "layers_to_transform"),
         (dict(layers_to_transform=1, layers_pattern="a{99999999999999999999}"), "expression"),
+        (dict(target_modules="((m|o)*)*x"), "repeats"), (dict(target_modules=".*" * 9), "repeats"),
+        (dict(exclude_modules="(.|.)" * 30 + "x"), "repeats"), (dict(rank_pattern={"(a+)+": 2}), "repeats"),
+        (dict(target_modules=".?" * 30 + "x"), "repeats"),
+        (dict(layers_to_transform=1, layers_pattern=["(l+)+"]), "repeats"),
         # whatever a field of tomorrow is, it may change what is computed
         (dict(use_tomorrow=True), "use_tomorrow"),
         (dict(scale_vector=[1.0]), "scale_vector"),
