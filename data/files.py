@@ -135,7 +135,7 @@ def refuse_unknown(raw, known, where, harmless=BOOKKEEPING):
         check(re.fullmatch("|".join(harmless), name), f"{where}: {name!r} = {shorten(raw[name])} "
               "is not supported; delete it there if the model does not depend on it")
     if on:
-        print(f"{where}: ignored: {', '.join(on)}", file=sys.stderr)
+        print(one_line(f"{where}: ignored: {', '.join(on)}"), file=sys.stderr)
 
 SHORT = reprlib.Repr()
 SHORT.maxstring = 100
@@ -318,3 +318,7 @@ def printable(text):
     """Text without control characters: a stranger's text must not be able to steer the terminal."""
     text = text.replace("\t", " ")
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+def one_line(text):
+    text = " ".join(printable(str(text)[:2000]).split())
+    return text if len(text) <= 1000 else text[:997] + "..."

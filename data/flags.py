@@ -20,7 +20,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.files import (
-    ROOT, check, parse_json, printable, read_json, read_text, relative, shorten, write_json)
+    ROOT, check, one_line, parse_json, printable, read_json, read_text, relative, shorten,
+    write_json)
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Descriptions as written; the default behind each flag that has one."""
@@ -126,6 +127,8 @@ def refuse_idle(args, names, where):
 
 def front_door(main):
     """Runs main(argv).  A user's mistake becomes one line, but for RESA_TRACEBACK=1, and code 2."""
+    write = sys.stdout.write             # labels and tokens in tables are strangers' texts, too
+    sys.stdout.write = lambda text: write(printable(text))
     try:
         main(sys.argv[1:])
         sys.stdout.flush()               # a closed pipe shows here, not at exit
@@ -134,8 +137,7 @@ def front_door(main):
             raise
         if isinstance(error, BrokenPipeError):       # `| head` closed the pipe: nothing to report
             os._exit(0)
-        text = " ".join(printable(str(error)).split())
-        print(f"error: {text if len(text) <= 1000 else text[:997] + '...'}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; train.py continues with --resume, eval.py by itself", file=sys.stderr)

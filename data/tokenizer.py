@@ -18,7 +18,7 @@ from jinja2 import TemplateError, nodes, sandbox, utils
 from jinja2.runtime import Macro
 from jinja2.visitor import NodeTransformer
 
-from data.files import REQUIRED, check, read_fields, read_json, read_text
+from data.files import REQUIRED, check, one_line, read_fields, read_json, read_text
 
 TOKENIZER_FIELDS = dict.fromkeys(            # as text, or {"content": "<s>", "lstrip": false}
     ("bos_token", "eos_token", "unk_token", "pad_token"), ((str, dict), None, None, None))
@@ -83,7 +83,7 @@ class Tokenizer:
             return in_time(lambda: template.render(
                 add_generation_prompt=add_generation_prompt, **given))
         except (Exception, OutOfTime) as error:      # whatever a stranger's program raises
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise ValueError(f"chat template: {reason}") from None
 
 def think_prefix(prompt):
@@ -92,7 +92,7 @@ def think_prefix(prompt):
 
 # ---- Chat templates are strangers' programs ----------------------------------------------------
 
-WORK, SECONDS = 10**7, 1.0       # characters that a template may make, processor time it may take
+WORK, SECONDS = 10**7, 0.8       # characters that a template may make, processor time it may take
 
 FILES = __file__, str(Path(nodes.__file__).parent)       # where a template's functions are
 

@@ -747,6 +747,18 @@ def test_an_error_cannot_steer_the_terminal_and_is_bounded():
     assert run.stderr.count("\n") == 1
 
 
+def test_nothing_printed_can_steer_the_terminal():
+    """Neither a table, where labels are names of strangers' directories, nor a note of ours."""
+    run = door(r"""
+        from data.files import refuse_unknown
+        print('\x1b[2J\x07 a\u202eb', 1, end='|\n')
+        refuse_unknown({'_x\x1b]0;t\x07_hash': 1, '_' + 'y' * 10**6 + '_hash': 1}, (), 'a\x1b/b.json', ['(?s).*'])
+        """)
+    assert run.returncode == 0 and run.stdout == "\ufffd[2J\ufffd a\ufffdb 1|\n"
+    assert "b.json: ignored: _x" in run.stderr and len(run.stderr) < 1100
+    assert all(c.isprintable() for c in run.stderr[:-1])
+
+
 def test_an_interrupt_says_how_to_go_on():
     run = door("os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)")
     assert run.returncode == 130 and "--resume" in run.stderr and "Traceback" not in run.stderr
