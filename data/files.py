@@ -105,15 +105,17 @@ def read_value(value, kind, low=None, high=None, where="value"):
         return value
     if float in kinds and int not in kinds and type(value) is int and abs(value) < 2**1000:
         value = float(value)
-    wanted = " or ".join(KIND_NAMES[k] for k in kinds)
-    check(type(value) in kinds, f"{where} should be {wanted}, it is {shorten(value)}")
+    wanted, shown = " or ".join(KIND_NAMES[k] for k in kinds), shorten(value)
+    check(type(value) in kinds, f"{where} should be {wanted}, it is {shown}")
     check(not isinstance(value, float) or math.isfinite(value), f"{where} should be finite")
     size = value if isinstance(value, (int, float)) else len(value)
-    check(low is None or size >= low, f"{where} is below {low}: {shorten(value)}")
-    check(high is None or size <= high, f"{where} is above {high}: {shorten(value)}")
+    check(low is None or size >= low, f"{where} is below {low}: {shown}")
+    check(high is None or size <= high, f"{where} is above {high}: {shown}")
     check(not isinstance(value, int) or abs(value) < 2**63, f"{where} is of more than 64 bits")
-    listed = inner and isinstance(value, list)
-    return [read_value(x, inner[0], where=where) for x in value] if listed else value
+    if not inner or not isinstance(value, list):
+        return value
+    check(size <= 2**17, f"{where} has {size:,} values: {shown}")
+    return [read_value(x, inner[0], where=where) for x in value]
 
 # Fields of tools, labels and sampling, as expressions.  (q, k, v have biases in any case.)
 BOOKKEEPING = r"""

@@ -309,6 +309,13 @@ def test_whole_numbers_have_64_bits():
         check_refused(lambda: read_value([1, value], [int], where="here"), "here", "64 bits")
 
 
+def test_a_list_of_millions_is_refused_before_its_values_are_read():
+    seconds, _ = measured(lambda: check_refused(
+        lambda: read_value([0] * 3 * 10**6, [int], where="here"), "here", "3,000,000 values"))
+    assert seconds < 0.1
+    assert len(read_value(["x"] * 2**17, (str, [str]))) == 2**17
+
+
 def test_a_field_of_megabytes_is_refused_in_both_kinds_of_files(tmp_path):
     """Fifty of them took a tokenizer more than a minute."""
     path, row = tmp_path / "p.jsonl", json.dumps({"problem": "x" * (2**20 + 1), "answer": "1"})
