@@ -134,13 +134,12 @@ class Paid(NodeTransformer):
 
     def visit_List(self, node):
         node = self.generic_visit(node)
-        if getattr(node, "ctx", "load") == "store":      # of {% set a, b = .. %}
-            return node
-        return nodes.Filter(node, "paid", [], [], None, None)
+        target = getattr(node, "ctx", "") == "store"     # of {% set a, b = .. %}
+        return node if target else nodes.Filter(node, "paid", [], [], None, None)
 
     def visit_Getitem(self, node):
-        made = isinstance(node.arg, nodes.Slice)
-        return self.visit_List(node) if made else self.generic_visit(node)
+        visit = self.visit_List if isinstance(node.arg, nodes.Slice) else self.generic_visit
+        return visit(node)
 
     visit_Tuple = visit_Dict = visit_List
 

@@ -700,6 +700,17 @@ def test_refuse_idle(presets):
     check_refused(lambda: refuse_idle(args, "lr batch", "--quick"), "--batch", "--quick")
 
 
+@pytest.mark.parametrize("bad, word", [
+    ([], "an object"), ({"x": 3}, "an object"), ({"x": {"like": "x"}}, "'like' is none of"),
+    ({"x": {"like": "y"}, "y": {"like": "x"}}, "'like'"), ({"x": {"like": ["y"]}}, "'like'"),
+    ({"y": {"sae": 3}, "x": {"like": "y", "sae": {"k": 1}}}, "x: sae should be an object"),
+    ({"y": {}}, "no preset 'x'")])
+def test_presets_that_are_none(tmp_path, monkeypatch, bad, word):
+    write_json(tmp_path / "data" / "presets.json", bad)
+    monkeypatch.setattr(flags, "ROOT", tmp_path)
+    check_refused(lambda: read_preset("x"), word)
+
+
 def test_the_presets_of_the_project_can_be_read():
     for name in read_json(ROOT / "data" / "presets.json"):
         bundle = read_preset(name)

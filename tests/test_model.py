@@ -622,6 +622,13 @@ def test_sizes_of_a_config_are_bounded(field, value):
     assert time.thread_time() - start < 0.1
 
 
+def test_the_seed_of_a_random_model_fits_a_generator(tmp_path):
+    directory = checkpoint(tmp_path / "m")
+    assert load_model(f"random:{directory}/config.json@{10**17}")
+    for seed in ("1" * 19, "1" * 5000, "-1", "x", "1.0"):
+        check_refused(lambda: load_model(f"random:{directory}/config.json@{seed}"), "seed")
+
+
 def test_a_width_smaller_than_the_heads_is_refused():
     check_refused(lambda: Config.from_dict(TINY | dict(hidden_size=4), "here"), "here", "head_dim 0")
 
@@ -1658,7 +1665,8 @@ def test_hostile_and_broken_templates(tmp_path, monkeypatch, template):
 
 DOUBLING = "{%% set n = namespace(x=%s) %%}{%% for i in range(99) %%}%s{%% endfor %%}{{ n.x }}"
 ENDLESS = [        # what a word too many makes, in time or in memory
-    "{{ 'x' * 10**9 }}", "{{ 2 ** (2 ** 31) }}", "{{ 9 ** 9 ** 9 }}", "{{ [1] * 10**9 }}",
+    "{{ 'x' * 10**9 }}", "{{ 2 ** (2 ** 31) }}", "{{ 9 ** 2999999 // 7 % 9 }}", "{{ [1] * 10**9 }}",
+    "{{ strftime_now('%1000000d' * 10000) }}", "{{ range(9999) | batch(1) | sum(start=[]) | length }}",
     "{{ 'x' | indent(10**9) }}", "{{ 'x' | indent('x' * 10**6) | indent('x' * 10**6) }}",
     "{{ 'x' | center(10**9) }}", "{{ 'x'.ljust(10**9) }}", "{{ '\t'.expandtabs(10**9) }}",
     "{{ '%1000000000d' | format(1) }}", "{{ '%1000000000d' % 1 }}", "{{ '{:999999999}'.format(1) }}",
@@ -1691,6 +1699,13 @@ def test_templates_end(tmp_path, monkeypatch, template):
     check_refused(lambda: load_tokenizer(str(tmp_path)).chat([USER]), "chat template: ")
     assert time.thread_time() - start < 1 and sys.gettrace() is None
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18      # KiB
+
+
+def test_namespaces_in_namespaces_are_not_printed(tmp_path):
+    """In jinja2 the text of forty, each twice in the next one, has 2^40 parts."""
+    names = [f"{{% set n{i + 1} = namespace(a=n{i}, b=n{i}) %}}" for i in range(40)]
+    word_tokenizer(tmp_path, chat_template="{% set n0 = 1 %}" + "".join(names) + "{{ n40 }}")
+    assert len(load_tokenizer(str(tmp_path)).chat([USER])) < 100
 
 
 def test_each_text_of_a_template_has_the_whole_allowance(tmp_path):
