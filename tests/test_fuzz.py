@@ -195,7 +195,7 @@ def read_tokenizer(directory):
     tokenizer.own_eos_id in tokenizer.eos_ids and tokenizer.eos_id
     text = tokenizer.chat([{"role": "user", "content": "What is 2+3?"}])
     assert len(text) <= 10**6
-    return tokenizer.special, sorted(tokenizer.eos_ids), text
+    return tokenizer.special, sorted(tokenizer.eos_ids), text, tokenizer.encode(text[:999])
 
 
 def read_presets(directory):

@@ -625,7 +625,7 @@ def test_sizes_of_a_config_are_bounded(field, value):
 def test_the_seed_of_a_random_model_fits_a_generator(tmp_path):
     directory = checkpoint(tmp_path / "m")
     assert load_model(f"random:{directory}/config.json@{10**17}")
-    for seed in ("1" * 19, "1" * 5000, "-1", "x", "1.0"):
+    for seed in ("1" * 19, "1" * 99, "-1", "x", "1.0"):
         check_refused(lambda: load_model(f"random:{directory}/config.json@{seed}"), "seed")
 
 
@@ -1664,18 +1664,21 @@ def test_hostile_and_broken_templates(tmp_path, monkeypatch, template):
 
 
 DOUBLING = "{%% set n = namespace(x=%s) %%}{%% for i in range(99) %%}%s{%% endfor %%}{{ n.x }}"
+TWINS = ("{%% set n = namespace(x=1, y=1) %%}{%% for i in range(40) %%}{%% set n.x = %s %%}"
+         "{%% set n.y = %s %%}{%% endfor %%}{{ n.x == n.y }}")
 ENDLESS = [        # what a word too many makes, in time or in memory
-    "{{ 'x' * 10**9 }}", "{{ 2 ** (2 ** 31) }}", "{{ 9 ** 2999999 // 7 % 9 }}", "{{ [1] * 10**9 }}",
+    "{{ 'x' * 10**9 }}", "{{ 2 ** (2 ** 31) }}", "{{ 2400000 ** 2400000 > 1 }}", "{{ [1] * 10**9 }}",
     "{{ strftime_now('%1000000d' * 10000) }}", "{{ range(9999) | batch(1) | sum(start=[]) | length }}",
     "{{ 'x' | indent(10**9) }}", "{{ 'x' | indent('x' * 10**6) | indent('x' * 10**6) }}",
     "{{ 'x' | center(10**9) }}", "{{ 'x'.ljust(10**9) }}", "{{ '\t'.expandtabs(10**9) }}",
     "{{ '%1000000000d' | format(1) }}", "{{ '%1000000000d' % 1 }}", "{{ '{:999999999}'.format(1) }}",
-    "{{ ('x' * 9999) | replace('x', 'x' * 9999) }}", "{{ ('x' * 9999).replace('x', 'x' * 9999) }}",
-    "{{ range(9999) | join('x' * 9999) }}", "{{ ('x' * 9999).join('x' * 9999) }}",
-    "{{ range(9999) | map(attribute='no', default='x' * 9999) | join }}",
+    "{{ ('x' * 9999) | replace('x', 'x' * 99999) }}", "{{ ('x' * 9999).replace('x', 'x' * 99999) }}",
+    "{{ range(9999) | join('x' * 99999) }}", "{{ ('x' * 99999).join('x' * 9999) }}",
+    "{{ range(9999) | map(attribute='no', default='x' * 99999) | join }}",
+    "{{ ''.join(range(9999) | map(attribute='no', default='x' * 99999)) }}",
     "{{ messages | tojson(indent=10**9) }}", "{{ 'x' | batch(10**9, 'x') | list }}",
     "{{ (5).to_bytes(10**9, 'big') }}", "{{ ('x' * 9999).translate({120: 'x' * 9999}) }}",
-    "{{ lipsum(10**9) }}", "{{ range(0, 10**30, 2**61 - 1) | unique | list }}",
+    "{{ lipsum() }}", "{{ range(0, 10**30, 2**61 - 1) | unique | list }}",
     DOUBLING % ("'x'", "{% set n.x = n.x ~ n.x %}"), DOUBLING % ("'x'", "{% set n.x = n.x + n.x %}"),
     DOUBLING % ("'x'", "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}"),
     DOUBLING % ("'x'", "{% set n.x = [n.x, n.x] %}"), DOUBLING % ("1", "{% set n.x = (n.x, n.x) %}"),
@@ -1685,7 +1688,9 @@ ENDLESS = [        # what a word too many makes, in time or in memory
     "{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
     "{% for i in range(99999) %}" + "x" * 9999 + "{% endfor %}",
-    "{{ [" + "('x' * 99999)[1:], " * 2000 + "] | length }}", "{{ 1" + " + 1" * 15000 + "}}",
+    "{% set x = 'x' * 2400000 %}{{ [" + "x[1:], " * 300 + "] | length }}",
+    TWINS % ("[n.x, n.x]", "[n.y, n.y]"), TWINS % ("(n.x, n.x)", "(n.y, n.y)"),
+    TWINS % ("{1: n.x, 2: n.x}", "{1: n.y, 2: n.y}"), "{{ 1" + " + 1" * 15000 + "}}",
     "{{ " + "(" * 9999, "x" * 70000,
 ]
 
