@@ -48,15 +48,15 @@ def at_least_fp32(x):
 
 # ---- Config: every field of config.json is used, known to be harmless, or refused by name ------
 
-SIZE, MAYBE_SIZE = (int, 1, 2**31, REQUIRED), (int, 1, 2**31, None)
+SIZE, HEADS = (int, 1, 2**20, REQUIRED), (int, 1, 2**12, None)
 TOKEN_ID, TOKEN_IDS = (int, None, None, None), ((int, [int]), None, None, None)
 DTYPE, DEFAULT = (tuple(DTYPES), None, None, None), (("default",), None, None, None)
 POSITIVE = (int, float), 1e-30, 1e30
 
 DENSE_FIELDS = {                             # names, order and defaults of Hugging Face
     "vocab_size": SIZE, "hidden_size": SIZE, "intermediate_size": SIZE,
-    "num_hidden_layers": (int, 1, 4096, REQUIRED), "num_attention_heads": SIZE,
-    "num_key_value_heads": MAYBE_SIZE, "head_dim": MAYBE_SIZE,
+    "num_hidden_layers": (int, 1, 512, REQUIRED), "num_attention_heads": (*HEADS[:3], REQUIRED),
+    "num_key_value_heads": HEADS, "head_dim": HEADS,
     "rms_norm_eps": (*POSITIVE, 1e-6), "rope_theta": (*POSITIVE, 1e4),
     "max_position_embeddings": (int, 1, None, 32768),    # kept, not used: angles are computed
     "tie_word_embeddings": (bool, None, None, False),    # head and embedding are one matrix
@@ -64,11 +64,11 @@ DENSE_FIELDS = {                             # names, order and defaults of Hugg
     "dtype": DTYPE,                      # of the checkpoint's weights
 }
 MOE_FIELDS = {
-    "num_experts": (int, 1, 2**16, REQUIRED), "num_experts_per_tok": SIZE,
+    "num_experts": (int, 1, 2**12, REQUIRED), "num_experts_per_tok": SIZE,
     "moe_intermediate_size": SIZE, "shared_expert_intermediate_size": SIZE,
     "norm_topk_prob": (bool, None, None, False),         # the weights of a token's experts sum to 1
     "decoder_sparse_step": (int, 1, None, 1),            # every so many blocks one has experts,
-    "mlp_only_layers": ([int], None, None, ()),          # except these
+    "mlp_only_layers": ([int], None, 512, ()),          # except these
 }
 OTHER_FIELDS = {                             # choices of which we compute one, and older names
     "model_type": (("qwen2", "qwen2_moe"), None, None, "qwen2"),
@@ -93,9 +93,8 @@ class Config:
         assert fields.keys() <= table.keys(), fields
         defaults = {name: row[3] for name, row in table.items() if row[3] is not REQUIRED}
         vars(self).update(defaults | fields)
-        H = self.num_attention_heads
-        self.num_key_value_heads = self.num_key_value_heads or H
-        self.head_dim = self.head_dim or self.hidden_size // H
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.dtype = self.dtype or "float32"
         self.mlp_only_layers = list(self.mlp_only_layers)
 
@@ -114,7 +113,7 @@ class Config:
         config = cls(**found)
         H, G, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         check(H % G == 0, f"{where}: {H} query heads cannot share {G} key/value heads")
-        check(C % 2 == 0, f"{where}: head_dim {C} is odd; rotary positions need pairs")
+        check(C > 0 == C % 2, f"{where}: head_dim {C} is odd or 0; rotary positions need pairs")
         E, K = config.num_experts, found.get("num_experts_per_tok", 0)
         check(K <= E, f"{where}: num_experts_per_tok {K} of {E} experts")
         return config
@@ -390,14 +389,17 @@ def load_model(spec, dtype=None, device=None):
     config.dtype = str(dtype or config.dtype).removeprefix("torch.")
     check(config.dtype in DTYPES, f"dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
     with torch.device("meta"):               # shapes without memory
-        model = Transformer(config)
+        model = Transformer(config).to(DTYPES[config.dtype])
+    device, size = torch.device(device or "cpu"), sum(p.nbytes for p in model.parameters())
+    free = free_memory(device)
+    check(size < free, f"{spec}: the weights take {size / 1e9:.3g} GB, free are {free / 1e9:.3g}")
     model.source = config_path(base).parent
     if base.startswith("random:"):
         seed = base.partition("@")[2] or "0"
-        check(seed.isdecimal(), f"{base}: the seed should be a whole number, it is {seed!r}")
-        init_weights(model.to_empty(device="cpu"), int(seed)).to(device, DTYPES[config.dtype])
+        check(re.fullmatch(r"\d{1,18}", seed), f"{base}: the seed should be a whole number")
+        init_weights(model.to_empty(device="cpu"), int(seed)).to(device)
     else:
-        load_weights(model, model.source, DTYPES[config.dtype], device)       # checked, then filled
+        load_weights(model, model.source, device)        # checked, then filled
     model.tie()
     for adapter, factor in adapters:
         put_on(model, read_adapter(adapter), adapter, factor)
@@ -408,22 +410,20 @@ def load_tokenizer(spec):
     return Tokenizer(config_path(spec).parent)
 
 @torch.no_grad()
-def load_weights(model, directory, dtype, device=None):
+def load_weights(model, directory, device):
     """Fills a model on the meta device from a checkpoint, one memory-mapped tensor at a time."""
     with open_tensors(weight_files(directory), FLOATS) as files:
         # Files of old hold the rotary frequencies too, which follow from rope_theta.
         found = {n: t for n, t in files.items() if not n.endswith("rotary_emb.inv_freq")}
         tied = found.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
         check_tensors(found, as_stored(model), directory)
-        model.to(dtype).to_empty(device=device or "cpu")             # only now memory is taken
+        model.to_empty(device=device)                    # only now memory is taken
         model.tie()
         for name, view in as_stored(model).items():
             view.copy_(found[name][:])
             check_finite(view, f"{directory}: {name}, in {model.config.dtype},")
-        if tied is not None:                             # some files hold the embedding twice
-            check(torch.equal(tied[:].to(model.lm_head.weight), model.lm_head.weight),
-                  f"{directory}: tie_word_embeddings is true, yet lm_head.weight is not the "
-                  "embedding")
+        same = tied is None or torch.equal(tied[:].to(model.lm_head.weight), model.lm_head.weight)
+        check(same, f"{directory}: tie_word_embeddings, yet lm_head.weight is not the embedding")
 
 def weight_files(directory):
     """The paths of a checkpoint's safetensors files: a single one, or those its index names."""

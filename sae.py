@@ -800,12 +800,11 @@ for name, cls in VARIANTS.items():
 
 # ---- Settings, building ------------------------------------------------------------------------
 
-WHOLE = 2**62      # the highest whole number: fits int64
 # Setting: (type or words, lowest, highest), for `read_fields`; the default is the variant's own.
 SETTINGS = {
     # All variants
     "normalize": (("none", "scale", "unit", "token"), None, None),
-    "dead_after": (int, 1, WHOLE), "seed": (int, 0, WHOLE),
+    "dead_after": (int, 1, None), "seed": (int, 0, None),
     # AuxK: weight, latents a token (None: half of D)
     "aux_coef": (float, 0, None), "k_aux": (int, 1, None),
     # Active latents a token; fraction of training over which penalties rise to their weight
@@ -819,7 +818,7 @@ SETTINGS = {
     "coef": (float, 0, None), "bandwidth": (float, 1e-12, None), "threshold_init": (float, 0, None),
     # GBA, ITDA
     "groups": (int, 1, None), "p_max": (float, 0, 1), "p_ratio": (float, 1, None),
-    "gamma": (float, 0, 1), "adapt_tokens": (int, 1, WHOLE), "cosine": (float, -1, 1)}
+    "gamma": (float, 0, 1), "adapt_tokens": (int, 1, None), "cosine": (float, -1, 1)}
 
 def resolve_hyper(variant, d_in, n_latents, given, where=""):
     """Defaults of a variant, overridden by `given`; ValueError names what SETTINGS refuses."""

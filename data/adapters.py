@@ -13,7 +13,7 @@ import numpy as np
 
 from data.files import (
     FLOATS, REQUIRED, check, check_finite, locate, open_tensors, read_fields, read_json,
-    refuse_unknown)
+    refuse_unknown, shorten)
 
 ALPHA, RANK = ((int, float), -1e30, 1e30), (int, 1, None)
 WORDS, PATTERNS = ((str, [str]), None, None, []), (dict, None, None, {})
@@ -71,6 +71,12 @@ def read_adapter(spec):
     read_fields(ranks, dict.fromkeys(ranks, (*RANK, REQUIRED)), f"{path}: rank_pattern")
     read_fields(alphas, dict.fromkeys(alphas, (*ALPHA, REQUIRED)), f"{path}: alpha_pattern")
     adapter |= {"selects": selection(adapter), "pairs": {}, "alphas": {}, "scales": {}}
+    texts = adapter["target_modules"], adapter["exclude_modules"], *ranks, *alphas
+    for text in (*texts, *np.atleast_1d(adapter["layers_pattern"])):
+        if isinstance(text, str):            # a search that goes back and forth may never end
+            often = len(re.findall(r"[*+{]|[^(*+}]\?", text)) > 5 or text.count("|") > 20
+            check(not often and not re.search(r"\)[*+{]", text),
+                  f"{path}: a pattern with too many repeats: {shorten(text)}")
     try:
         for text in adapter["selects"], *ranks, *alphas:
             re.compile(f"({text})")

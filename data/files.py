@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny"
-LONGEST = 2**26      # bytes of one JSON file or line: tokenizers, the largest we read, have 12 MB
+LONGEST = 2**26      # bytes of one file of text; of a field of a row 2**20
 
 def check(condition, message):
     """ValueError with this message unless the condition holds: a user's mistake, in one line."""
@@ -39,12 +40,20 @@ def parse_json(text, where):
         return value
     try:
         text = text.decode() if isinstance(text, bytes) else text
+        check(text.count(",") < 3 * 10**6, "millions of values")     # of 20 bytes to 200 each
         value = json.loads(text, parse_constant=finite, parse_float=finite)
         if "\\ud" in text or "\\uD" in text:      # maybe half a character: no tokenizer reads that
             json.dumps(value, ensure_ascii=False).encode()
+        check(depth(value) < 100, "lists or objects nested 100 deep")
         return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
+
+def depth(value):
+    """How deep lists and objects are nested."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(depth, value), default=0) if isinstance(value, list) else 0
 
 def read_text(path):
     """The UTF-8 text of a file.  FileNotFoundError or ValueError in one line that names it."""
@@ -96,14 +105,17 @@ def read_value(value, kind, low=None, high=None, where="value"):
         return value
     if float in kinds and int not in kinds and type(value) is int and abs(value) < 2**1000:
         value = float(value)
-    wanted = " or ".join(KIND_NAMES[k] for k in kinds)
-    check(type(value) in kinds, f"{where} should be {wanted}, it is {shorten(value)}")
+    wanted, shown = " or ".join(KIND_NAMES[k] for k in kinds), shorten(value)
+    check(type(value) in kinds, f"{where} should be {wanted}, it is {shown}")
     check(not isinstance(value, float) or math.isfinite(value), f"{where} should be finite")
     size = value if isinstance(value, (int, float)) else len(value)
-    check(low is None or size >= low, f"{where} is below {low}: {shorten(value)}")
-    check(high is None or size <= high, f"{where} is above {high}: {shorten(value)}")
-    listed = inner and isinstance(value, list)
-    return [read_value(x, inner[0], where=where) for x in value] if listed else value
+    check(low is None or size >= low, f"{where} is below {low}: {shown}")
+    check(high is None or size <= high, f"{where} is above {high}: {shown}")
+    check(not isinstance(value, int) or abs(value) < 2**63, f"{where} is of more than 64 bits")
+    if not inner or not isinstance(value, list):
+        return value
+    check(size <= 2**17, f"{where} has {size:,} values: {shown}")
+    return [read_value(x, inner[0], where=where) for x in value]
 
 # Fields of tools, labels and sampling, as expressions.  (q, k, v have biases in any case.)
 BOOKKEEPING = r"""
@@ -125,11 +137,14 @@ def refuse_unknown(raw, known, where, harmless=BOOKKEEPING):
         check(re.fullmatch("|".join(harmless), name), f"{where}: {name!r} = {shorten(raw[name])} "
               "is not supported; delete it there if the model does not depend on it")
     if on:
-        print(f"{where}: ignored: {', '.join(on)}", file=sys.stderr)
+        print(one_line(f"{where}: ignored: {', '.join(on)}"), file=sys.stderr)
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = 100
 
 def shorten(value):
     """A value as an error message shows it."""
-    text = repr(value)
+    text = SHORT.repr(value)             # of a value of megabytes, not a text of megabytes
     return text if len(text) <= 60 else text[:57] + "..."
 
 # ---- Rows: JSONL, or one JSON list -------------------------------------------------------------
@@ -145,6 +160,8 @@ def read_jsonl(path):
         rows = ((n, parse_json(line, f"{path}:{n}")) for n, line in lines if line.strip())
     for number, row in rows:
         check(isinstance(row, dict), f"{path}:{number}: a JSON object was expected")
+        long = [name for name, x in row.items() if isinstance(x, str) and len(x) > 2**20]
+        check(not long, f"{path}:{number}: longer than {2**20:,} characters: {shorten(long)}")
         yield number, row
 
 def blank(value):
@@ -189,12 +206,16 @@ def open_tensors(paths, dtypes=None):
         slices = {}
         for path in paths:
             try:
+                with open(path, "rb") as file:
+                    header = int.from_bytes(file.read(8), "little")
+                check(header < 2**24, f"a header of {header:,} bytes")       # parsed in memory
                 handle = stack.enter_context(safe_open(str(path), framework="pt"))
             except FileNotFoundError:
                 raise FileNotFoundError(f"{path}: no such file") from None
             except Exception as error:
                 raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
             for name in handle.keys():
+                check(name not in slices, f"{path}: {name} is in another file, too")
                 slices[name] = handle.get_slice(name)
                 dtype = slices[name].get_dtype()
                 check(not dtypes or dtype in dtypes, f"{path}: {name} is {dtype}, not {dtypes}")
@@ -299,3 +320,7 @@ def printable(text):
     """Text without control characters: a stranger's text must not be able to steer the terminal."""
     text = text.replace("\t", " ")
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+def one_line(text):
+    text = " ".join(printable(str(text)[:2000]).split())
+    return text if len(text) <= 1000 else text[:997] + "..."

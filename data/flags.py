@@ -20,7 +20,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.files import (
-    ROOT, check, parse_json, printable, read_json, read_text, relative, shorten, write_json)
+    ROOT, check, one_line, parse_json, printable, read_json, read_text, read_value,
+    relative, shorten, write_json)
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Descriptions as written; the default behind each flag that has one."""
@@ -73,12 +74,18 @@ def read_preset(name):
     """A bundle of data/presets.json -> {flag: value, or the name of a section: {flag: value}}.
     "like" names another bundle, of which this one says only what is different."""
     text = read_text(ROOT / "data" / "presets.json").replace("{root}", str(ROOT))
-    presets = parse_json(text, "data/presets.json")
+    where = f"data/presets.json: {name}"
+    presets = read_value(parse_json(text, where), dict, where=where)
     check(name in presets, f"no preset {name!r}; there are {', '.join(presets)}")
-    bundle = presets[name]
-    merged = read_preset(bundle.pop("like")) if "like" in bundle else {}
+    bundle, merged = read_value(presets[name], dict, where=where), {}
+    if "like" in bundle:
+        earlier = list(presets)[:list(presets).index(name)]          # so that it ends
+        check(bundle["like"] in earlier, f"{where}: 'like' is none of {', '.join(earlier)}")
+        merged = read_preset(bundle.pop("like"))
     for key, value in bundle.items():
-        merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = read_value(merged.get(key, {}), dict, where=f"{where}: {key}") | value
+        merged[key] = value
     return merged
 
 def parse(parser, argv, section=""):
@@ -128,6 +135,8 @@ def refuse_idle(args, names, where):
 
 def front_door(main):
     """Runs main(argv).  A user's mistake becomes one line, but for RESA_TRACEBACK=1, and code 2."""
+    write = sys.stdout.write             # labels and tokens in tables are strangers' texts, too
+    sys.stdout.write = lambda text: write(printable(text))
     try:
         main(sys.argv[1:])
         sys.stdout.flush()               # a closed pipe shows here, not at exit
@@ -136,8 +145,7 @@ def front_door(main):
             raise
         if isinstance(error, BrokenPipeError):       # `| head` closed the pipe: nothing to report
             os._exit(0)
-        text = " ".join(printable(str(error)).split())
-        print(f"error: {text if len(text) <= 1000 else text[:997] + '...'}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; train.py continues with --resume, eval.py by itself", file=sys.stderr)

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
-from data.files import REQUIRED, check, read_fields, read_json, read_text
+from data.files import REQUIRED, check, one_line, read_fields, read_json, read_text
 
 TOKENIZER_FIELDS = dict.fromkeys(            # as text, or {"content": "<s>", "lstrip": false}
     ("bos_token", "eos_token", "unk_token", "pad_token"), ((str, dict), None, None, None))
@@ -81,7 +81,7 @@ class Tokenizer:
             check(len(text) < 2**20, "makes a text of more than a million characters")
             return text
         except Exception as error:           # whatever a stranger's program raises, in one line
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise ValueError(f"chat template: {reason}") from None
 
 def think_prefix(prompt):

@@ -6,6 +6,7 @@ Real files and real processes; checkpoints and adapters, which stand on this, ar
 import argparse
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -279,6 +280,59 @@ def test_a_file_without_problems(tmp_path):
                   kind=FileNotFoundError)
 
 
+def measured(call):
+    """What a call costs: (processor seconds, KiB that it made the process larger)."""
+    start, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return time.thread_time() - start, grown
+
+
+@pytest.mark.parametrize("text, word", [
+    ("[" * 100 + "]" * 100, "nested"), ('{"a":' * 150 + "1" + "}" * 150, "nested"),
+    ("[" + "{}," * 4_000_000 + "1]", "millions of values"), ("[" * 900 + "]" * 900, "not JSON"),
+    ("9" * 5000, "not JSON")])
+def test_json_that_would_take_the_memory_or_the_stack(text, word):
+    seconds, kibibytes = measured(lambda: check_refused(lambda: parse_json(text, "here"), word))
+    assert seconds < 1 and kibibytes < 2**18
+
+
+def test_json_may_be_nested_and_long_within_reason():
+    assert parse_json("[" * 98 + "]" * 98, "here") and len(parse_json("[1" + ",1" * 10**6 + "]", "")) > 10**6
+
+
+def test_whole_numbers_have_64_bits():
+    for value in (2**63 - 1, 1 - 2**63):
+        assert read_value(value, int) == value == read_fields({"a": value}, {"a": TABLE["either"]}, "")["a"]
+    for value in (2**63, -(2**63), 10**400):
+        check_refused(lambda: read_value(value, int, where="here"), "here", "64 bits")
+        check_refused(lambda: read_value([1, value], [int], where="here"), "here", "64 bits")
+
+
+def test_a_list_of_millions_is_refused_before_its_values_are_read():
+    seconds, _ = measured(lambda: check_refused(
+        lambda: read_value([0] * 3 * 10**6, [int], where="here"), "here", "3,000,000 values"))
+    assert seconds < 0.1
+    assert len(read_value(["x"] * 2**17, (str, [str]))) == 2**17
+
+
+def test_a_field_of_megabytes_is_refused_in_both_kinds_of_files(tmp_path):
+    """Fifty of them took a tokenizer more than a minute."""
+    path, row = tmp_path / "p.jsonl", json.dumps({"problem": "x" * (2**20 + 1), "answer": "1"})
+    for text in (row, f"[{row}]"):
+        path.write_text(text)
+        seconds, _ = measured(lambda: check_refused(lambda: read_problems(path), "p.jsonl:1", "problem"))
+        assert seconds < 1
+    path.write_text(row.replace("xx", "x", 1))
+    assert len(read_problems(path)[0]["problem"]) == 2**20
+
+
+def test_an_error_does_not_write_out_what_it_shortens():
+    value = ["x" * 10**6] * 10**5                                # as text, 100 GB
+    seconds, kibibytes = measured(lambda: shorten({"a": value}))
+    assert seconds < 0.1 and kibibytes < 2**16 and len(shorten(value)) <= 60
+
+
 # ------------------------------------------------------------------------------------------------
 # Tensors
 # ------------------------------------------------------------------------------------------------
@@ -296,6 +350,25 @@ def test_open_tensors_of_several_files(tmp_path):
         assert "more" not in text
         many = {f"t{i}": torch.empty(1) for i in range(20)}
         check_refused(lambda: check_tensors(found, many, "here"), "missing t0", "and 14 more")
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    """The last one would win, in an order that nobody chose."""
+    for name in ("1", "2"):
+        save_file({"a": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="2.safetensors: a is in another file, too"):
+        with open_tensors([tmp_path / "1.safetensors", tmp_path / "2.safetensors"]):
+            pass
+
+
+def test_the_header_is_measured_before_it_is_parsed(tmp_path):
+    path, size = tmp_path / "a.safetensors", 90 * 10**6          # the library stops at 100
+    path.write_bytes(size.to_bytes(8, "little") + b"{" + b" " * size)
+
+    def use():
+        with open_tensors([path]):
+            pass
+    assert measured(lambda: check_refused(use, path, "header of 90,000,000 bytes"))[1] < 2**14
 
 
 def test_dtypes_of_tensors(tmp_path):
@@ -627,6 +700,17 @@ def test_refuse_idle(presets):
     check_refused(lambda: refuse_idle(args, "lr batch", "--quick"), "--batch", "--quick")
 
 
+@pytest.mark.parametrize("bad, word", [
+    ([], "an object"), ({"x": 3}, "an object"), ({"x": {"like": "x"}}, "'like' is none of"),
+    ({"x": {"like": "y"}, "y": {"like": "x"}}, "'like'"), ({"x": {"like": ["y"]}}, "'like'"),
+    ({"y": {"sae": 3}, "x": {"like": "y", "sae": {"k": 1}}}, "x: sae should be an object"),
+    ({"y": {}}, "no preset 'x'")])
+def test_presets_that_are_none(tmp_path, monkeypatch, bad, word):
+    write_json(tmp_path / "data" / "presets.json", bad)
+    monkeypatch.setattr(flags, "ROOT", tmp_path)
+    check_refused(lambda: read_preset("x"), word)
+
+
 def test_the_presets_of_the_project_can_be_read():
     for name in read_json(ROOT / "data" / "presets.json"):
         bundle = read_preset(name)
@@ -679,6 +763,18 @@ def test_an_error_cannot_steer_the_terminal_and_is_bounded():
     run = door("raise ValueError('x' * 10**6)")
     assert run.returncode == 2 and len(run.stderr) < 1100 and run.stderr.endswith("...\n")
     assert run.stderr.count("\n") == 1
+
+
+def test_nothing_printed_can_steer_the_terminal():
+    """Neither a table, where labels are names of strangers' directories, nor a note of ours."""
+    run = door(r"""
+        from data.files import refuse_unknown
+        print('\x1b[2J\x07 a\u202eb', 1, end='|\n')
+        refuse_unknown({'_x\x1b]0;t\x07_hash': 1, '_' + 'y' * 10**6 + '_hash': 1}, (), 'a\x1b/b.json', ['(?s).*'])
+        """)
+    assert run.returncode == 0 and run.stdout == "\ufffd[2J\ufffd a\ufffdb 1|\n"
+    assert "b.json: ignored: _x" in run.stderr and len(run.stderr) < 1100
+    assert all(c.isprintable() for c in run.stderr[:-1])
 
 
 def test_an_interrupt_says_how_to_go_on():

@@ -9,6 +9,8 @@ import copy
 import json
 import resource
 import shutil
+import sys
+import time
 import zlib
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -20,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import data.tokenizer
 import resa
 from data.files import read_json
 from data.flags import choose_device
@@ -575,14 +578,62 @@ def test_shapes_are_checked_before_anything_is_allocated(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     check_refused(lambda: load_model(str(directory)), "missing model.layers.0")
     checkpoint(tmp_path / "n")
-    edit_config(tmp_path / "n", vocab_size=1 << 30)
+    edit_config(tmp_path / "n", vocab_size=1 << 20)
     check_refused(
         lambda: load_model(str(tmp_path / "n")),
         "model.embed_tokens.weight",
         "(37, 20)",
-        (1 << 30, 20),
+        (1 << 20, 20),
     )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000      # KiB
+
+
+HUGE = dict(vocab_size=2**20, hidden_size=2**20, intermediate_size=2**20, num_hidden_layers=512,
+            num_attention_heads=2**12, head_dim=2**12)
+EXPERTS = dict(model_type="qwen2_moe", num_experts=2**12, num_experts_per_tok=2,
+               moe_intermediate_size=2**20, shared_expert_intermediate_size=2**20)
+
+
+@pytest.mark.parametrize("fields", [HUGE, HUGE | EXPERTS, HUGE | dict(torch_dtype="float64")])
+@pytest.mark.parametrize("spec", ["{}", "random:{}/config.json"])
+def test_the_memory_a_model_takes_is_compared_with_what_is_free(tmp_path, fields, spec):
+    """Every size at its bound: no number overflows, nothing is allocated, no list of names made."""
+    directory = checkpoint(tmp_path / "m")
+    edit_config(directory, **fields)
+    start, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check_refused(lambda: load_model(spec.format(directory)), directory, "weights take", "GB, free are")
+    assert time.thread_time() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18
+
+
+def test_the_memory_is_that_of_the_dtype(tmp_path, monkeypatch):
+    directory = checkpoint(tmp_path / "m")
+    need = sum(p.nbytes for p in load_model(str(directory), "float32").parameters())
+    monkeypatch.setattr("model.free_memory", lambda device: need)
+    check_refused(lambda: load_model(str(directory), "float32"), f"{need / 1e9:.3g} GB")
+    assert load_model(str(directory), "bfloat16").lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "intermediate_size",
+                                   "num_hidden_layers", "num_attention_heads", "head_dim",
+                                   "num_key_value_heads", "num_experts", "moe_intermediate_size"])
+@pytest.mark.parametrize("value", [2**31, 2**64, 10**400])
+def test_sizes_of_a_config_are_bounded(field, value):
+    raw = TINY | EXPERTS | dict(num_experts=4) | {field: value}
+    start = time.thread_time()
+    check_refused(lambda: Config.from_dict(raw, "here/config.json"), "here/config.json", field)
+    assert time.thread_time() - start < 0.1
+
+
+def test_the_seed_of_a_random_model_fits_a_generator(tmp_path):
+    directory = checkpoint(tmp_path / "m")
+    assert load_model(f"random:{directory}/config.json@{10**17}")
+    for seed in ("1" * 19, "1" * 99, "-1", "x", "1.0"):
+        check_refused(lambda: load_model(f"random:{directory}/config.json@{seed}"), "seed")
+
+
+def test_a_width_smaller_than_the_heads_is_refused():
+    check_refused(lambda: Config.from_dict(TINY | dict(hidden_size=4), "here"), "here", "head_dim 0")
 
 
 def test_missing_files(tmp_path):
@@ -1048,6 +1099,10 @@ def test_a_factor_scales_an_adapter(tmp_path):
         (dict(layers_to_transform="1"), "layers_to_transform"),
         (dict(layers_to_transform=[0.5]), "layers_to_transform"),
         (dict(layers_to_transform=1, layers_pattern="a{99999999999999999999}"), "expression"),
+        (dict(target_modules="((m|o)*)*x"), "repeats"), (dict(target_modules=".*" * 9), "repeats"),
+        (dict(exclude_modules="(.|.)" * 30 + "x"), "repeats"), (dict(rank_pattern={"(a+)+": 2}), "repeats"),
+        (dict(target_modules=".?" * 30 + "x"), "repeats"),
+        (dict(layers_to_transform=1, layers_pattern=["(l+)+"]), "repeats"),
         # whatever a field of tomorrow is, it may change what is computed
         (dict(use_tomorrow=True), "use_tomorrow"),
         (dict(scale_vector=[1.0]), "scale_vector"),
@@ -1609,6 +1664,74 @@ def test_hostile_and_broken_templates(tmp_path, monkeypatch, template):
         "t/tokenizer.json",
         "t/tokenizer_config.json",
     ]
+
+
+DOUBLING = "{%% set n = namespace(x=%s) %%}{%% for i in range(99) %%}%s{%% endfor %%}{{ n.x }}"
+TWINS = ("{%% set n = namespace(x=1, y=1) %%}{%% for i in range(40) %%}{%% set n.x = %s %%}"
+         "{%% set n.y = %s %%}{%% endfor %%}{{ n.x == n.y }}")
+ENDLESS = [        # what a word too many makes, in time or in memory
+    "{{ 'x' * 10**9 }}", "{{ 2 ** (2 ** 31) }}", "{{ 2400000 ** 2400000 > 1 }}", "{{ [1] * 10**9 }}",
+    "{{ strftime_now('%1000000d' * 10000) }}", "{{ range(9999) | batch(1) | sum(start=[]) | length }}",
+    "{{ 'x' | indent(10**9) }}", "{{ 'x' | indent('x' * 10**6) | indent('x' * 10**6) }}",
+    "{{ 'x' | center(10**9) }}", "{{ 'x'.ljust(10**9) }}", "{{ '\t'.expandtabs(10**9) }}",
+    "{{ '%1000000000d' | format(1) }}", "{{ '%1000000000d' % 1 }}", "{{ '{:999999999}'.format(1) }}",
+    "{{ ('x' * 9999) | replace('x', 'x' * 99999) }}", "{{ ('x' * 9999).replace('x', 'x' * 99999) }}",
+    "{{ range(9999) | join('x' * 99999) }}", "{{ ('x' * 99999).join('x' * 9999) }}",
+    "{{ range(9999) | map(attribute='no', default='x' * 99999) | join }}",
+    "{{ ''.join(range(9999) | map(attribute='no', default='x' * 99999)) }}",
+    "{{ messages | tojson(indent=10**9) }}", "{{ 'x' | batch(10**9, 'x') | list }}",
+    "{{ (5).to_bytes(10**9, 'big') }}", "{{ ('x' * 9999).translate({120: 'x' * 9999}) }}",
+    "{{ lipsum() }}", "{{ range(0, 10**30, 2**61 - 1) | unique | list }}",
+    DOUBLING % ("'x'", "{% set n.x = n.x ~ n.x %}"), DOUBLING % ("'x'", "{% set n.x = n.x + n.x %}"),
+    DOUBLING % ("'x'", "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}"),
+    DOUBLING % ("'x'", "{% set n.x = [n.x, n.x] %}"), DOUBLING % ("1", "{% set n.x = (n.x, n.x) %}"),
+    DOUBLING % ("'x'", "{% set n.x = {1: n.x, 2: n.x} %}"), DOUBLING % ("9", "{% set n.x = n.x * n.x %}"),
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set r = range(9999) %}{% for i in r %}{% for j in r %}{% for k in r %}{% endfor %}"
+    "{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "{% for i in range(99999) %}" + "x" * 9999 + "{% endfor %}",
+    "{% set x = 'x' * 2400000 %}{{ [" + "x[1:], " * 300 + "] | length }}",
+    TWINS % ("[n.x, n.x]", "[n.y, n.y]"), TWINS % ("(n.x, n.x)", "(n.y, n.y)"),
+    TWINS % ("{1: n.x, 2: n.x}", "{1: n.y, 2: n.y}"), "{{ 1" + " + 1" * 15000 + "}}",
+    "{{ " + "(" * 9999, "x" * 70000,
+]
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+def test_templates_end(tmp_path, monkeypatch, template):
+    """Without gigabytes, in one line, and the next template is not the poorer for it."""
+    monkeypatch.setattr("data.tokenizer.SECONDS", 0.3)
+    word_tokenizer(tmp_path, chat_template=template)
+    start, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check_refused(lambda: load_tokenizer(str(tmp_path)).chat([USER]), "chat template: ")
+    assert time.thread_time() - start < 1 and sys.gettrace() is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18      # KiB
+
+
+def test_namespaces_in_namespaces_are_not_printed(tmp_path):
+    """In jinja2 the text of forty, each twice in the next one, has 2^40 parts."""
+    names = [f"{{% set n{i + 1} = namespace(a=n{i}, b=n{i}) %}}" for i in range(40)]
+    word_tokenizer(tmp_path, chat_template="{% set n0 = 1 %}" + "".join(names) + "{{ n40 }}")
+    assert len(load_tokenizer(str(tmp_path)).chat([USER])) < 100
+
+
+def test_each_text_of_a_template_has_the_whole_allowance(tmp_path):
+    word_tokenizer(tmp_path, chat_template="{{ messages[0].content * 100 }}")
+    tokenizer = load_tokenizer(str(tmp_path))
+    for _ in range(20):
+        assert len(tokenizer.chat([{"role": "user", "content": "x" * 5000}])) == 500_000
+    check_refused(lambda: tokenizer.chat([{"role": "user", "content": "x" * 20_000}]), "10,000,000")
+    assert len(tokenizer.chat([{"role": "user", "content": "x" * 5000}])) == 500_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_real_templates_need_little_of_what_is_allowed(shared, name):
+    tokenizer = real_tokenizer(shared / "tokenizers" / name)
+    start = time.thread_time()
+    text = tokenizer.chat(TALK * 50 + [{"role": "user", "content": "x" * 100_000}])
+    assert "x" * 100_000 in text and time.thread_time() - start < 0.5
+    assert data.tokenizer.compiled(tokenizer.template).environment.left > data.tokenizer.WORK / 2
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ they cover another training and other samples; questions, base and source are al
 The result is OUT/report.md.
 """
 
+import html
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -227,7 +228,7 @@ def main(argv):
          "Student's t over seeds, none for fewer than 3 seeds or equal ones")
     parts = [f"# SAE-Tuning and its controls\n\n{time.strftime('%Y-%m-%d')}, {n}"]
     parts += [describe(args, name, dict(rows)) for name in args.sections]
-    write_text(f"{args.out}/report.md", "\n\n".join(parts) + "\n")
+    write_text(f"{args.out}/report.md", html.escape("\n\n".join(parts), quote=False) + "\n")
     print("\n\n".join(parts))
     print(f"\n{args.out}/report.md; {time.perf_counter() - began:.0f} s in all")
 
