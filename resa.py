@@ -22,7 +22,6 @@ the hook, h = model.run(ids) what leaves the last block, before the final norm.
 import json
 import math
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F

@@ -12,7 +12,6 @@ D width (d_in), F latents (n_latents).
 
 import re
 import shlex
-from pathlib import Path
 
 import torch
 

@@ -293,7 +293,7 @@ def together(kind, count, folder):
 @pytest.mark.parametrize("kind, count", [("sft", 3), pytest.param("sft", 20, marks=LONG),
                                          pytest.param("eval", 20, marks=LONG)])
 def test_of_those_that_start_at_one_moment_one_goes_on(kind, count, tmp_path, monkeypatch):
-    kinds = {"sft": KINDS["sft"].replace("--steps 6", f"--steps {20 * count}"),
+    kinds = {"sft": KINDS["sft"].replace("--steps 6", f"--steps {12 * count}"),
              "eval": KINDS["eval"].replace("--limit 6", "--limit 100")}
     monkeypatch.setattr(sys.modules[__name__], "KINDS", kinds)
     codes, said = together(kind, count, tmp_path)
