@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import quote
 
@@ -27,8 +28,8 @@ from tqdm import tqdm
 
 from data import prepare
 from data.files import (
-    REQUIRED, TINY, check, parse_json, printable, read_fields, read_json, read_problems, read_text,
-    relative, shorten, write_json, write_text)
+    REQUIRED, TINY, check, one_writer, parse_json, printable, read_fields, read_json,
+    read_problems, read_text, relative, shorten, write_json, write_text)
 from data.flags import (
     SEED, Parser, choose_device, front_door, open_run, parse, read_preset, real, refuse_idle,
     whole)
@@ -88,21 +89,24 @@ def evaluate(model, tokenizer, problems, path, *, samples=1, temperature=0.6, to
     settings = {"label": label, **sampling, "weights": fingerprint(model),
                 "device": weight.device.type, "dtype": str(weight.dtype).removeprefix("torch.")}
     plan, ids_of = make_plan(model, tokenizer, problems, samples, seed, settings, prompt, system)
-    done = gather(path, plan, fresh)
-    missing, (rank, processes) = my_share(plan, done), world()
-    if done:
-        print(f"{path}: {len(done)} of {len(plan)} samples are already there", file=sys.stderr)
-    # Every sample is on disk the moment it ends: kill -9 loses nothing else.
-    model.eval()                                         # an adapter in training has dropout
-    own = path if processes == 1 else f"{path}.{rank}"   # no two processes write one file
-    with open(own, "a", encoding="utf-8") as file, torch.no_grad():
-        rows = generate_rows(model, tokenizer, missing, ids_of, slots=slots, **sampling)
-        for row in tqdm(rows, label or "eval", len(done) + len(missing), initial=len(done),
-                        unit="sample", disable=None):      # a bar on terminals
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-    model.train(was_training)
-    return list(gather(path, plan).values())             # written in the order of the plan
+    rank, processes = world()
+    with one_writer(path.parent, path.name) if rank == 0 else nullcontext():
+        done = gather(path, plan, fresh)
+        missing = my_share(plan, done)
+        if done:
+            print(f"{path}: {len(done)} of {len(plan)} samples are already there", file=sys.stderr)
+        # Every sample is on disk the moment it ends: kill -9 loses nothing else.
+        model.eval()                                     # an adapter in training has dropout
+        own = path if processes == 1 else Path(f"{path}.{rank}")     # no two write one file
+        with open(own, "a", encoding="utf-8") as file, torch.no_grad():
+            rows = generate_rows(model, tokenizer, missing, ids_of, slots=slots, **sampling)
+            for row in tqdm(rows, label or "eval", len(done) + len(missing), initial=len(done),
+                            unit="sample", disable=None):        # a bar on terminals
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                check(own.exists(), f"{own}: deleted while it was written; start again")
+        model.train(was_training)
+        return list(gather(path, plan).values())         # written in the order of the plan
 
 def fingerprint(model):
     """12 hex digits that change with the weights, so that old samples cannot pass for new ones."""
@@ -176,7 +180,8 @@ def read_samples(path):
         check(isinstance(row, dict), f"{path}:{n}: a JSON object was expected")
         read_fields(row, FIELDS, f"{path}:{n}: not a sample of eval.py")       # row stays whole
         key = row["id"], row["sample"]
-        check(key not in rows, f"{path}:{n}: sample {key[1]} of problem {key[0]!r} is here twice")
+        check(rows.get(key, row) == row,                 # the same again does no harm
+              f"{path}:{n}: sample {key[1]} of problem {key[0]!r} is here twice, and differs")
         rows[key] = row
     return list(rows.values())
 
@@ -413,11 +418,12 @@ def save_report(args, name, source, results):
     """The table of one benchmark, printed; its summaries, merged into those of earlier runs."""
     text, summaries = report(results)
     folder = samples_path(args.out, name, "").parent
-    open_run(folder, args)
     path = folder / "summary.json"
-    merged = read_json(path) if path.exists() else {}    # keep earlier labels
     new = {label: summary | {"data": source} for label, summary in summaries.items()}
-    write_json(path, merged | new)
+    with one_writer(folder, path.name, wait=True):       # another model's may end at this moment
+        open_run(folder, args)
+        merged = read_json(path) if path.exists() else {}        # keep earlier labels
+        write_json(path, merged | new)
     print(f"\n{name}, samples in {folder}\n\n{text}")
 
 def main(argv):

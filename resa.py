@@ -22,7 +22,6 @@ the hook, h = model.run(ids) what leaves the last block, before the final norm.
 import json
 import math
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data.adapters import lora_scale, read_adapter
-from data.files import check, staged
+from data.files import check, check_new, one_writer, staged
 from data.flags import Parser, arms_parser, front_door, parse, parse_experiment, run_commands
 from model import (AdaptedLinear, at_least_fp32, check_adapter, fold, load_model, low_rank,
                    replace, save_model, split_spec)
@@ -420,9 +419,10 @@ def merge(argv):
     parser.add_argument("--out", required=True, help="directory to write; it must be new")
     args = parse(parser, argv)
     check(split_spec(args.model)[1], "resa.py merge: --model names no adapter, BASE+ADAPTER")
-    check(not Path(args.out).exists(), f"{args.out} exists already; --out must be a new directory")
-    model = merge_adapter(load_model(args.model))
-    save_model(model, args.out)
+    check_new(args.out, "config.json")
+    with one_writer(args.out):
+        model = merge_adapter(load_model(args.model))
+        save_model(model, args.out)
     print(f"{args.out}: {args.model}, merged; rounding to {model.config.dtype} changed what the "
           f"adapters add by {rounding(model, args.model):.2g} of its size")
 

@@ -17,13 +17,14 @@ Q questions in a step, G samples of each, S = Q G.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import re
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -36,10 +37,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import resa
-from data.files import (REQUIRED, TINY, check, parse_json, read_fields, read_jsonl, read_problems,
-                        relative, staged, write_json)
-from data.flags import (
-    SEED, Parser, choose_device, front_door, open_run, parse, real, refuse_idle, whole)
+from data.files import (REQUIRED, TINY, check, one_writer, parse_json, read_fields,
+                        read_jsonl, read_problems, relative, staged, write_json)
+from data.flags import (SEED, Parser, Stopped, choose_device, front_door, open_run, parse, real,
+                        refuse_idle, signals, whole)
+from data.flops import block_flops, on_gpu, training_flops     # noqa: F401  (for importers)
 from data.formats import load_any
 from data.grade import grade
 from data.prepare import TRAINING, training_set
@@ -180,23 +182,32 @@ def run_sae(args):
     chunks, held = hold_out(load_chunks(args, tokenizer, model))                  # (n,T) each
     prepare_sae(model, sae, chunks, args)
     optimizer = make_optimizer(sae, args.optimizer, args.lr)
-    tokens = args.batch * args.seq_len       # of a step, sinks included
-    run = Run("sae", args, sae, optimizer, training_flops("sae", args, model, sae))
-    batches = (harvest_batch(model, sae, chunks, step, args)
-               for step in range(run.start, args.steps))
-    for step, parts in train_sae(sae, batches, optimizer, args, run.start, args.tf32):
-        dead = sae.dead.float().mean()       # as training counts them
-        run.end_step(step, {"fvu": parts["fvu"], "l0": parts["l0"], "dead": dead}, tokens)
+    with training("sae", args, sae, optimizer, training_flops("sae", args, model, sae)) as run:
+        batches = (harvest_batch(model, sae, chunks, step, args)
+                   for step in range(run.start, args.steps))
+        for step, parts in train_sae(sae, batches, optimizer, args, run.start, args.tf32):
+            values = {"fvu": parts["fvu"], "l0": parts["l0"], "dead": sae.dead.float().mean()}
+            run.end_step(step, values, args.batch * args.seq_len)      # sinks are counted
 
-    # signum saves its running mean, so this is what is finished and measured
-    with getattr(optimizer, "averaged", nullcontext)():
-        if args.steps:
-            finish_sae(model, sae, chunks, args)
-        measured = sae_metrics(model, sae, held.to(args.device), args)
-        check(math.isfinite(measured["fvu"]), f"FVU {measured['fvu']} at the end: lower --lr")
-        if run.writes:
-            save_sae(sae, args.out)
-    return run.finish(**measured)
+        # signum saves its running mean, so this is what is finished and measured
+        with getattr(optimizer, "averaged", nullcontext)():
+            if args.steps:
+                finish_sae(model, sae, chunks, args)
+            measured = sae_metrics(model, sae, held.to(args.device), args)
+            if run.writes:
+                check_sae(measured, run)
+                save_sae(sae, args.out)
+        return run.finish(**measured)
+
+def check_sae(measured, run):
+    """ValueError: training has made it far worse.  Says if most latents are dead."""
+    fvu, dead, logged = measured["fvu"], measured["dead"], run.metrics.read_text().splitlines()
+    # At step 1 the FVU of all variants is about 1; a rate that explodes makes 1e3 to 1e30 of it
+    limit = 10 * max(1, json.loads(logged[0])["fvu"]) if logged else math.inf
+    check(math.isfinite(fvu) and fvu <= limit, f"FVU {fvu:.3g} at the end: lower --lr")
+    if logged and dead > 0.9:
+        print(f"{dead:.1%} of the latents never fired on the held-out text: the dictionary has "
+              "collapsed; lower --lr or raise --aux-coef", file=sys.stderr)
 
 def train_sae(sae, batches, optimizer, args, start=0, tf32=False):
     """The training loop of any SAE, on activations or other targets: yields (step, parts).
@@ -403,17 +414,18 @@ def train_on_text(stage, args, model, optimizer, loss_of, name, sae=None):
     spec = args.model if stage == "pretrain" else args.target
     chunks = load_chunks(args, load_tokenizer(spec), model)                       # (n,T)
     args.steps = args.steps or max(1, args.epochs * len(chunks) // args.batch)
-    run = Run(stage, args, model, optimizer, training_flops(stage, args, model, sae))
-    for step in range(run.start, args.steps):
-        ids = chunks[chunk_indices(step, len(chunks), args)].to(args.device, non_blocking=True)
-        rate = learning_rate(step, args)
-        loss, norm = optimizer_step(loss_of, share(micro_batches(ids, args)), optimizer, rate)
-        run.end_step(step, {name: loss, "norm": norm, "lr": rate}, ids.numel())
-    if run.writes and stage == "pretrain":
-        save_model(model, run.out / "model")
-    elif run.writes:
-        resa.save_adapter(model, args.out, relative(spec))
-    return run.finish()
+    with training(stage, args, model, optimizer, training_flops(stage, args, model, sae)) as run:
+        for step in range(run.start, args.steps):
+            ids = chunks[chunk_indices(step, len(chunks), args)]                      # (B,T)
+            ids = ids.to(args.device, non_blocking=True)
+            rate = learning_rate(step, args)
+            loss, norm = optimizer_step(loss_of, share(micro_batches(ids, args)), optimizer, rate)
+            run.end_step(step, {name: loss, "norm": norm, "lr": rate}, ids.numel())
+        if run.writes and stage == "pretrain":
+            save_model(model, run.out / "model")
+        elif run.writes:
+            resa.save_adapter(model, args.out, relative(spec))
+        return run.finish()
 
 def next_token_logprobs(model, h, ids, chunk=4096, temperature=1.0):
     """h (B,T,D) of the last block, ids (B,T) -> log p(ids[t+1] | ids[..t]), (B,T-1), fp32."""
@@ -511,24 +523,24 @@ def run_rl(args):
 
     def loss_of(part):
         return policy_loss(model, *part, args.beta, args.temperature)
-    run = Run("rl", args, model, optimizer, training_flops("rl", args, model))
-    for step in range(run.start, args.steps):
-        picked = order(len(rows), args.seed, step)[:args.questions]
-        questions = [rows[i] for i in share(picked)]     # Q and S count what this process takes
-        samples, rewards = rollout(model, tokenizer, questions, step, args)       # S pairs, (Q,G)
-        spread = rewards.std(1, keepdim=True) + 1e-4                              # (Q,1)
-        advantages = (rewards - rewards.mean(1, keepdim=True)) / spread           # (Q,G)
-        size, rate = args.micro_batch, learning_rate(step, args)
-        parts = [(samples[i * size:(i + 1) * size], part)                         # (size,) each
-                 for i, part in enumerate(advantages.flatten().split(size))]
-        _, norm = optimizer_step(loss_of, parts, optimizer, rate)
-        length = sum(len(answer) for _, answer in samples) / len(samples)
-        tokens, = add_up([sum(len(prompt) + len(answer) for prompt, answer in samples)])
-        run.end_step(step, {"reward": rewards.mean(), "norm": norm, "lr": rate, "length": length},
-                     int(tokens))
-    if run.writes:
-        resa.save_adapter(model, args.out, relative(args.target))
-    return run.finish()
+    with training("rl", args, model, optimizer, training_flops("rl", args, model)) as run:
+        for step in range(run.start, args.steps):
+            picked = order(len(rows), args.seed, step)[:args.questions]
+            questions = [rows[i] for i in share(picked)]     # Q and S count what this process takes
+            samples, rewards = rollout(model, tokenizer, questions, step, args)   # S pairs, (Q,G)
+            spread = rewards.std(1, keepdim=True) + 1e-4                          # (Q,1)
+            advantages = (rewards - rewards.mean(1, keepdim=True)) / spread       # (Q,G)
+            size, rate = args.micro_batch, learning_rate(step, args)
+            parts = [(samples[i * size:(i + 1) * size], part)                     # (size,) each
+                     for i, part in enumerate(advantages.flatten().split(size))]
+            _, norm = optimizer_step(loss_of, parts, optimizer, rate)
+            length = sum(len(answer) for _, answer in samples) / len(samples)
+            tokens, = add_up([sum(len(prompt) + len(answer) for prompt, answer in samples)])
+            values = {"reward": rewards.mean(), "norm": norm, "lr": rate, "length": length}
+            run.end_step(step, values, int(tokens))
+        if run.writes:
+            resa.save_adapter(model, args.out, relative(args.target))
+        return run.finish()
 
 def rollout(model, tokenizer, rows, step, args):
     """Q rows -> S samples (prompt ids, answer ids), G for each row in turn; rewards (Q,G)."""
@@ -590,18 +602,27 @@ CHANGEABLE = {"resume", "out", "log_every", "save_every", "device", "tf32", "con
               "compile", "checkpointing"}
 ARTIFACT = {"sae": "cfg.json", "pretrain": "model/config.json"}
 
+@contextmanager
+def training(stage, args, *parts):
+    """A Run that alone writes its directory, and that ends with a step if a signal asks it to."""
+    lock = one_writer(args.out) if world()[0] == 0 else nullcontext()
+    with lock, signals(at_once=False) as asked:
+        yield Run(stage, args, *parts, asked)
+
 class Run:
     """A run directory while it is written: settings, log, checkpoints, summary."""
 
-    def __init__(self, stage, args, module, optimizer, flops):
+    def __init__(self, stage, args, module, optimizer, flops, asked):
         self.stage, self.args, self.module, self.optimizer = stage, args, module, optimizer
-        self.out, self.flops = Path(args.out), flops          # per token
+        self.out, self.flops, self.asked = Path(args.out), flops, asked     # per token; signals
         self.checkpoint = self.out / "checkpoint.safetensors"
         self.metrics = self.out / "metrics.jsonl"
         self.start, self.tokens, self.began = 0, 0, time.perf_counter()
         self.writes = world()[0] == 0        # all processes hold, and resume from, the same
         self.settings = {k: v for k, v in vars(args).items() if k not in CHANGEABLE}
         log = self.restore() if args.resume else ""
+        self.saved = self.looked = self.start    # looked: until where all is known to be finite
+        self.nan = 0.0                           # or NaN
         check(args.resume or not self.checkpoint.exists(),
               f"{self.out} holds an unfinished run: --resume continues it; or name another --out")
         wait_for_all()                       # until every process has read the checkpoint
@@ -623,10 +644,28 @@ class Run:
         done, last, self.tokens = step + 1, step + 1 == self.args.steps, self.tokens + tokens
         self.bar.update()                    # quiet where there is no terminal
         seed_step(self.args.seed, done)
-        if step == 0 or last or done % self.args.log_every == 0:
+        asked = int(reduce_(torch.tensor(max(self.asked, default=0)), "MAX"))       # all, or none
+        log = step == 0 or last or done % self.args.log_every == 0
+        save = asked or last or done % self.args.save_every == 0
+        self.nan = self.nan + 0 * sum(values.values())       # NaN from the first infinity or NaN
+        if log or save or self.args.device == "cpu":         # a GPU would be waited for
+            self.check_finite(done)
+        if log:
             self.log(done, values)
-        if last or done % self.args.save_every == 0:
+        if save:
             self.save(done)
+        if asked and not last:
+            wait_for_all()                   # until the checkpoint is written
+            raise Stopped(asked, f"{self.out} holds {done} of {self.args.steps} steps; the same "
+                          "command with --resume goes on")
+
+    def check_finite(self, done):
+        """ValueError: since the last look something became infinite or NaN."""
+        group, = self.optimizer.param_groups
+        good = all(bool(t.isfinite().all()) for t in (torch.as_tensor(self.nan), *group["params"]))
+        check(good, f"after step {self.looked}, by step {done}: not a finite number in loss, "
+              f"gradient or weights; last good checkpoint: {self.saved or 'none'}; lower --lr")
+        self.looked = done
 
     def log(self, done, values):
         """A line of metrics.jsonl, and of stderr or in the bar."""
@@ -636,8 +675,6 @@ class Run:
         row |= {"tok/s": self.tokens / seconds, "seconds": round(seconds, 3)}
         if self.args.device != "cpu":
             row |= on_gpu(self.args.device, row["tok/s"] * self.flops / processes)
-        check(all(map(math.isfinite, row.values())),
-              f"step {done}: not a finite number: {row}; lower --lr")
         if self.writes:
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -655,8 +692,7 @@ class Run:
     def save(self, done):
         """The checkpoint after `done` steps; in --stage rl also the adapter, a source model."""
         tensors, optimizer = self.learned(), self.optimizer.state_dict()
-        check(all(t.isfinite().all() for t in tensors.values()),
-              f"step {done}: the weights are no longer finite; lower --lr")
+        self.saved = done
         if not self.writes:
             return
         if self.stage == "rl" and done % self.args.save_every == 0:
@@ -673,16 +709,19 @@ class Run:
         record = {"step": done, "tokens": self.tokens, "settings": self.settings,
                   "seconds": time.perf_counter() - self.began,
                   "groups": optimizer["param_groups"], "log": self.metrics.read_text()}
+        header = {"record": json.dumps(record)}
+        header["sha256"] = checksum(tensors, header["record"])
         with staged(self.out) as temporary:  # the whole file or none
-            save_file(tensors, temporary / self.checkpoint.name, {"record": json.dumps(record)})
+            save_file(tensors, temporary / self.checkpoint.name, header)
 
     def restore(self):
         """Puts the checkpoint in place -> the text of metrics.jsonl at that time."""
-        check(self.checkpoint.exists(), f"{self.checkpoint}: no checkpoint to resume from")
+        check(self.checkpoint.exists(), f"{self.out}: no checkpoint: start again without --resume")
         try:
             with safe_open(str(self.checkpoint), framework="pt") as file:
-                record = parse_json(file.metadata()["record"], "its header")
-                found = {name: file.get_tensor(name) for name in file.keys()}
+                header, found = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}
+            record = parse_json(header["record"], "its header")
+            check(header["sha256"] == checksum(found, header["record"]), "it is damaged")
             then, self.start, now = record["settings"], record["step"], dict(self.settings)
             if now["processes"] != then.get("processes", 1):      # the batch is shared otherwise
                 del now["processes"], now["micro_batch"]
@@ -715,52 +754,13 @@ class Run:
             self.checkpoint.unlink(missing_ok=True)     # nothing is left to resume
         return summary
 
-# Dense bf16 FLOPs in a second, of data sheets, by what is in the card's name
-PEAKS = {"A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "H100": 989e12, "H200": 989e12,
-         "B200": 2250e12}
-
-def on_gpu(device, flops):
-    """{"gb": most memory held} and, of a known card, {"mfu": these FLOPs a second by its peak}."""
-    card = torch.cuda.get_device_name(device)
-    mfu = {"mfu": flops / peak for name, peak in PEAKS.items() if name in card}
-    return mfu | {"gb": torch.cuda.max_memory_allocated(device) / 1e9}
-
-# ---- FLOPs per token ---------------------------------------------------------------------------
-
-def block_flops(model, T, start=0, stop=None, learns=False):
-    """FLOPs of blocks start .. stop-1 in rows of T: forward; if it learns, backward and adapters.
-    A weight takes 2 forward, 2 backward for its input, 2 if it is trained.  Causal attention takes
-    2 T D forward, 2.5 times that backward.  Norms and softmax are left out."""
-    config, n = model.config, 0
-    share = config.num_experts_per_tok / config.num_experts if config.num_experts else 0
-    for block in model.model.layers[start:stop]:
-        n += 2 * T * config.num_attention_heads * config.head_dim * (3.5 if learns else 1)
-        for name, p in block.named_parameters():
-            if p.dim() > 1 and (learns or "lora_" not in name):
-                used = share if ".experts." in name else 1        # of an expert's weights
-                n += 2 * p.numel() * used * (2 + p.requires_grad if learns else 1)
-    return n
-
-def training_flops(stage, args, model, sae=None):
-    """FLOPs of training, and in --stage rl of sampling.  Without AuxK and the g of gsae."""
-    T = args.max_new_tokens if stage == "rl" else args.seq_len
-    D = model.config.hidden_size
-    head, encoder, sparse = 2 * D * model.config.vocab_size, 0, 0
-    if sae is not None:                  # products with z read K active latents alone
-        encoder, sparse = 2 * D * sae.n_latents, 2 * D * getattr(sae, "k", sae.n_latents)
-    if stage == "sae":                   # decodes, then makes four gradients
-        return block_flops(model, T, 0, args.layer + 1) + encoder + 5 * sparse
-    if stage != "tune":                  # the backward pass makes the logits again
-        n = block_flops(model, T, learns=True) + head * (4 if stage == "pretrain" else 3)
-        passes = 1 + (args.beta > 0) if stage == "rl" else 0     # samples; the KL to the base
-        return n + passes * (block_flops(model, T) + head)
-    grad, below = args.sae_grad == "on", 0           # blocks that no gradient reaches
-    if sae is not None and not grad and args.site == "resid":
-        below = args.layer + 1
-    n = block_flops(model, T) + block_flops(model, T, below, learns=True) + 3 * head
-    if args.teacher == "source":         # else these run once for both, see resa.shares_prefix
-        n += block_flops(model, T, 0, below)
-    return n + encoder + sparse * (1 + 2 * grad)
+def checksum(tensors, record):
+    """Of a checkpoint: a bit that flipped on a disk must not become another model."""
+    digest = hashlib.sha256(record.encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 # ---- Command line: one function of flags per stage ---------------------------------------------
 

@@ -8,6 +8,7 @@ Files from strangers are hostile: each JSON object goes through `read_fields`, p
 their directory, and shapes are compared before memory is taken.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -15,8 +16,8 @@ import re
 import reprlib
 import shutil
 import sys
-import tempfile
-from contextlib import ExitStack, contextmanager
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -279,26 +280,65 @@ def fetch(repo, revision=None, subfolder=None):
 # ---- Writing -----------------------------------------------------------------------------------
 
 @contextmanager
+def one_writer(directory, name="", wait=False):
+    """Inside, no other process writes this directory, or `name` in it: ValueError names the one
+    that does; wait=True waits for it.  The kernel takes the lock from a process that dies."""
+    directory, held = Path(directory), False
+    lock = directory / f".resa-lock{name and '-'}{name}"
+    while not held:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{directory / name}: {file.read() or 'another process'} writes this; "
+                             "wait for it, or name another --out") from None
+        held = os.fstat(file.fileno()).st_nlink > 0      # else its last holder has removed it
+    try:
+        file.truncate(0)
+        print(f"process {os.getpid()}, since {time.ctime()},", end="", file=file, flush=True)
+        yield
+    finally:
+        if os.fstat(file.fileno()).st_nlink:             # not so after rm -r
+            lock.unlink(missing_ok=True)
+        file.close()
+        with suppress(OSError):          # not empty, as a rule
+            directory.rmdir()
+
+def check_new(directory, mark):
+    """ValueError unless --out is new, empty, or what a killed process left, without its mark."""
+    names = os.listdir(directory) if Path(directory).exists() else []
+    killed = mark not in names and any(name.startswith(".resa-") for name in names)
+    check(not names or killed, f"{directory} exists already; --out must be a new directory")
+
+# Each marks a directory as complete
+MARKS = ("config.json", "cfg.json", "adapter_config.json")
+
+@contextmanager
 def staged(directory):
-    """A temporary sibling to write in; its files move into `directory` only if the block ends well.
+    """A temporary folder in `directory`; its files move out of it only if the block ends well.
     Files are renamed, never written in place.  Where weights are replaced, their .json files go
     first and come last: a reader finds the old files, the new ones, or what does not load."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        yield temporary
-        files = sorted(temporary.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
-        if any(path.suffix == ".safetensors" for path in files):
-            for path in temporary.glob("*.json"):
-                (directory / path.name).unlink(missing_ok=True)
-        for path in files:
-            path.chmod(0o644)            # save_file leaves 0600, unreadable to a colleague
-            os.replace(path, directory / path.name)
-    except SafetensorError as error:     # a full disk is not an OSError there
-        raise OSError(f"{directory}: could not be written ({error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    temporary = directory / ".resa-new"
+    with one_writer(directory, "new", wait=True):
+        shutil.rmtree(temporary, ignore_errors=True)     # of a process that was killed
+        try:
+            temporary.mkdir()
+            yield temporary
+            files = sorted(temporary.iterdir(),
+                           key=lambda path: (path.suffix == ".json", path.name in MARKS, path.name))
+            if any(path.suffix == ".safetensors" for path in files):
+                for path in temporary.glob("*.json"):
+                    (directory / path.name).unlink(missing_ok=True)
+            for path in files:
+                path.chmod(0o644)        # save_file leaves 0600, unreadable to a colleague
+                os.replace(path, directory / path.name)
+        except (SafetensorError, OSError) as error:      # a full disk: neither says where
+            raise OSError(f"{directory}: could not be written ({error})") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 def write_text(path, text):
     """A UTF-8 file, whole or not at all."""

@@ -12,9 +12,12 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -133,6 +136,32 @@ def refuse_idle(args, names, where):
     for name in names.split():
         check(name not in args.given, f"--{name.replace('_', '-')} has no effect with {where}")
 
+class Stopped(KeyboardInterrupt):
+    """A signal asks this program to end: its number, and how to go on."""
+    HOW = "the same command goes on: train.py with --resume, eval.py without --fresh"
+
+@contextmanager
+def signals(at_once):
+    """Inside, SIGTERM and SIGINT raise Stopped.  at_once=False: only from the second one on; the
+    first is in the list that this yields.  What is ignored, as under nohup, stays so."""
+    came, before, start = [], {}, 0.0
+    def handle(number, frame):
+        nonlocal start
+        start = start or time.monotonic()        # `timeout` and torchrun send one twice
+        if time.monotonic() > start + 1 or (at_once and not came):
+            came.append(number)
+            raise Stopped(number, Stopped.HOW)
+        came.append(number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, handle)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+@signals(at_once=True)
 def front_door(main):
     """Runs main(argv).  A user's mistake becomes one line, but for RESA_TRACEBACK=1, and code 2."""
     write = sys.stdout.write             # labels and tokens in tables are strangers' texts, too
@@ -147,9 +176,11 @@ def front_door(main):
             os._exit(0)
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; train.py continues with --resume, eval.py by itself", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stop:
+        number, how = stop.args
+        if os.environ.get("RANK", "0") == "0":       # one of those that torchrun started
+            print(f"\nstopped by {signal.Signals(number).name}; {how}", file=sys.stderr)
+        sys.exit(128 + number)
 
 def open_run(directory, args):
     """Makes a run directory and writes config.json, what would be needed to run it again."""
@@ -240,19 +271,25 @@ def run_commands(arms, args, title="arms"):
     check(len({slug(name) for name in arms}) == len(arms), f"{title}: two names, one folder")
     # Base and source may be one model: asked once, as two processes must not write one file.
     once = {str(lines): lines for lines in commands.values()}
-    pool = ThreadPoolExecutor(args.workers)
-    futures = as_completed([pool.submit(run_lines, lines) for lines in once.values()])
+    pool, running = ThreadPoolExecutor(args.workers), []
+    futures = as_completed([pool.submit(run_lines, lines, running) for lines in once.values()])
     try:
         for future in tqdm(futures, title, total=len(once), unit="arm", disable=None):
             future.result()
+    except Stopped:
+        for process in running:          # each saves what it has
+            process.terminate()
+        raise
     finally:                             # after an error, what has not begun is dropped
         pool.shutdown(cancel_futures=True)
     return {name: lines[-1][2] for name, lines in commands.items() if lines[-1][0] == "eval.py"}
 
-def run_lines(lines):
+def run_lines(lines, running):
     """Runs command lines one after the other, on one thread: fastest for small tensors."""
     for line in lines:
-        done = subprocess.run([sys.executable, str(ROOT / line[0]), *line[1:]], text=True,
-                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        said = (done.stderr.strip() or "it said nothing").split("\n")[-1]
-        check(done.returncode == 0, f"python {shlex.join(line)}: {said}")
+        process = subprocess.Popen([sys.executable, str(ROOT / line[0]), *line[1:]], text=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        running.append(process)          # so that it can be stopped
+        said = (process.communicate()[1].strip() or "it said nothing").split("\n")[-1]
+        check(process.returncode == 0, f"python {shlex.join(line)}: {said}")

@@ -12,11 +12,11 @@ D width (d_in), F latents (n_latents).
 
 import re
 import shlex
-from pathlib import Path
 
 import torch
 
-from data.files import REQUIRED, check, locate, open_tensors, read_fields, read_json
+from data.files import (
+    REQUIRED, check, check_new, locate, one_writer, open_tensors, read_fields, read_json)
 from data.flags import Parser, front_door, parse
 from sae import (VARIANTS, Chosen, complete_meta, find_place, load_sae, read_sae, save_sae,
                  write_sae)
@@ -291,10 +291,11 @@ def main(argv):
     parser.add_argument("--layout", choices=("sparsify", "saelens"), default="sparsify",
                         help="sparsify, which is ours, holds all; saelens what it can compute")
     args = parse(parser, argv)
-    check(not Path(args.out).exists(), f"{args.out} exists already; --out must be a new directory")
-    sae = load_any(args.sae)
+    check_new(args.out, "cfg.json")
     save = save_saelens if args.layout == "saelens" else save_sae
-    save(sae, args.out)
+    with one_writer(args.out):
+        sae = load_any(args.sae)
+        save(sae, args.out)
     kind = f"{sae.variant}, {sae.n_latents:,} latents of width {sae.d_in}"
     print(f"{args.out}: {kind}, as {args.layout}")
 

@@ -171,7 +171,7 @@ def test_an_arm_is_made_again_by_pasting_its_lines(tmp_path):
 
 def test_arms_that_are_one_command_run_once_and_no_two_share_a_folder(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(flags, "run_lines", ran.append)
+    monkeypatch.setattr(flags, "run_lines", lambda lines, running: ran.append(lines))
     argv = ["--out", str(tmp_path), "--target", "M", "--source", "M"]       # source = target: presets v4, v5
     args = parse_experiment(arms_parser("resa.py", ""), argv, {})
     two = {"base": "eval.py --model {target}", "RL source": "eval.py --model {source}"}

@@ -780,8 +780,10 @@ def test_regrade_says_what_changed(whole, tmp_path):
     path.write_text(json.dumps({k: v for k, v in rows[0].items() if k != "prompt"}) + "\n")
     with pytest.raises(ValueError, match=":1: .*no 'prompt'"):
         ev.regrade([path])
-    path.write_text((json.dumps(rows[0]) + "\n") * 2)
-    with pytest.raises(ValueError, match=":2: .*twice"):
+    path.write_text((json.dumps(rows[0]) + "\n") * 2)       # as two writers leave it: no harm
+    assert ev.regrade([path]) == {"old": rows[:1]}
+    path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0] | {"completion": "?"}) + "\n")
+    with pytest.raises(ValueError, match=":2: .*twice, and differs"):
         ev.regrade([path])
     for line in ("[1]", "{", json.dumps(rows[0] | {"settings": 1}),
                  json.dumps(rows[0] | {"id": []})):

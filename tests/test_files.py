@@ -501,7 +501,7 @@ def test_staged_moves_all_and_keeps_other_files(tmp_path):
     (tmp_path / "keep.txt").write_text("kept")
     (tmp_path / "b.json").write_text("old")
     with staged(tmp_path) as temporary:
-        assert temporary.parent == tmp_path.parent               # a rename stays in a file system
+        assert temporary.parent == tmp_path      # a rename stays in a file system, as of a mount point
         for name in ("a.safetensors", "b.json"):
             (temporary / name).write_text(name)
         assert (tmp_path / "b.json").read_text() == "old"

@@ -378,7 +378,8 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(run, data, stage, flags,
 
 
 def write_state(path, record, tensors):
-    save_file(tensors, path, {"record": json.dumps(record)})
+    text = json.dumps(record)
+    save_file(tensors, path, {"record": text, "sha256": train.checksum(tensors, text)})
 
 
 def read_state(path):
@@ -396,7 +397,7 @@ def test_resume_refuses_other_settings_and_an_unfinished_run_is_not_overwritten(
         run("sae", tmp_path / "o", *flags)
     with pytest.raises(ValueError, match="other settings"):
         run("sae", tmp_path / "o", *flags, "--resume")
-    with pytest.raises(ValueError, match="no checkpoint to resume"):
+    with pytest.raises(ValueError, match="no checkpoint: start again without --resume"):
         run("sae", tmp_path / "none", *flags, "--resume")
 
 
