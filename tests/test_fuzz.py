@@ -6,8 +6,8 @@
 A reader may refuse a file by ValueError or OSError, in one line, or accept it.  What it accepts may
 differ from the original in what it computes only if the file says something else, by a parser that
 is not ours: other values in fields that the reader uses, other tensors, another template.  Damaged
-JSON, damaged headers and weights that are not finite must be refused.  Any other exception, more than 2 s of processor time or
-half a gigabyte is a failure.
+JSON, damaged headers and weights that are not finite must be refused.  Any other exception, more
+than 2 s of processor time or half a gigabyte is a failure.
 """
 
 import copy
@@ -368,6 +368,9 @@ def damage_text(rng, data):
     return ("{% set n = namespace(x='x') %}" + block(rng) + block(rng)).encode()
 
 
+JUNK = [b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b'"', b"\n", b"\x1b[2J", b",", b"1"]
+
+
 def damage_bytes(rng, data):
     """Bits flipped, pieces lost, repeated or put in."""
     for _ in range(rng.choice([1, 1, 1, 3])):
@@ -382,8 +385,7 @@ def damage_bytes(rng, data):
         elif what == 3:
             data = data[:i] + data[i:i + n] * rng.choice([2, 2, 1000]) + data[i + n:]
         else:
-            junk = rng.choice([b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b'"', b"\n", b"\x1b[2J", b",", b"1"])
-            data = data[:i] + junk + data[i:]
+            data = data[:i] + rng.choice(JUNK) + data[i:]
     return data
 
 
