@@ -6,8 +6,8 @@
 A reader may refuse a file by ValueError or OSError, in one line, or accept it.  What it accepts may
 differ from the original in what it computes only if the file says something else, by a parser that
 is not ours: other values in fields that the reader uses, other tensors, another template.  Damaged
-JSON and damaged headers must be refused.  Any other exception, more than 2 s of processor time or
-half a gigabyte is a failure.
+JSON, damaged headers and weights that are not finite must be refused.  Any other exception, more
+than 2 s of processor time or half a gigabyte is a failure.
 """
 
 import copy
@@ -175,9 +175,15 @@ def read_checkpoint(directory):
     return run.start, run.module.state_dict(), run.optimizer.state_dict()
 
 
+def finite(tensors):
+    for name, tensor in tensors.items():
+        assert tensor.isfinite().all(), f"{name} is not finite, and accepted"
+    return tensors
+
+
 def read_model(directory):
     loaded = load_model(str(directory))
-    return loaded.config.to_dict(), dict(loaded.named_parameters())
+    return loaded.config.to_dict(), finite(dict(loaded.named_parameters()))
 
 
 def read_adapted(directory):
@@ -187,7 +193,7 @@ def read_adapted(directory):
 def read_sae(directory):
     sae = load_any(str(directory))
     x = X if sae.d_in == 4 else torch.ones(3, sae.d_in)
-    return sae.hyper, sae.meta, sae.state_dict(), sae(x.to(sae.W_dec.dtype))
+    return sae.hyper, sae.meta, finite(sae.state_dict()), sae(x.to(sae.W_dec.dtype))
 
 
 def read_tokenizer(directory):
@@ -362,6 +368,9 @@ def damage_text(rng, data):
     return ("{% set n = namespace(x='x') %}" + block(rng) + block(rng)).encode()
 
 
+JUNK = [b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b'"', b"\n", b"\x1b[2J", b",", b"1"]
+
+
 def damage_bytes(rng, data):
     """Bits flipped, pieces lost, repeated or put in."""
     for _ in range(rng.choice([1, 1, 1, 3])):
@@ -376,8 +385,7 @@ def damage_bytes(rng, data):
         elif what == 3:
             data = data[:i] + data[i:i + n] * rng.choice([2, 2, 1000]) + data[i + n:]
         else:
-            junk = rng.choice([b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b'"', b"\n", b"\x1b[2J", b",", b"1"])
-            data = data[:i] + junk + data[i:]
+            data = data[:i] + rng.choice(JUNK) + data[i:]
     return data
 
 
@@ -393,15 +401,16 @@ def told(kind, data, fields=()):
     try:
         text = data.decode("utf-8-sig")
         if kind == "json":
-            value = json.loads(text, parse_constant=float.fromhex)       # of NaN: ValueError
+            value = json.loads(text)
+            json.dumps(value, allow_nan=False)           # ValueError
             used = {name: x for name, x in value.items() if not fields or name in fields}
             return json.dumps({name: x for name, x in used.items() if x is not None})
         if kind == "samples":                # what a killed run left behind the last line is dropped
             kind, text = "jsonl", text[:text.rfind("\n") + 1]
         if kind == "jsonl" and not text.lstrip().startswith("["):
             rows = text.replace("\n\ufeff", "\n").split("\n")
-            rows = [json.loads(row, parse_constant=float.fromhex) for row in rows if row.strip()]
-            return json.dumps(rows)                      # in which 2 is not 2.0
+            rows = [json.loads(row) for row in rows if row.strip()]
+            return json.dumps(rows, allow_nan=False)     # in which 2 is not 2.0
         return data
     except (ValueError, AttributeError):
         return data if kind in ("tensors", "text") else None
