@@ -58,8 +58,9 @@ def tuning_loss(model, sae, layer, ids, site="resid", grad=False, reduction="tok
 def shares_prefix(model, sae, layer, site, grad, teacher):
     """Whether teacher and student agree up to the hook, so that blocks 0 .. layer can run once.
 
-    Then it stays so in training: nothing below the hook learns.  Four conditions: the model teaches itself; the gradient stops at the SAE; the SAE replaces the
-    block's whole output; the adapters of these blocks are still zero (then nothing moves them)."""
+    Then it stays so in training: nothing below the hook learns.  Four conditions: the model teaches
+    itself; the gradient stops at the SAE; the SAE replaces the block's whole output; the adapters
+    of these blocks are still zero."""
     if sae is None or grad or site != "resid" or teacher is not None:
         return False
     below = [m.lora_B for name, m in lora_layers(model).items()

@@ -416,8 +416,7 @@ def train_on_text(stage, args, model, optimizer, loss_of, name, sae=None):
     args.steps = args.steps or max(1, args.epochs * len(chunks) // args.batch)
     with training(stage, args, model, optimizer, training_flops(stage, args, model, sae)) as run:
         for step in range(run.start, args.steps):
-            ids = chunks[chunk_indices(step, len(chunks), args)]                      # (B,T)
-            ids = ids.to(args.device, non_blocking=True)
+            ids = chunks[chunk_indices(step, len(chunks), args)].to(args.device, non_blocking=True)
             rate = learning_rate(step, args)
             loss, norm = optimizer_step(loss_of, share(micro_batches(ids, args)), optimizer, rate)
             run.end_step(step, {name: loss, "norm": norm, "lr": rate}, ids.numel())
