@@ -209,7 +209,7 @@ def test_build_defaults_and_refusals():
         ("'aux_coef' is below 0: -1", ("topk", D, F), {"k": 3, "aux_coef": -1}),
         ("'k' should be a whole number, it is True", ("topk", D, F), {"k": True}),
         ("'rows' = 'long' is not supported, only 'unit', 'free'", ("relu", D, F), {"rows": "long"}),
-        ("'seed' is above", ("topk", D, F), {"seed": 2**63}),
+        ("'seed' is of more than 64 bits", ("topk", D, F), {"seed": 2**63}),
         ("groups=13 is above n_latents=12", ("gba", D, F), {"k": 3, "groups": 13}),
         ("levels are not above 0", ("matryoshka", D, F), {"k": 3, "levels": [1, 0]}),
         ("'levels' is below 1", ("matryoshka", D, F), {"k": 3, "levels": []}),
