@@ -726,6 +726,7 @@ def door(body, *argv, **env):
     code = f"""
 import sys, os, signal
 from data.flags import Parser, front_door, parse, whole
+signal.signal(signal.SIGINT, signal.default_int_handler)     # ignored where tests run in the background
 def main(argv):
 {textwrap.indent(textwrap.dedent(body), "    ")}
 front_door(main)

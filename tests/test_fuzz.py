@@ -155,14 +155,14 @@ PRESETS = {"tiny": {"seed": 1, "sae": {"k": 4}}, "more": {"like": "tiny", "sae":
 def run_of(directory, resume):
     """A training run that has, or is given, a checkpoint."""
     args = SimpleNamespace(out=str(directory), resume=resume, device="cpu", steps=5, seed=0,
-                           save_every=1, log_every=1)
+                           save_every=1, log_every=1, processes=1, micro_batch=1)
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
     if not resume:
         module(torch.ones(3)).sum().backward()
         optimizer.step()
-    return train.Run("pretrain", args, module, optimizer, 1)
+    return train.Run("pretrain", args, module, optimizer, 1, [])
 
 
 def make_checkpoint(directory):
@@ -490,7 +490,8 @@ def bench(tmp_path_factory):
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_refused_in_one_line_or_says_something_else(bench, name):
     outcomes = [bench.one(name, number)[0] for number in range(1000 // len(READERS))]
-    assert {"accepted", "refused"} == set(outcomes)      # neither too tame nor too wild to tell
+    # neither too tame nor too wild to tell; a checkpoint has a checksum, so that nothing passes
+    assert set(outcomes) == ({"refused"} if name == "checkpoint" else {"accepted", "refused"})
 
 
 def main(total=1000, seed=0):
