@@ -1,6 +1,7 @@
 """Shared by all tests: the import path, single-threaded torch (tiny tensors), tiny models, the oracle data."""
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,6 +15,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 torch.set_num_threads(1)
+
+# Tests of other processes alone, marked `early`, begin with the session: on the second core, one after the
+# other.  When their turn comes they are waited for.  They may use tmp_path and their parameters.
+EARLY = ThreadPoolExecutor(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "early: begins with the session, see tests/conftest.py")
+
+
+def pytest_collection_finish(session):
+    for item in session.items:
+        if item.get_closest_marker("early") and not session.config.option.collectonly:
+            params = getattr(item, "callspec", None) and item.callspec.params or {}
+            folder = session.config._tmp_path_factory.mktemp("early")
+            item.begun = EARLY.submit(item.function, tmp_path=folder, **params)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    if hasattr(pyfuncitem, "begun"):
+        pyfuncitem.begun.result()
+        return True
+
+
+def pytest_unconfigure():
+    EARLY.shutdown(cancel_futures=True)
 
 
 @pytest.fixture

@@ -36,8 +36,9 @@ def command(cwd, *words):
     return done.stdout
 
 
+@pytest.mark.early
 def test_sae_tune_eval_merge_one_after_the_other(tmp_path):
-    few = ["--steps", "2", "--batch", "4"]
+    few = ["--steps", "2", "--batch", "4", "--data", first_questions(tmp_path)]
     assert "recovered_mean" in command(tmp_path, "train.py", "--stage", "sae", *few)
     command(tmp_path, "train.py", "--stage", "tune", *few)
     distill, adapter = f"{ROOT}/data/tiny/distill", "out/tiny/adapter"
@@ -51,6 +52,13 @@ def test_sae_tune_eval_merge_one_after_the_other(tmp_path):
     merged, attached = ([row["completion"] for row in eval.read_samples(found / f"{name}.jsonl")]
                         for name in ("out~merged", "data~tiny~distill+out~tiny~adapter"))
     assert merged == attached
+
+
+def first_questions(folder):
+    """A file of a hundred: tokenizing all of them is most of a short run."""
+    path = folder / "few.jsonl"
+    path.write_text("".join((ROOT / "data/tiny/train.jsonl").read_text().splitlines(keepends=True)[:100]))
+    return str(path)
 
 
 # ---- the READMEs -------------------------------------------------------------------------------------------
@@ -104,6 +112,7 @@ def test_every_command_in_the_readmes_is_understood(line, tmp_path, monkeypatch)
             assert flag.split("=")[0] in text, f"{script} has no {flag}"
 
 
+@pytest.mark.early
 @pytest.mark.parametrize("words", [
     ["resa.py"], ["resa.py", "merge"], *(["train.py", "--stage", stage] for stage in train.RUN), ["train.py"],
     ["eval.py"], ["eval.py", "show"], ["-m", "data.formats"]], ids=" ".join)
@@ -164,7 +173,7 @@ def test_an_arm_is_made_again_by_pasting_its_lines(tmp_path):
     parser = arms_parser("resa.py", "")
     first = tmp_path / "first"
     args = parse_experiment(parser, ["--out", str(first), "--sae-steps", "2", "--tune-steps", "2", "--questions", "8",
-                                     "--workers", "1", "--device", "cpu"], {})
+                                     "--workers", "1", "--device", "cpu", "--data", first_questions(tmp_path)], {})
     run_commands({"sae": resa.SAES["sae"]}, args)
     spec, = run_commands({"SAE-Tuning (as coded)": resa.ARMS["SAE-Tuning (as coded)"]}, args).values()
     kept = {path: path.read_bytes() for path in first.rglob("*") if path.suffix in (".safetensors", ".jsonl")
@@ -194,6 +203,7 @@ def test_a_failed_command_is_named_with_what_it_said(tmp_path):
         run_commands({"base": "eval.py --model {target}"}, args)
 
 
+@pytest.mark.early
 def test_a_mistake_ends_in_one_line(tmp_path):
     for argv, message in ((["dance"], "no flag 'dance'"), (["merge", "--model", "x"], "--out"),
                           (["merge", "--model", "x", "--out", "y"], "names no adapter"),
