@@ -176,7 +176,15 @@ def test_what_is_asked_for_reaches_every_command(tmp_path):
     assert all("--model T" in line or "--model S" in line for line in asked)
 
 
+@pytest.mark.early
 def test_an_arm_is_made_again_by_pasting_its_lines(tmp_path):
+    """In a process of its own: it calls functions that other tests replace."""
+    code = f"import pathlib, tests.test_commands as t; t.make_an_arm_again(pathlib.Path({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def make_an_arm_again(tmp_path):
     """resa.py on two arms, then one of them by its own lines: the same adapter and answers, to the byte."""
     parser = arms_parser("resa.py", "")
     first = tmp_path / "first"
