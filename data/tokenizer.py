@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 import re
 import sys
 import time
@@ -13,10 +14,6 @@ from datetime import datetime
 from functools import lru_cache, wraps
 from inspect import CO_GENERATOR
 from pathlib import Path
-
-from jinja2 import TemplateError, nodes, sandbox, utils
-from jinja2.runtime import Macro
-from jinja2.visitor import NodeTransformer
 
 from data.files import REQUIRED, check, one_line, read_fields, read_json, read_text
 
@@ -94,20 +91,20 @@ def think_prefix(prompt):
 
 WORK, SECONDS = 10**7, 0.8       # characters that a template may make, processor time it may take
 
-FILES = __file__, str(Path(nodes.__file__).parent)       # where a template's functions are
-
 class OutOfTime(BaseException):
     """Not an Exception: jinja2 catches some of those."""
 
 def in_time(run):
     """run(), which ends after SECONDS.  A trace function sees each line of a template and each call
     of its functions, so this takes no thread and no signal; what one may do is bounded by WORK."""
+    import jinja2
+    files = __file__, os.path.dirname(jinja2.__file__)       # where a template's functions are
     end, before = time.thread_time() + SECONDS, sys.gettrace()
 
     def watch(frame, event, arg):
         # In a generator, or what the garbage collector calls, the error could be lost.
         code, line = frame.f_code, event == "line"
-        ours = code.co_filename.startswith(FILES) and not code.co_flags & CO_GENERATOR
+        ours = code.co_filename.startswith(files) and not code.co_flags & CO_GENERATOR
         if (line or ours) and time.thread_time() > end:
             raise OutOfTime(f"stopped after {SECONDS} seconds")
         return watch if code.co_filename == "<template>" else None
@@ -125,96 +122,105 @@ def size(value):
         return 1 + sum(map(size, value))
     return len(value) if isinstance(value, (str, bytes, range)) else 1
 
-class Paid(NodeTransformer):
-    """Makes filters of what a sandbox does not see: a ~ b, lists, tuples, dicts, slices."""
+@lru_cache(maxsize=1)
+def sandbox_class():
+    """The class `Sandbox`, made where it is first needed: jinja2 is imported lazily."""
+    from jinja2 import nodes, sandbox, utils
+    from jinja2.runtime import Macro
+    from jinja2.visitor import NodeTransformer
 
-    def visit_Concat(self, node):
-        parts = nodes.Tuple(self.generic_visit(node).nodes, "load")
-        return nodes.Filter(parts, "join", [], [], None, None)
+    class Paid(NodeTransformer):
+        """Makes filters of what a sandbox does not see: a ~ b, lists, tuples, dicts, slices."""
 
-    def visit_List(self, node):
-        node = self.generic_visit(node)
-        target = getattr(node, "ctx", "") == "store"     # of {% set a, b = .. %}
-        return node if target else nodes.Filter(node, "paid", [], [], None, None)
+        def visit_Concat(self, node):
+            parts = nodes.Tuple(self.generic_visit(node).nodes, "load")
+            return nodes.Filter(parts, "join", [], [], None, None)
 
-    def visit_Getitem(self, node):
-        visit = self.visit_List if isinstance(node.arg, nodes.Slice) else self.generic_visit
-        return visit(node)
+        def visit_List(self, node):
+            node = self.generic_visit(node)
+            target = getattr(node, "ctx", "") == "store"     # of {% set a, b = .. %}
+            return node if target else nodes.Filter(node, "paid", [], [], None, None)
 
-    visit_Tuple = visit_Dict = visit_List
+        def visit_Getitem(self, node):
+            visit = self.visit_List if isinstance(node.arg, nodes.Slice) else self.generic_visit
+            return visit(node)
 
-class Namespace(utils.Namespace):
-    __repr__ = object.__repr__           # theirs prints all that is in it, and what is in that
+        visit_Tuple = visit_Dict = visit_List
 
-class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-    """jinja2's immutable sandbox, in which every operation is paid for before it makes anything.
-    It costs the length of what goes in, times the largest number: a text may be repeated so often,
-    or padded so far.  Where one text may be put into another many times, it costs their product.
-    """
-    intercepted_binops = frozenset(sandbox.SandboxedEnvironment.default_binop_table)
-    left = WORK
+    class Namespace(utils.Namespace):
+        __repr__ = object.__repr__           # theirs prints all that is in it, and what is in that
 
-    def __init__(self):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=self.paid,
-                         extensions=["jinja2.ext.loopcontrols"])
-        for name in "urlize", "wordwrap", "pprint", "sum", "format":     # slow, or of any width
-            del self.filters[name]
-        self.filters |= {"tojson": to_json, "paid": self.paid}
-        self.filters = {name: self.checked(f, name) for name, f in self.filters.items()}
-        del self.globals["lipsum"]
-        self.globals |= {"namespace": Namespace, "raise_exception": raise_exception,
-                         "strftime_now": strftime_now}
+    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
+        """jinja2's immutable sandbox, in which every operation is paid for before it makes
+        anything.  It costs the length of what goes in, times the largest number: a text may be
+        repeated so often, or padded so far.  Where one text may be put into another many times,
+        it costs their product."""
+        intercepted_binops = frozenset(sandbox.SandboxedEnvironment.default_binop_table)
+        left = WORK
 
-    def _parse(self, *source):
-        return Paid().visit(super()._parse(*source))
+        def __init__(self):
+            super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=self.paid,
+                             extensions=["jinja2.ext.loopcontrols"])
+            for name in "urlize", "wordwrap", "pprint", "sum", "format":     # slow, or of any width
+                del self.filters[name]
+            self.filters |= {"tojson": to_json, "paid": self.paid}
+            self.filters = {name: self.checked(f, name) for name, f in self.filters.items()}
+            del self.globals["lipsum"]
+            self.globals |= {"namespace": Namespace, "raise_exception": raise_exception,
+                             "strftime_now": strftime_now}
 
-    def pay(self, name, *values):
-        lengths = sorted([1, 1, *map(size, values)])
-        cost = sum(lengths)
-        if name in ("join", "replace", "indent", "tojson", "translate"):
-            cost = lengths[-1] * lengths[-2]
-        if name not in ("+", "-"):
-            cost *= max([1, *(abs(value) for value in values if isinstance(value, int))])
-        self.left -= cost * cost if name == "**" else cost
-        check(self.left >= 0, f"{name} would make more than {WORK:,} characters")
+        def _parse(self, *source):
+            return Paid().visit(super()._parse(*source))
 
-    def paid(self, value):
-        self.pay("a value", value)
-        return value
+        def pay(self, name, *values):
+            lengths = sorted([1, 1, *map(size, values)])
+            cost = sum(lengths)
+            if name in ("join", "replace", "indent", "tojson", "translate"):
+                cost = lengths[-1] * lengths[-2]
+            if name not in ("+", "-"):
+                cost *= max([1, *(abs(value) for value in values if isinstance(value, int))])
+            self.left -= cost * cost if name == "**" else cost
+            check(self.left >= 0, f"{name} would make more than {WORK:,} characters")
 
-    def concat(self, parts):             # what the template, a macro or a block prints
-        parts = list(parts)
-        self.pay("the text", parts, 10)
-        return "".join(parts)
+        def paid(self, value):
+            self.pay("a value", value)
+            return value
 
-    def checked(self, function, name, this=None):
-        """A function that is paid for.  Iterators become lists, whose length one can see."""
-        @wraps(function)
-        def call(*args, **kwargs):
-            args = [list(arg) if isinstance(arg, Iterator) else arg for arg in args]
-            self.pay(name, this, *args, *kwargs.values())
-            return function(*args, **kwargs)
-        return call
+        def concat(self, parts):             # what the template, a macro or a block prints
+            parts = list(parts)
+            self.pay("the text", parts, 10)
+            return "".join(parts)
 
-    def call(self, context, f, /, *args, **kwargs):
-        if not isinstance(f, Macro):     # what a macro does is paid for
-            f = self.checked(f, getattr(f, "__name__", "a call"), getattr(f, "__self__", None))
-        return super().call(context, f, *args, **kwargs)
+        def checked(self, function, name, this=None):
+            """A function that is paid for.  Iterators become lists, whose length one can see."""
+            @wraps(function)
+            def call(*args, **kwargs):
+                args = [list(arg) if isinstance(arg, Iterator) else arg for arg in args]
+                self.pay(name, this, *args, *kwargs.values())
+                return function(*args, **kwargs)
+            return call
 
-    def call_binop(self, context, operator, left, right):
-        check(operator != "%" or not isinstance(left, str), "text % values is not supported")
-        self.pay(operator, left, right)
-        return super().call_binop(context, operator, left, right)
+        def call(self, context, f, /, *args, **kwargs):
+            if not isinstance(f, Macro):     # what a macro does is paid for
+                f = self.checked(f, getattr(f, "__name__", "a call"), getattr(f, "__self__", None))
+            return super().call(context, f, *args, **kwargs)
 
-    def wrap_str_format(self, value):
-        check(not super().wrap_str_format(value), "str.format is not supported")
+        def call_binop(self, context, operator, left, right):
+            check(operator != "%" or not isinstance(left, str), "text % values is not supported")
+            self.pay(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+        def wrap_str_format(self, value):
+            check(not super().wrap_str_format(value), "str.format is not supported")
+
+    return Sandbox
 
 def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                       sort_keys=sort_keys)               # jinja2's own escapes for HTML
 
 def raise_exception(message):
-    raise TemplateError(message)
+    raise ValueError(message)
 
 def strftime_now(form):
     check(len(form) < 100, "the format of a date has 100 characters or more")
@@ -225,4 +231,4 @@ def compiled(template):
     check(len(template) <= 2**16, "has more than 65,536 characters")
     # {% generation %} marks what training on answers would keep; for the text it is a scope.
     template = re.sub(r"(\{%[-+]?\s*)(end)?generation\b", r"\1\2with", template)
-    return Sandbox().from_string(template)
+    return sandbox_class()().from_string(template)

@@ -116,7 +116,7 @@ def whole(kind, folder):
 
 
 def inject(kind, number, times, folder, seed=0):
-    """Signals at random moments until `times` of them hit; each run is then continued to its end."""
+    """Signals at random moments until `times` of them hit; each run is then continued to its end -> hits."""
     expected, seconds = whole(kind, folder)
     draw, hits, out, said = random.Random(f"{kind} {number} {seed}"), 0, folder / "out", folder / "said"
     while hits < times or out.exists():
@@ -135,6 +135,7 @@ def inject(kind, number, times, folder, seed=0):
             assert contents(out) == expected
             shutil.rmtree(out)
     assert sorted(path.name for path in folder.iterdir()) == ["said", "whole"]
+    return hits
 
 
 class KillAt:
@@ -174,7 +175,7 @@ def kill_at_every_file_operation(kind, folder, step=1):
 @pytest.mark.parametrize("name", SIGNALS)
 @pytest.mark.parametrize("kind", ["sft", "eval"])
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(kind, name, tmp_path):
-    inject(kind, SIGNALS[name], 1, tmp_path)
+    assert inject(kind, SIGNALS[name], 1, tmp_path) == 1      # continued to the same bits, and nothing left
 
 
 @pytest.mark.parametrize("kind, step", [pytest.param("sft", 13, marks=LONG), ("eval", 19)])
