@@ -1,7 +1,8 @@
 """Shared by all tests: the import path, single-threaded torch (tiny tensors), tiny models, the oracle data."""
+import json
 import os
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,31 +17,65 @@ from torch.utils._pytree import tree_leaves
 
 torch.set_num_threads(1)
 
-# Tests of other processes alone, marked `early`, begin with the session: on the second core, one after the
-# other.  When their turn comes they are waited for.  They may use tmp_path and their parameters.
-EARLY = ThreadPoolExecutor(1)
+# The suite runs in two processes, a core each: a child runs these files, and when the others are done its
+# reports are told here.  Fewer than ten files are run in one process.
+OF_THE_CHILD = {f"test_{name}" for name in "cuda formats fuzz kill model torchrun train variants".split()}
+REPORTS = os.environ.get("RESA_REPORTS")          # in the child: the file of its reports
+
+
+def pytest_collection_modifyitems(config, items):
+    if REPORTS:
+        items[:] = [item for item in items if item.path.stem in OF_THE_CHILD]
+    elif len({item.path for item in items}) >= 10 and not config.option.collectonly:
+        items.sort(key=lambda item: item.path.stem in OF_THE_CHILD)         # stable: these come last
+        config.reports = config._tmp_path_factory.mktemp("child") / "reports"
+        config.reports.touch()
+        invoked = config.invocation_params
+        config.child = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *invoked.args], cwd=invoked.dir, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"RESA_REPORTS": str(config.reports)})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """A test of the child: waits for all of them, then tells its reports.  Without any it has failed."""
+    config = item.config
+    if not hasattr(config, "child") or item.path.stem not in OF_THE_CHILD:
+        return None
+    if not hasattr(config, "told"):
+        config.told, said = {}, config.child.communicate()[0]
+        for line in config.reports.read_text().splitlines():
+            report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+            config.told.setdefault(report.nodeid, []).append(report)
+        config.said = said[-4000:]
+    reports = config.told.get(item.nodeid)
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in reports or [pytest.TestReport(item.nodeid, item.location, {}, "failed", config.said, "call")]:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "child"):
+        config.child.kill()
+
+
+class Child:
+    """In the child: writes down what there is to report."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        with open(REPORTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(data) + "\n")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "early: begins with the session, see tests/conftest.py")
-
-
-def pytest_collection_finish(session):
-    for item in session.items:
-        if item.get_closest_marker("early") and not session.config.option.collectonly:
-            params = getattr(item, "callspec", None) and item.callspec.params or {}
-            folder = session.config._tmp_path_factory.mktemp("early")
-            item.begun = EARLY.submit(item.function, tmp_path=folder, **params)
-
-
-def pytest_pyfunc_call(pyfuncitem):
-    if hasattr(pyfuncitem, "begun"):
-        pyfuncitem.begun.result()
-        return True
-
-
-def pytest_unconfigure():
-    EARLY.shutdown(cancel_futures=True)
+    if REPORTS:
+        config.pluginmanager.register(Child(config))
 
 
 @pytest.fixture

@@ -36,7 +36,6 @@ def command(cwd, *words):
     return done.stdout
 
 
-@pytest.mark.early
 def test_sae_tune_eval_merge_one_after_the_other(tmp_path):
     few = ["--steps", "2", "--batch", "4", "--data", first_questions(tmp_path)]
     assert "recovered_mean" in command(tmp_path, "train.py", "--stage", "sae", *few)
@@ -89,7 +88,6 @@ def help_of(module):
     return command(ROOT, "-m", module, "--help")
 
 
-@pytest.mark.early
 @pytest.mark.parametrize("line", OF_CLAIMS)
 def test_every_command_of_a_claim_in_the_readmes_is_understood(line, tmp_path):
     script, *argv = shlex.split(line)[1:]
@@ -120,7 +118,6 @@ def test_every_command_in_the_readmes_is_understood(line, tmp_path, monkeypatch)
         pytest.fail(f"which program is {script}?")
 
 
-@pytest.mark.early
 @pytest.mark.parametrize("words", [
     ["resa.py"], ["resa.py", "merge"], *(["train.py", "--stage", stage] for stage in train.RUN), ["train.py"],
     ["eval.py"], ["eval.py", "show"], ["-m", "data.formats"]], ids=" ".join)
@@ -176,7 +173,6 @@ def test_what_is_asked_for_reaches_every_command(tmp_path):
     assert all("--model T" in line or "--model S" in line for line in asked)
 
 
-@pytest.mark.early
 def test_an_arm_is_made_again_by_pasting_its_lines(tmp_path):
     """In a process of its own: it calls functions that other tests replace."""
     code = f"import pathlib, tests.test_commands as t; t.make_an_arm_again(pathlib.Path({str(tmp_path)!r}))"
@@ -219,7 +215,6 @@ def test_a_failed_command_is_named_with_what_it_said(tmp_path):
         run_commands({"base": "eval.py --model {target}"}, args)
 
 
-@pytest.mark.early
 def test_a_mistake_ends_in_one_line(tmp_path):
     for argv, message in ((["dance"], "no flag 'dance'"), (["merge", "--model", "x"], "--out"),
                           (["merge", "--model", "x", "--out", "y"], "names no adapter"),

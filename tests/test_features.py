@@ -288,7 +288,6 @@ def test_the_command(data, tmp_path, capsys):
     assert set(map(str, once)) <= set(found["rule"])
 
 
-@pytest.mark.early
 def test_quick_runs_and_a_mistake_is_one_line(tmp_path):
     done = run("--quick", "--layers", "0", "--out", str(tmp_path / "run"))
     assert done.returncode == 0 and "sae-0: by the rule" in done.stdout, done.stderr

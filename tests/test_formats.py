@@ -656,7 +656,6 @@ def test_the_command_keeps_what_an_sae_computes(tmp_path):
     assert same(load_sae(tmp_path / "c"), built, x, atol=1e-6)
 
 
-@pytest.mark.early
 def test_the_command_refuses_in_one_line(tmp_path):
     save_sae(make(variant="itda"), tmp_path / "a")
     for argv, text in [

@@ -1728,9 +1728,8 @@ def test_each_text_of_a_template_has_the_whole_allowance(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_real_templates_need_little_of_what_is_allowed(shared, name):
     tokenizer = real_tokenizer(shared / "tokenizers" / name)
-    start = time.thread_time()
     text = tokenizer.chat(TALK * 50 + [{"role": "user", "content": "x" * 100_000}])
-    assert "x" * 100_000 in text and time.thread_time() - start < 0.5
+    assert "x" * 100_000 in text             # in time, else it is a ValueError
     assert data.tokenizer.compiled(tokenizer.template).environment.left > data.tokenizer.WORK / 2
 
 

@@ -205,7 +205,6 @@ def test_other_settings_are_refused_all_the_same(both, data, tmp_path):
         resume("sft", RUNS["sft"].replace("--micro-batch 1", ""), both[0], tmp_path / "same", data)
 
 
-@pytest.mark.early
 def test_the_command_says_once_who_shares_the_run_and_how_fast_it_is(tmp_path):
     words, data = RUNS["sft"].split(), ROOT / "data" / "tiny" / "test.jsonl"
     done = torchrun("train.py", "--stage", *words, "--data", data, "--out", tmp_path / "sft",

@@ -591,7 +591,6 @@ def test_rows_of_text_may_hold_blank_lines_and_a_field_that_says_text_is_not_one
     assert train.read_rows(path)[0]["answer"] == "2"
 
 
-@pytest.mark.early
 def test_malformed_line_is_named_and_exit_code_is_2(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "x"}\n')
