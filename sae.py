@@ -87,7 +87,6 @@ class SAE(nn.Module):
     signed = False           # codes may be negative
     centred = True           # b_dec starts at the mean of the activations
     needs_gradient = False   # training needs g
-    step_dead = None         # in a training step: those that were dead when it began
     encoder_names = ("W_enc", "b_enc")      # what scales with the code of a latent
 
     def __init__(self, d_in, n_latents, hyper):
@@ -227,8 +226,7 @@ class SAE(nn.Module):
     def choose_aux(self, b):
         """Sorted flat indices of each token's k_aux strongest dead latents, of all if fewer."""
         if "dead" not in b.cache:      # waits for the device: cheaper than ranking nobody
-            dead = self.dead if self.step_dead is None else self.step_dead
-            b.cache["dead"] = dead.nonzero()[:, 0]
+            b.cache["dead"] = self.dead.nonzero()[:, 0]
         dead = b.cache["dead"]
         score = b.pre[:, dead].abs() if self.signed else b.pre[:, dead]
         best = score.topk(min(self.k_aux, len(dead)), dim=-1, sorted=False).indices
@@ -941,10 +939,13 @@ def train_step(sae, optimizer, xs, progress=1.0, tf32=False, average=None):
     """
     optimizer.zero_grad()      # for TopK, nothing here waits for the device unless there is AuxK
     seen, means = [], {}
-    sae.step_dead = sae.dead   # the same for all micro-batches, whichever process has them
+    if aux := getattr(sae, "aux_coef", 0):      # who is dead is one thing for all micro-batches
+        dead = sae.dead.nonzero()[:, 0]
     for x in xs:
         inputs = x if isinstance(x, tuple) else (x,)
         b = sae.batch(*inputs, progress=progress, train=True)
+        if aux:
+            b.cache["dead"] = dead
         with tf32_products(tf32):
             total, parts = sae.batch_loss(b)
             if total.requires_grad:      # a collected dictionary has no gradient
@@ -952,7 +953,6 @@ def train_step(sae, optimizer, xs, progress=1.0, tf32=False, average=None):
         with torch.no_grad():
             sae.observe(b)
         seen.append({"loss": total.detach(), **parts})
-    sae.step_dead = None
     if average:
         average()
     if sae.unit_rows and sae.W_dec.requires_grad:

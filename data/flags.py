@@ -181,6 +181,8 @@ def front_door(main):
         if os.environ.get("RANK", "0") == "0":       # one of those that torchrun started
             print(f"\nstopped by {signal.Signals(number).name}; {how}", file=sys.stderr)
         sys.exit(128 + number)
+    finally:
+        sys.stdout.write = write
 
 def open_run(directory, args):
     """Makes a run directory and writes config.json, what would be needed to run it again."""

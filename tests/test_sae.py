@@ -459,14 +459,15 @@ def test_a_step_reads_nothing_back_from_the_device(name):
 
 @pytest.mark.parametrize("aux_coef, waits", [(0.0, []), (1 / 32, ["nonzero"])])
 def test_a_step_of_topk_waits_for_nothing_but_who_is_dead(aux_coef, waits, monkeypatch):
-    """On a CPU also whether x is finite is looked at.  AuxK: once a step, however pre is cut up."""
+    """On a CPU also whether x is finite is looked at, of each micro-batch.  AuxK: once a step, however
+    many micro-batches there are and however pre is cut up."""
     monkeypatch.setattr(S, "CHUNK", 10 * F)
     model, x = make(aux_coef=aux_coef, dead_after=30), data()
     opt = S.make_optimizer(model, "signum")
     for _ in range(3):
         with Watch() as watch:
-            S.train_step(model, opt, [x])
-        assert watch.syncs == ["_local_scalar_dense", *waits]
+            S.train_step(model, opt, [x[::2], x[1::2]])
+        assert watch.syncs == [*waits, "_local_scalar_dense", "_local_scalar_dense"]
     assert aux_coef == 0 or model.dead.any()
 
 
