@@ -17,36 +17,32 @@ Q questions in a step, G samples of each, S = Q G.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import re
 import sys
-import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import resa
-from data.files import (REQUIRED, TINY, check, one_writer, parse_json, read_fields,
-                        read_jsonl, read_problems, relative, staged, write_json)
-from data.flags import (SEED, Parser, Stopped, choose_device, front_door, open_run, parse, real,
-                        refuse_idle, signals, whole)
-from data.flops import block_flops, on_gpu, training_flops     # noqa: F401  (for importers)
+from data.files import (REQUIRED, TINY, check, parse_json, read_fields, read_jsonl,
+                        read_problems, relative)
+from data.flags import (SEED, Parser, choose_device, front_door, parse, real, refuse_idle, whole)
+from data.flops import training_flops
 from data.formats import load_any
 from data.grade import grade
 from data.prepare import TRAINING, training_set
-from data.processes import (add_up, average_gradients, first_alone, reduce_, seed_step, share,
-                            shared_run, wait_for_all, world)
+from data.processes import (add_up, average_gradients, first_alone, reduce_, share, shared_run,
+                            world)
+from data.runs import training
 from model import (at_least_fp32, collect, load_model, load_tokenizer, right_pad, save_model,
                    split_spec, think_prefix)
 from sae import (VARIANTS, Chosen, Metrics, build, default_lr, init_b_dec, make_optimizer,
@@ -536,6 +532,10 @@ def run_rl(args):
             length = sum(len(answer) for _, answer in samples) / len(samples)
             tokens, = add_up([sum(len(prompt) + len(answer) for prompt, answer in samples)])
             values = {"reward": rewards.mean(), "norm": norm, "lr": rate, "length": length}
+            if run.writes and (step + 1) % args.save_every == 0:      # a source model, too
+                run.check_finite(step + 1)
+                folder = run.out / f"checkpoint-{step + 1}"
+                resa.save_adapter(model, folder, relative(args.target))
             run.end_step(step, values, int(tokens))
         if run.writes:
             resa.save_adapter(model, args.out, relative(args.target))
@@ -593,173 +593,6 @@ def policy_loss(model, samples, advantages, beta, temperature=1.0):
         delta = base - logp
         gain = gain - beta * (delta.exp() - delta - 1)   # KL by k3: unbiased, never negative
     return -((gain * answer).sum(-1) / answer.sum(-1)).mean()      # samples weigh the same
-
-# ---- The run directory: log, checkpoints, counts -----------------------------------------------
-
-# What may change between a run and its continuation; and without what its artifact does not load
-CHANGEABLE = {"resume", "out", "log_every", "save_every", "device", "tf32", "config", "given",
-              "compile", "checkpointing"}
-ARTIFACT = {"sae": "cfg.json", "pretrain": "model/config.json"}
-
-@contextmanager
-def training(stage, args, *parts):
-    """A Run that alone writes its directory, and that ends with a step if a signal asks it to."""
-    lock = one_writer(args.out) if world()[0] == 0 else nullcontext()
-    with lock, signals(at_once=False) as asked:
-        yield Run(stage, args, *parts, asked)
-
-class Run:
-    """A run directory while it is written: settings, log, checkpoints, summary."""
-
-    def __init__(self, stage, args, module, optimizer, flops, asked):
-        self.stage, self.args, self.module, self.optimizer = stage, args, module, optimizer
-        self.out, self.flops, self.asked = Path(args.out), flops, asked     # per token; signals
-        self.checkpoint = self.out / "checkpoint.safetensors"
-        self.metrics = self.out / "metrics.jsonl"
-        self.start, self.tokens, self.began = 0, 0, time.perf_counter()
-        self.writes = world()[0] == 0        # all processes hold, and resume from, the same
-        self.settings = {k: v for k, v in vars(args).items() if k not in CHANGEABLE}
-        log = self.restore() if args.resume else ""
-        self.saved = self.looked = self.start    # looked: until where all is known to be finite
-        self.nan = 0.0                           # or NaN
-        check(args.resume or not self.checkpoint.exists(),
-              f"{self.out} holds an unfinished run: --resume continues it; or name another --out")
-        wait_for_all()                       # until every process has read the checkpoint
-        if self.writes:
-            # an earlier run's results must not stand beside these settings
-            for name in (ARTIFACT.get(stage, "adapter_config.json"), "summary.json"):
-                (self.out / name).unlink(missing_ok=True)
-            open_run(self.out, args)         # config.json
-            self.metrics.write_text(log)
-        seed_step(args.seed, self.start)
-        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        shared = f", {args.processes} processes" if args.processes > 1 else ""
-        print(f"{stage}: {count:,} trainable parameters, {args.steps} steps, {args.device}{shared}")
-        self.bar = tqdm(total=args.steps, initial=self.start, desc=stage, unit="step",
-                        disable=None, dynamic_ncols=True)
-
-    def end_step(self, step, values, tokens):
-        """Counts a step; every so often logs `values`, {name: number or tensor}, and saves."""
-        done, last, self.tokens = step + 1, step + 1 == self.args.steps, self.tokens + tokens
-        self.bar.update()                    # quiet where there is no terminal
-        seed_step(self.args.seed, done)
-        asked = int(reduce_(torch.tensor(max(self.asked, default=0)), "MAX"))       # all, or none
-        log = step == 0 or last or done % self.args.log_every == 0
-        save = asked or last or done % self.args.save_every == 0
-        self.nan = self.nan + 0 * sum(values.values())       # NaN from the first infinity or NaN
-        if log or save or self.args.device == "cpu":         # a GPU would be waited for
-            self.check_finite(done)
-        if log:
-            self.log(done, values)
-        if save:
-            self.save(done)
-        if asked and not last:
-            wait_for_all()                   # until the checkpoint is written
-            raise Stopped(asked, f"{self.out} holds {done} of {self.args.steps} steps; the same "
-                          "command with --resume goes on")
-
-    def check_finite(self, done):
-        """ValueError: since the last look something became infinite or NaN."""
-        group, = self.optimizer.param_groups
-        good = all(bool(t.isfinite().all()) for t in (torch.as_tensor(self.nan), *group["params"]))
-        check(good, f"after step {self.looked}, by step {done}: not a finite number in loss, "
-              f"gradient or weights; last good checkpoint: {self.saved or 'none'}; lower --lr")
-        self.looked = done
-
-    def log(self, done, values):
-        """A line of metrics.jsonl, and of stderr or in the bar."""
-        seconds, processes = time.perf_counter() - self.began, self.args.processes
-        sums = add_up([float(value) for value in values.values()])
-        row = {"step": done} | {name: x / processes for name, x in zip(values, sums)}
-        row |= {"tok/s": self.tokens / seconds, "seconds": round(seconds, 3)}
-        if self.args.device != "cpu":
-            row |= on_gpu(self.args.device, row["tok/s"] * self.flops / processes)
-        if self.writes:
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        line = "  ".join(f"{k} {v:,.6g}" for k, v in row.items() if k not in ("step", "seconds"))
-        self.bar.set_postfix_str(line)
-        if self.bar.disable:                 # no terminal: the bar shows nothing
-            left = tqdm.format_interval(seconds / done * (self.args.steps - done))
-            print(f"step {done}/{self.args.steps}  {line}  left {left}", file=sys.stderr)
-
-    def learned(self):
-        """What a checkpoint holds of the module: {name: tensor}."""
-        learned = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        return learned | dict(self.module.named_buffers())
-
-    def save(self, done):
-        """The checkpoint after `done` steps; in --stage rl also the adapter, a source model."""
-        tensors, optimizer = self.learned(), self.optimizer.state_dict()
-        self.saved = done
-        if not self.writes:
-            return
-        if self.stage == "rl" and done % self.args.save_every == 0:
-            folder = self.out / f"checkpoint-{done}"
-            resa.save_adapter(self.module, folder, relative(self.args.target))
-        if done == self.args.steps:          # the artifact itself follows
-            return
-        for i, state in optimizer["state"].items():      # moments of Adam, z of signum
-            tensors |= {f"{i}/{name}": t for name, t in state.items()}
-        tensors["rng"] = torch.get_rng_state()           # of dropout and noise
-        if self.args.device != "cpu":
-            tensors["cuda_rng"] = torch.cuda.get_rng_state(self.args.device)
-        tensors = {name: t.detach().cpu().clone() for name, t in tensors.items()}
-        record = {"step": done, "tokens": self.tokens, "settings": self.settings,
-                  "seconds": time.perf_counter() - self.began,
-                  "groups": optimizer["param_groups"], "log": self.metrics.read_text()}
-        header = {"record": json.dumps(record)}
-        header["sha256"] = checksum(tensors, header["record"])
-        with staged(self.out) as temporary:  # the whole file or none
-            save_file(tensors, temporary / self.checkpoint.name, header)
-
-    def restore(self):
-        """Puts the checkpoint in place -> the text of metrics.jsonl at that time."""
-        check(self.checkpoint.exists(), f"{self.out}: no checkpoint: start again without --resume")
-        try:
-            with safe_open(str(self.checkpoint), framework="pt") as file:
-                header, found = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}
-            record = parse_json(header["record"], "its header")
-            check(header["sha256"] == checksum(found, header["record"]), "it is damaged")
-            then, self.start, now = record["settings"], record["step"], dict(self.settings)
-            if now["processes"] != then.get("processes", 1):      # the batch is shared otherwise
-                del now["processes"], now["micro_batch"]
-            changed = ", ".join(k for k, v in now.items() if v != then.get(k))
-            check(not changed, f"it has other settings: {changed}")
-            self.tokens, self.began = record["tokens"], self.began - record["seconds"]
-            for name, tensor in self.learned().items():
-                check(found[name].shape == tensor.shape, f"{name} is mis-shaped")
-                tensor.data.copy_(found[name])           # would broadcast other shapes
-            moments = {}
-            for name in found.keys() - self.learned().keys() - {"rng", "cuda_rng"}:
-                i, key = name.split("/")
-                moments.setdefault(int(i), {})[key] = found[name]
-            self.optimizer.load_state_dict({"state": moments, "param_groups": record["groups"]})
-            torch.set_rng_state(found["rng"])
-            if self.args.device != "cpu" and "cuda_rng" in found:
-                torch.cuda.set_rng_state(found["cuda_rng"], self.args.device)
-            return record["log"]
-        except Exception as error:           # a damaged file may lead to any
-            raise ValueError(f"{self.checkpoint}: cannot resume: {error!r}") from None
-
-    def finish(self, **measured):
-        """The artifact is written: notes what it took, drops the checkpoint -> the summary."""
-        self.bar.close()
-        seconds = round(time.perf_counter() - self.began, 2)
-        summary = {"steps": self.args.steps, "tokens": self.tokens,
-                   "flops": self.tokens * self.flops, "seconds": seconds} | measured
-        if self.writes:
-            write_json(self.out / "summary.json", summary)
-            self.checkpoint.unlink(missing_ok=True)     # nothing is left to resume
-        return summary
-
-def checksum(tensors, record):
-    """Of a checkpoint: a bit that flipped on a disk must not become another model."""
-    digest = hashlib.sha256(record.encode())
-    for name, t in sorted(tensors.items()):
-        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 # ---- Command line: one function of flags per stage ---------------------------------------------
 

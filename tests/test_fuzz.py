@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 import resa
 import train
-from data import flags, prepare
+from data import flags, prepare, runs
 from data.adapters import ADAPTER_FIELDS
 from data.files import read_problems
 from data.formats import SAELENS, TRAINER, load_any
@@ -162,7 +162,7 @@ def run_of(directory, resume):
     if not resume:
         module(torch.ones(3)).sum().backward()
         optimizer.step()
-    return train.Run("pretrain", args, module, optimizer, 1, [])
+    return runs.Run("pretrain", args, module, optimizer, 1, [])
 
 
 def make_checkpoint(directory):

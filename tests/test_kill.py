@@ -29,7 +29,7 @@ import torch
 import eval as ev
 import resa
 import train
-from data import flags, formats
+from data import flags, formats, runs
 from data.files import one_writer, staged
 from tests.conftest import ROOT
 
@@ -402,7 +402,7 @@ def sft(tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_what_is_not_finite_ends_the_run_at_its_step(device, sft, tmp_path, monkeypatch):
     """The loss of step 4.  A GPU is looked at where it is waited for anyway: here at step 6."""
-    step_of, end_step = train.optimizer_step, train.Run.end_step
+    step_of, end_step = train.optimizer_step, runs.Run.end_step
 
     def broken(loss_of, parts, optimizer, rate):
         loss, norm = step_of(loss_of, parts, optimizer, rate)
@@ -417,10 +417,10 @@ def test_what_is_not_finite_ends_the_run_at_its_step(device, sft, tmp_path, monk
             self.args.device = "cpu"
     broken.calls = 0
     monkeypatch.setattr(train, "optimizer_step", broken)
-    monkeypatch.setattr(train, "on_gpu", lambda *_: {})
+    monkeypatch.setattr(runs, "on_gpu", lambda *_: {})
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
     if device == "gpu":
-        monkeypatch.setattr(train.Run, "end_step", on_gpu)
+        monkeypatch.setattr(runs.Run, "end_step", on_gpu)
     where = {"cpu": "after step 3, by step 4: .*checkpoint: 3", "gpu": "after step 3, by step 6: .*checkpoint: 3"}
     with pytest.raises(ValueError, match=where[device]):
         sft("--save-every", "3", "--log-every", "3")

@@ -10,6 +10,7 @@ import model as M
 import resa
 import sae as S
 import train
+from data import runs
 from tests.conftest import ROOT, Watch
 
 RANDOM = f"random:{ROOT}/data/tiny/init/config.json"
@@ -69,15 +70,15 @@ def test_resumed_equals_uninterrupted_to_the_bit(variant, data, tmp_path, monkey
 
     class Stop(Exception):
         pass
-    save = train.Run.save
+    save = runs.Run.save
 
     def save_and_stop(self, done):
         save(self, done)
         raise Stop
-    monkeypatch.setattr(train.Run, "save", save_and_stop)
+    monkeypatch.setattr(runs.Run, "save", save_and_stop)
     with pytest.raises(Stop):
         train.main(["--stage", "sae", "--out", str(cut), *flags])
-    monkeypatch.setattr(train.Run, "save", save)
+    monkeypatch.setattr(runs.Run, "save", save)
     torch.manual_seed(99)      # what the process drew in between must not matter
     train.main(["--stage", "sae", "--out", str(cut), "--resume", *flags])
     assert (cut / "sae.safetensors").read_bytes() == (whole / "sae.safetensors").read_bytes()
@@ -237,14 +238,14 @@ def test_tf32_reaches_the_step_and_is_the_default_on_a_gpu(
 
 def test_a_run_of_a_gpu_continues_on_a_cpu(data, monkeypatch, on_gpu, tmp_path):
     flags = ["--steps", 3, "--save-every", 1, "--out", tmp_path]
-    end_step = train.Run.end_step
+    end_step = runs.Run.end_step
 
     def stop(self, step, *rest):
         end_step(self, step, *rest)
         if step == 1:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Run, "end_step", stop)
+        patch.setattr(runs.Run, "end_step", stop)
         train.run_sae(on_gpu(args_of(data, *flags)))
     train.run_sae(args_of(data, *flags, "--resume", "--device", "cpu"))
     assert json.loads((tmp_path / "config.json").read_text())["settings"]["tf32"] is False

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from data import flags, processes
+from data import flags, processes, runs
 from sae import VARIANTS
 from tests.conftest import ROOT
 
@@ -53,17 +53,17 @@ RESUMED = ("sft", "dropout", "whole batch", "rl")
 def run(name, words, one, out, data):
     """One run of a stage.  Its last checkpoint stays, as NAME/kept.safetensors."""
     stage, *argv = words.replace("{one}", str(one)).split()
-    folder, finish = Path(out, name), train.Run.finish
+    folder, finish = Path(out, name), runs.Run.finish
 
     def keep(self, **measured):
         if self.writes:
             shutil.copy(self.checkpoint, folder / "kept.safetensors")
         return finish(self, **measured)
-    train.Run.finish = keep
+    runs.Run.finish = keep
     try:
         train.main(["--stage", stage, *argv, "--data", str(data), "--device", "cpu", "--out", str(folder)])
     finally:
-        train.Run.finish = finish
+        runs.Run.finish = finish
 
 
 def resume(name, words, origin, out, data):
@@ -272,12 +272,12 @@ def test_on_a_gpu_the_log_has_memory_and_of_a_known_card_mfu(monkeypatch, tmp_pa
     """Of two processes; 1e12 FLOPs a token, 10 s for 3,956 tokens: 98.9e12 a card and second."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 10**9)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: 110.0)
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: 110.0)
     args = SimpleNamespace(processes=2, device="cuda:0", steps=8)
     fake = SimpleNamespace(args=args, began=100.0, tokens=3956, flops=1e12, writes=True,
                            metrics=tmp_path / "metrics.jsonl",
                            bar=train.tqdm(disable=True))
-    train.Run.log(fake, 2, {"kl": 2.0})
+    runs.Run.log(fake, 2, {"kl": 2.0})
     row = json.loads(fake.metrics.read_text())
     assert row["gb"] == 3.0 and row["kl"] == 1.0 and row["tok/s"] == 395.6
     assert (row.get("mfu") is None) if mfu is None else math.isclose(row["mfu"], mfu)

@@ -19,6 +19,7 @@ import model
 import resa
 import sae
 import train
+from data import flops, runs
 from data.files import read_problems
 from data.flags import front_door
 from model import Block
@@ -379,7 +380,7 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(run, data, stage, flags,
 
 def write_state(path, record, tensors):
     text = json.dumps(record)
-    save_file(tensors, path, {"record": text, "sha256": train.checksum(tensors, text)})
+    save_file(tensors, path, {"record": text, "sha256": runs.checksum(tensors, text)})
 
 
 def read_state(path):
@@ -789,7 +790,7 @@ def test_experts_and_attention_count_as_far_as_a_token_uses_them():
                           num_attention_heads=2, num_experts=4, num_experts_per_tok=2,
                           moe_intermediate_size=6, shared_expert_intermediate_size=5)
     with torch.device("meta"):
-        count = train.block_flops(model.Transformer(config), 3)
+        count = flops.block_flops(model.Transformer(config), 3)
     assert count == 2 * (4 * 64 + 2 * 3 * 8 * 6 + 3 * 8 * 5 + 4 * 8 + 8) + 2 * 3 * 8
 
 
