@@ -317,7 +317,7 @@ def regrade(paths):
 
 def show(argv):
     """eval.py show FILE [--wrong] [--id ID]"""
-    parser = Parser("eval.py show", "Prints samples of an evaluation file, to be read.", None)
+    parser = Parser("eval.py show", "Prints samples of an evaluation file, to be read.", False)
     parser.add_argument("file", metavar="FILE", help="the .jsonl file of an evaluation")
     parser.add_argument("--wrong", action="store_true", help="only those that were graded wrong")
     parser.add_argument("--id", help="only those of this problem, at full length")

@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import sys
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,10 +33,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data.adapters import read_adapter
+from data.adapters import note_base, read_adapter
 from data.files import (
     FLOATS, REQUIRED, check, check_finite, check_tensors, locate, open_tensors, read_fields,
-    read_json, read_value, refuse_unknown, staged, write_json)
+    read_json, read_value, refuse_unknown, say_once, staged, write_json)
 from data.tokenizer import Tokenizer, think_prefix       # noqa: F401  (for importers)
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -401,8 +400,10 @@ def load_model(spec, dtype=None, device=None):
     else:
         load_weights(model, model.source, device)        # checked, then filled
     model.tie()
-    for adapter, factor in adapters:
-        put_on(model, read_adapter(adapter), adapter, factor)
+    for path, factor in adapters:
+        adapter = read_adapter(path)
+        note_base(adapter, path, base)
+        put_on(model, adapter, path, factor)
     return model.eval().requires_grad_(False)
 
 def load_tokenizer(spec):
@@ -829,8 +830,6 @@ def free_memory(device):
     if not system.exists():
         return math.inf
     return 1024 * int(re.search(r"MemAvailable: +(\d+)", system.read_text())[1])
-
-say_once = lru_cache(lambda text: print(text, file=sys.stderr))
 
 @torch.no_grad()
 def collect(model, requests, **settings):

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from data.adapters import lora_scale, read_adapter
+from data.adapters import lora_scale, peft_base, read_adapter
 from data.files import check, check_new, one_writer, staged
 from data.flags import Parser, arms_parser, front_door, parse, parse_experiment, run_commands
 from model import (AdaptedLinear, at_least_fp32, check_adapter, fold, load_model, low_rank,
@@ -285,7 +285,7 @@ def save_adapter(model, directory, base=None):
     targets = ends if len(alike) == len(layers) else layers
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=layer.r, lora_alpha=layer.alpha,
                   lora_dropout=layer.dropout, bias="none", inference_mode=True,
-                  target_modules=sorted(targets), base_model_name_or_path=base)
+                  target_modules=sorted(targets), **peft_base(base))
     ranks = {name: other.r for name, other in layers.items() if other.r != layer.r}
     alphas = {name: other.alpha for name, other in layers.items() if other.alpha != layer.alpha}
     more = dict(rank_pattern=ranks, alpha_pattern=alphas, use_rslora=layer.rslora)
@@ -415,7 +415,7 @@ def experiment(argv):
         eval.conclude(args.out, bench, asked, QUESTIONS, note)
 
 def merge(argv):
-    parser = Parser("resa.py merge", "Folds a spec's adapters into its weights.", preset=None)
+    parser = Parser("resa.py merge", "Folds a spec's adapters into its weights.", presets=False)
     parser.add_argument("--model", required=True, help="BASE+ADAPTER, or BASE+ADAPTER*FACTOR")
     parser.add_argument("--out", required=True, help="directory to write; it must be new")
     args = parse(parser, argv)

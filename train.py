@@ -33,16 +33,18 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import resa
+from data.adapters import note_base, read_adapter
 from data.files import (REQUIRED, TINY, check, parse_json, read_fields, read_jsonl,
                         read_problems, relative)
-from data.flags import (SEED, Parser, choose_device, front_door, parse, real, refuse_idle, whole)
+from data.flags import (SEED, Parser, choose_device, derive, front_door, needs, parse,
+                        real, refuse_idle, whole)
 from data.flops import training_flops
 from data.formats import load_any
 from data.grade import grade
 from data.prepare import TRAINING, training_set
 from data.processes import (add_up, average_gradients, first_alone, reduce_, share, shared_run,
                             world)
-from data.runs import training
+from data.runs import check_out, training
 from model import (at_least_fp32, collect, load_model, load_tokenizer, right_pad, save_model,
                    split_spec, think_prefix)
 from sae import (VARIANTS, Chosen, Metrics, build, default_lr, init_b_dec, make_optimizer,
@@ -94,19 +96,22 @@ def read_rows(path):
 def load_chunks(args, tokenizer, model):
     """--data -> chunks (n,T) int64: documents joined by the end token, which also comes first.
     Only whole chunks are kept.  Resa: the released code drops a remainder every 2,048 documents."""
-    rows, T = read_rows(data_file(args.data)), args.seq_len
-    ids = [tokenizer.eos_id]            # of all documents, in a row
+    rows, ids = read_rows(data_file(args.data)), [tokenizer.eos_id]       # of all, in a row
     for row in tqdm(rows, desc="tokenize", unit="row", disable=None, leave=False):
         ids += tokenizer.encode(as_text(row, tokenizer, args.template)) + [tokenizer.eos_id]
+    positions = model.config.max_position_embeddings
+    power = int(math.log2(max(32, min(2048, positions, len(ids) / 100))))
+    derive(args, "seq_len", 2 ** power, "100 chunks of the data, at most the published 2048")
+    T = args.seq_len
     n, last, size = len(ids) // T, max(ids), model.config.vocab_size
     check(n > 0, f"{len(ids)} tokens are fewer than one chunk of --seq-len {T}")
     check(last < size, f"the tokenizer makes id {last}, the model knows {size}: of two models?")
     return torch.tensor(ids[:n * T]).view(n, T)                                   # (n,T)
 
-def hold_out(chunks):
-    """chunks (n,T) -> those to train on; the last 5 %, at most 65,536 tokens, to measure on."""
+def hold_out(chunks, most=65536):
+    """chunks (n,T) -> those to train on; the last 5 %, at most so many tokens, to measure on."""
     check(len(chunks) > 1, "one chunk of data, to be held out: none to train on; lower --seq-len")
-    count = max(1, min(len(chunks) // 20, 65536 // chunks.shape[1]))
+    count = max(1, min(len(chunks) // 20, most // chunks.shape[1]))
     return chunks[:-count], chunks[-count:]       # the end was never trained on
 
 @lru_cache(maxsize=1)
@@ -126,7 +131,31 @@ def chunk_indices(step, n, args):
 
 def micro_batches(ids, args):
     """ids (B,...) -> the parts of one forward pass each."""
-    return ids.split(args.micro_batch)       # equal sizes: settings checks
+    return ids.split(args.micro_batch)       # equal sizes: plan_steps checks
+
+EPOCHS = {"sae": 1, "tune": 2, "sft": 3, "pretrain": 1}      # published
+
+def plan_steps(stage, args, n):
+    """Fills in batch, micro-batch and steps for n chunks to train on."""
+    most, tokens = 2 if stage == "tune" else 32, n * args.seq_len        # published batches
+    batch = max(args.processes, 2 ** int(math.log2(min(most, max(1, n / 100)))))
+    derive(args, "batch", batch, f"100 steps an epoch, at most the published {most}")
+    epochs = max(EPOCHS[stage], min(10, 2_000_000 // tokens)) if stage == "sae" else EPOCHS[stage]
+    derive(args, "epochs", epochs, "published; of an SAE up to 10, for 2M tokens")
+    args.steps = args.steps or max(1, args.epochs * n // args.batch)
+    split_batch(args, "batch", 1, 16384 // args.seq_len)
+
+def split_batch(args, flag, rows_each, most):
+    """Fills in the rows of a forward pass, by rule `most`.  ValueError: not equal shares."""
+    every = getattr(args, flag)          # questions or chunks of a step
+    check(every % args.processes == 0, f"{args.processes} processes cannot share --{flag} {every}")
+    rows = every // args.processes * rows_each
+    if args.micro_batch is None:
+        fits = [size for size in range(1, rows + 1) if rows % size == 0 and size <= max(1, most)]
+        derive(args, "micro_batch", fits[-1], "16384 tokens at a time")
+    args.micro_batch = args.micro_batch or rows
+    check(rows % args.micro_batch == 0,                 # parts weigh the same
+          f"--micro-batch {args.micro_batch} does not divide the batch, {rows} rows a process")
 
 # ---- Steps: at which rate, on which gradient ---------------------------------------------------
 
@@ -172,7 +201,7 @@ def run_sae(args):
         args.tf32 = args.device != "cpu"
     model, tokenizer = load_model(args.source, args.dtype, args.device), load_tokenizer(args.source)
     torch.manual_seed(args.seed)    # for variants that draw noise
-    sae = make_sae(args, model.config.hidden_size).to(args.device)
+    sae = make_sae(args, model).to(args.device)
     check(args.processes == 1 or sae.W_dec.requires_grad,
           f"--variant {sae.variant} collects its dictionary in one pass: start it without torchrun")
     chunks, held = hold_out(load_chunks(args, tokenizer, model))                  # (n,T) each
@@ -237,12 +266,19 @@ def agree(sae, before, xs):
         elif name == "peak":
             reduce_(buffer, "MAX")
 
-def make_sae(args, width):
+def make_sae(args, model):
     """The SAE of --init: fresh, to be fine-tuned, or as it is.  ValueError: another width."""
+    width, blocks = model.config.hidden_size, model.config.num_hidden_layers
     if args.init == "scratch":
+        derive(args, "layer", blocks * 3 // 7, f"3/7 of {blocks} blocks: 12 of the published 28")
+        derive(args, "site", "resid", "as the released code")
+        derive(args, "latents", 2 ** round(math.log2(32 * width)),
+               f"32 x width {width}, to a power of two: the published 65536 at 1536")
+        derive(args, "k", min(32, args.latents), "published")
         return build(args.variant, width, args.latents, **hyper_of(args))
     sae = load_any(args.sae_from)
     check(sae.d_in == width, f"{args.sae_from}: the SAE is {sae.d_in} wide, the model {width}")
+    place_of(sae, args, args.sae_from)
     if args.init == "pretrained":
         check_site(sae, args)
         return sae
@@ -251,6 +287,12 @@ def make_sae(args, width):
     for name in sorted({"aux_coef", "dead_after"} & sae.hyper.keys()):
         setattr(sae, name, getattr(args, name))                   # of this training, not the file
     return sae
+
+def place_of(sae, args, path):
+    """--layer and --site, unless given, are those that the SAE's files name."""
+    derive(args, "layer", sae.meta.get("layer"), "the SAE's")
+    derive(args, "site", sae.meta.get("site") or "resid", "the SAE's, else resid")
+    check(args.layer is not None, f"{path}: does not say its layer; name it: --layer")
 
 def hyper_of(args):
     """Flags and --set -> the hyper-parameters of the variant."""
@@ -284,7 +326,7 @@ def check_site(sae, args):
 
 def prepare_sae(model, sae, chunks, args):
     """Fills in meta, rate and steps; from the first batch the sink norm and, if fresh, b_dec."""
-    args.steps = args.steps or max(1, args.epochs * len(chunks) // args.batch)
+    plan_steps("sae", args, len(chunks))
     ids = chunks[chunk_indices(0, len(chunks), args)]                             # (B,T)
     x = torch.cat([resa.activations(model, part, args.layer, args.site).float()
                    for part in micro_batches(ids.to(args.device), args)])         # (B,T,D)
@@ -298,7 +340,8 @@ def prepare_sae(model, sae, chunks, args):
         init_b_dec(sae, x[~resa.is_sink(x, sae.meta["sink_norm"])])
     else:                           # so that config.json says what the file decided
         args.variant, args.latents, args.k = sae.variant, sae.n_latents, getattr(sae, "k", 0)
-    args.lr = args.lr or default_lr(args.optimizer, sae.n_latents)
+    args.lr = args.lr or None       # 0, too, means the rule
+    derive(args, "lr", default_lr(args.optimizer, sae.n_latents), f"of {args.optimizer}")
 
 def find_sink_norm(x, sae, args):
     """The norm above which a token is an attention sink, from x (B,T,D); None: keep all tokens."""
@@ -405,11 +448,15 @@ def spliced_nats(model, inserted, ids, args):
 
 # ---- --stage tune, sft, pretrain: one loop over text -------------------------------------------
 
-def train_on_text(stage, args, model, optimizer, loss_of, name, sae=None):
-    """Trains on loss_of(ids (B,T)), logged as `name`, and saves what came out -> the summary."""
+def train_on_text(stage, args, model, optimizer, loss_of, name, sae=None, measures=()):
+    """Trains on loss_of(ids (B,T)), logged as `name`, and saves what came out -> the summary.
+    measures  {name: function of ids (n,T)}, in nats per token, taken before and after, held out"""
     spec = args.model if stage == "pretrain" else args.target
-    chunks = load_chunks(args, load_tokenizer(spec), model)                       # (n,T)
-    args.steps = args.steps or max(1, args.epochs * len(chunks) // args.batch)
+    chunks, held = load_chunks(args, load_tokenizer(spec), model), None           # (n,T)
+    if measures:
+        chunks, held = hold_out(chunks, 16384)                                    # (n,T) each
+    plan_steps(stage, args, len(chunks))
+    before = measure(measures, model, held, args)
     with training(stage, args, model, optimizer, training_flops(stage, args, model, sae)) as run:
         for step in range(run.start, args.steps):
             ids = chunks[chunk_indices(step, len(chunks), args)].to(args.device, non_blocking=True)
@@ -419,8 +466,23 @@ def train_on_text(stage, args, model, optimizer, loss_of, name, sae=None):
         if run.writes and stage == "pretrain":
             save_model(model, run.out / "model")
         elif run.writes:
-            resa.save_adapter(model, args.out, relative(spec))
-        return run.finish()
+            resa.save_adapter(model, args.out, spec)
+        after = measure(measures, model, held, args)
+        return run.finish(**{f"{name}_{when}": nats[name] for name in measures
+                             for when, nats in (("before", before), ("after", after))})
+
+@torch.no_grad()
+def measure(measures, model, held, args):
+    """{name: function} -> {name: its mean over held-out chunks (n,T)}, without dropout."""
+    model.eval()
+    nats = Counter()
+    for name, function in dict(measures).items():
+        with torch.random.fork_rng():    # noise is drawn, and training must not notice
+            torch.manual_seed(args.seed)
+            for part in held.split(max(1, 4096 // held.shape[1])):
+                nats[name] += len(part) / len(held) * float(function(part.to(args.device)))
+    model.train()
+    return nats
 
 def next_token_logprobs(model, h, ids, chunk=4096, temperature=1.0):
     """h (B,T,D) of the last block, ids (B,T) -> log p(ids[t+1] | ids[..t]), (B,T-1), fp32."""
@@ -457,15 +519,19 @@ def run_tune(args):
         loss_of = partial(resa.shared_prefix_loss, model, inserted, args.layer,   # looked at once
                           reduction=args.kl_reduction)
     sae = getattr(inserted, "sae", inserted)             # what noise is matched to
-    return train_on_text("tune", args, model, optimizer, loss_of, "kl", sae)
+    measures = {name: partial(resa.tuning_loss, model, module, args.layer, site=args.site,
+                              teacher=teacher)
+                for name, module in (("kl", inserted), ("kl_unspliced", None))}
+    return train_on_text("tune", args, model, optimizer, loss_of, "kl", sae, measures)
 
 def make_splice(args, model):
     """What takes the activation's place: the SAE, frozen and in fp32, or a control made from it."""
-    resa.check_hook(model, args.layer, args.site, args.sae_grad == "on")
     path, width = args.sae or f"out/{args.preset}/sae", model.config.hidden_size
     check(args.sae or Path(path).is_dir(), f"{path}: no SAE there; run --stage sae, or name --sae")
     sae = load_any(path).to(args.device).requires_grad_(False)
     check(sae.d_in == width, f"{path}: the SAE is {sae.d_in} wide, the model {width}")
+    place_of(sae, args, path)
+    resa.check_hook(model, args.layer, args.site, args.sae_grad == "on")
     check_site(sae, args)
     if args.splice == "random":
         return resa.random_sae(sae, args.seed)
@@ -475,12 +541,19 @@ def run_sft(args):
     """The baseline: LoRA learns the same text by cross-entropy, every token."""
     model = load_model(args.target, args.dtype, args.device)
     optimizer, loss_of = add_adapters(args, model), partial(cross_entropy, model)
-    return train_on_text("sft", args, model, optimizer, loss_of, "ce")
+    return train_on_text("sft", args, model, optimizer, loss_of, "ce", measures={"ce": loss_of})
 
 def add_adapters(args, model):
     """Adds seeded adapters to the model, in training mode -> AdamW over them."""
     torch.manual_seed(args.seed)         # of A, then of dropout
-    resa.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout).train()
+    if args.adapter_from:
+        refuse_idle(args, "lora_r lora_alpha", "--adapter-from: that adapter decides")
+        note_base(read_adapter(args.adapter_from), args.adapter_from, args.target)
+        resa.load_adapter(model, args.adapter_from).train()
+        for layer in resa.lora_layers(model).values():
+            layer.dropout = args.lora_dropout
+    else:
+        resa.add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout).train()
     make_fast(args, model)
     learned = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(learned, lr=args.lr, weight_decay=0.01)
@@ -493,7 +566,6 @@ def make_fast(args, model):
 
 def run_pretrain(args):
     """Next-token training of all weights: makes the embedded models."""
-    check(args.model, "--stage pretrain needs --model, as random:data/tiny/init/config.json")
     check(args.dtype == "float32", "needs --dtype float32: bfloat16 rounds most updates away")
     model = load_model(args.model, args.dtype, args.device).train()
     try:
@@ -510,7 +582,6 @@ def run_pretrain(args):
 
 def run_rl(args):
     """GRPO with LoRA (arXiv 2402.03300): makes a base model a source of reasoning."""
-    check(args.steps > 0, "--stage rl needs --steps")
     rows, tokenizer = read_problems(data_file(args.data)), load_tokenizer(args.target)
     check(args.questions <= len(rows), f"--questions {args.questions}: {args.data} has {len(rows)}")
     model = load_model(args.target, args.dtype, args.device)
@@ -535,10 +606,10 @@ def run_rl(args):
             if run.writes and (step + 1) % args.save_every == 0:      # a source model, too
                 run.check_finite(step + 1)
                 folder = run.out / f"checkpoint-{step + 1}"
-                resa.save_adapter(model, folder, relative(args.target))
+                resa.save_adapter(model, folder, args.target)
             run.end_step(step, values, int(tokens))
         if run.writes:
-            resa.save_adapter(model, args.out, relative(args.target))
+            resa.save_adapter(model, args.out, args.target)
         return run.finish()
 
 def rollout(model, tokenizer, rows, step, args):
@@ -602,10 +673,12 @@ def common_flags(add):
     # Data, and how much of it
     add("--data", default="", help="file of JSON(L), see read_rows; or name of a published set")
     add("--steps", type=whole(0), default=0, help="optimizer steps; 0: --epochs decides")
-    add("--micro-batch", type=whole(0), default=0, help="rows in a forward pass; 0: all of them")
+    add("--micro-batch", type=whole(0), help="rows in a forward pass; 0: all of them; "
+        "by default 16384 tokens")
     add("--seed", type=SEED, default=0, help="of initialisation, data order and sampling")
     # The learning rate
-    add("--lr", type=real(0), default=3e-4, help="at its peak; SAEs: 0 for the optimizer's rule")
+    add("--lr", type=real(0), help="at its peak; by default 1e-4 for adapters; SAEs, also at 0: "
+        "by a rule of the optimizer; rl, pretrain: needed")
     add("--warmup", type=whole(0), default=0, help="steps of linear warm-up")
     add("--schedule", choices=("constant", "cosine", "linear"), default="constant",
         help="cosine: to a tenth; linear: to 0 over the last fifth")
@@ -615,26 +688,33 @@ def common_flags(add):
     # The run directory
     add("--out", default="", help="run directory; by default out/PRESET/STAGE")
     add("--resume", action=SWITCH, default=False, help="continue the run in --out")
+    add("--fresh", action=SWITCH, default=False, help="replace a run that is in --out")
     add("--log-every", type=whole(1), default=10, help="steps between lines of metrics.jsonl")
     add("--save-every", type=whole(1), default=100, help="steps between checkpoints")
 
 def text_flags(add):
     add("--template", choices=("chat", "resa"), default="chat", help="resa: the published layout")
-    add("--seq-len", type=whole(2), default=256, help="tokens in a packed chunk; published: 2048")
+    add("--seq-len", type=whole(2), help="tokens in a packed chunk; by default a power of two of "
+        "which the data has 100, at most the published 2048")
     add("--shuffle", action=SWITCH, default=True, help="in each epoch; published: --no-shuffle")
-    add("--batch", type=whole(1), default=32, help="chunks in an optimizer step")
-    add("--epochs", type=whole(1), default=1, help="passes over the data, without --steps")
+    add("--batch", type=whole(1), help="chunks in an optimizer step; by default for 100 steps an "
+        "epoch, at most the published 32, of tune 2")
+    add("--epochs", type=whole(1), help="passes over the data, without --steps; by default the "
+        "published 1, of tune 2, of sft 3; of an SAE up to 10, for 2M tokens")
 
 def lora_flags(add):
     add("--target", default="", help="model spec that the adapter is for")
     add("--lora-r", type=whole(1), default=32, help="rank")
     add("--lora-alpha", type=whole(1), default=128, help="the adapter's scale is alpha / rank")
     add("--lora-dropout", type=real(0, 0.99), default=0.05, help="on its input, in training")
+    add("--adapter-from", default="", help="a PEFT adapter to go on from, instead of a new one")
 
 def site_flags(add):
     add("--source", default="", help="model spec: gives the activations; or the teacher")
-    add("--layer", type=whole(0), default=1, help="decoder block, counted from 0")
-    add("--site", choices=("resid", "mlp"), default="resid", help="output of block or of its MLP")
+    add("--layer", type=whole(0), help="decoder block, counted from 0; by default the SAE's, of a "
+        "new one 3/7 of the depth")
+    add("--site", choices=("resid", "mlp"), help="output of block or of its MLP; by default the "
+        "SAE's, of a new one resid")
     add("--other-site", action=SWITCH, default=False, help="allow an SAE of another one")
 
 def sae_flags(add):
@@ -643,8 +723,9 @@ def sae_flags(add):
     add("--sae-from", default="", help="DIR_OR_HUB_ID[#HOOKPOINT], if not from scratch")
     add("--variant", choices=(*VARIANTS, "help"), default="topk", help="kind; help lists them")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="more settings of the variant")
-    add("--latents", type=whole(1), default=1024, help="size of the dictionary")
-    add("--k", type=whole(1), default=16, help="active latents per token")
+    add("--latents", type=whole(1), help="size of the dictionary; by default 32 x the width, to a "
+        "power of two")
+    add("--k", type=whole(1), help="active latents per token; by default the published 32")
     # Its training
     add("--optimizer", choices=("signum", "adam"), default="adam", help="published: signum")
     add("--aux-coef", type=real(0), default=0.03125, help="weight of AuxK; published: 0")
@@ -665,7 +746,7 @@ def rl_flags(add):
     add("--questions", type=whole(1), default=32, help="questions in a step")
     add("--group", type=whole(2), default=8, help="samples of each question")
     add("--temperature", type=real(0, above=True), default=1.0, help="of the samples; Tina has 0.7")
-    add("--max-new-tokens", type=whole(1), default=96, help="length limit of a sample")
+    add("--max-new-tokens", type=whole(1), help="length limit of a sample; needed")
     add("--rewards", nargs="+", choices=("accuracy", "format", "length"),
         default=["accuracy", "format"], help="what is rewarded, summed")
     add("--beta", type=real(0), default=0.0, help="weight of KL(policy || base); Tina has 0.04")
@@ -682,7 +763,9 @@ FLAGS = {"sae": (text_flags, site_flags, sae_flags), "sft": (text_flags, lora_fl
          "tune": (text_flags, lora_flags, site_flags, tune_flags, fast_flags),
          "rl": (lora_flags, rl_flags, fast_flags),
          "pretrain": (text_flags, pretrain_flags, fast_flags)}
-DEFAULTS = {"sae": {"lr": 0.0}, "pretrain": {"lr": 1e-3, "warmup": 100, "schedule": "cosine"}}
+DEFAULTS = {"pretrain": {"warmup": 100, "schedule": "cosine"}}
+NEEDED = {"sae": "source data", "tune": "target data", "sft": "target data",
+          "rl": "target data steps lr max_new_tokens", "pretrain": "model data lr"}
 RUN = {"sae": run_sae, "tune": run_tune, "sft": run_sft, "rl": run_rl, "pretrain": run_pretrain}
 
 def settings(stage, argv):
@@ -694,14 +777,14 @@ def settings(stage, argv):
     args = parse(parser, argv, stage)
     args.out = args.out or f"out/{args.preset}/{'adapter' if stage == 'tune' else stage}"
     args.device = choose_device(args.device)            # ValueError: not here
-    args.processes, flag = world()[1], "questions" if stage == "rl" else "batch"
-    every = getattr(args, flag)          # questions or chunks of a step
-    check(every % args.processes == 0, f"{args.processes} processes cannot share --{flag} {every}")
-    rows = every // args.processes * (args.group if stage == "rl" else 1)
-    args.micro_batch = args.micro_batch or rows
-    check(rows % args.micro_batch == 0,                 # parts weigh the same
-          f"--micro-batch {args.micro_batch} does not divide the batch, {rows} rows a process")
-    check(args.lr > 0 or stage == "sae", "--lr must be above 0: nothing would be learned")
+    args.processes = world()[1]
+    if stage == "rl" and args.max_new_tokens:
+        split_batch(args, "questions", args.group, 16384 // args.max_new_tokens)
+    elif stage != "rl" and args.batch and args.seq_len:      # else plan_steps does it
+        split_batch(args, "batch", 1, 16384 // args.seq_len)
+    if stage in ("tune", "sft"):
+        derive(args, "lr", 1e-4, "of LoRA; the published 1e-6 left a 1.5B model as it was")
+    check(args.lr != 0 or stage == "sae", "--lr must be above 0: nothing would be learned")
     check(not args.steps or "epochs" not in args.given, "--epochs has no effect with --steps")
     return args
 
@@ -722,12 +805,14 @@ def main(argv):
         args = settings(known.stage, rest)
         if known.stage == "sae" and args.variant == "help":
             return list_variants()
+        needs(args, NEEDED[known.stage], f"in --stage {known.stage}")
+        check_out(known.stage, args)
         with first_alone():              # before a model is loaded: a failure shows early
             data_file(args.data)
         summary = RUN[known.stage](args)
         print(args.out)
         for name, value in summary.items():
-            print(f"  {name:16s}", f"{value:,.6g}" if isinstance(value, float) else value)
+            print(f"  {name:20s}", f"{value:,.6g}" if isinstance(value, float) else value)
 
 if __name__ == "__main__":
     front_door(main)

@@ -8,12 +8,13 @@ r rank; A (r,in), B (out,r).
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 
 from data.files import (
     FLOATS, REQUIRED, check, check_finite, locate, open_tensors, read_fields, read_json,
-    refuse_unknown, shorten)
+    refuse_unknown, relative, say_once, shorten)
 
 ALPHA, RANK = ((int, float), -1e30, 1e30), (int, 1, None)
 WORDS, PATTERNS = ((str, [str]), None, None, []), (dict, None, None, {})
@@ -23,15 +24,32 @@ ADAPTER_FIELDS = {
     "rank_pattern": PATTERNS, "alpha_pattern": PATTERNS,         # r and lora_alpha of some modules
     "target_modules": WORDS, "exclude_modules": WORDS, "layers_pattern": WORDS,
     "layers_to_transform": ((int, [int]), None, None, []),
+    "base_model_name_or_path": (str, None, None, None),
     "lora_dropout": ((int, float), 0, 1, 0.0), "bias": (("none",), None, None, "none"),
     # Those left out (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) change the base weights too.
     "init_lora_weights": ((True, False, "gaussian", "eva", "orthogonal", "mica"), None, None, True),
 }
 
 # Not used, or only with another field, which is refused
-HARMLESS = """auto_mapping base_model_name_or_path revision inference_mode peft_version task_type
-    megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size
+HARMLESS = """auto_mapping revision inference_mode peft_version task_type megatron_core
+    loftq_config eva_config corda_config lora_ga_config qalora_group_size
     ensure_weight_tying""".split()
+
+def peft_base(spec):
+    """A model spec -> the fields by which PEFT finds the base of an adapter, {} if it could not."""
+    spec = str(spec)
+    if Path(spec.partition("#")[0]).is_dir():
+        return {"base_model_name_or_path": relative(locate(spec).resolve())}
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", spec)      # no folder, no adapter
+    found = zip(("base_model_name_or_path", "revision"), hub.groups() if hub else ())
+    return {field: value for field, value in found if value}
+
+def note_base(adapter, path, base):
+    """Says so if an adapter was trained on another base than the one it is put on."""
+    said, base = adapter["base_model_name_or_path"] or "", str(base)
+    names = [re.split(r"[@#+]", Path(text).name)[0].lower() for text in (said, base)]
+    if said and names[0] != names[1]:
+        say_once(f"{path}: an adapter trained on {shorten(said)}, put on {shorten(base)}")
 
 def lora_scale(alpha, r, rslora):
     """The factor of B A: alpha / r, or alpha / sqrt(r), rank-stabilised (arXiv 2312.03732)."""

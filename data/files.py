@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -360,6 +361,8 @@ def printable(text):
     """Text without control characters: a stranger's text must not be able to steer the terminal."""
     text = text.replace("\t", " ")
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+say_once = lru_cache(lambda text: print(one_line(text), file=sys.stderr))
 
 def one_line(text):
     text = " ".join(printable(str(text)[:2000]).split())

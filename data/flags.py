@@ -15,9 +15,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,14 +36,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line.  With a preset it takes --preset and --config too."""
-    def __init__(self, prog, description, preset="tiny"):
+    """argparse whose errors are one line.  presets: whether it takes --preset and --config too."""
+    def __init__(self, prog, description, presets=True):
         super().__init__(prog=prog, description=description, allow_abbrev=False,
                          formatter_class=Help)
         self.set_defaults(preset=None, config=None)
-        if preset:
-            self.add_argument("--preset", default=preset, help="of defaults: data/presets.json")
-            self.add_argument("--config", metavar="FILE", help="JSON file of flags, below flags")
+        if presets:
+            self.add_argument("--preset", help="of defaults: data/presets.json; by default tiny, "
+                              "but own where flags name a model or data that is not in data/tiny")
+            self.add_argument("--config", metavar="FILE",
+                              help="JSON file of flags, or config.json of a run; below flags")
 
     def error(self, message):
         raise ValueError(f"{self.prog}: {message}; --help lists the flags")
@@ -70,7 +74,8 @@ def choose_device(name=None):
     name = name or known[0]
     if name == "cuda" and "LOCAL_RANK" in os.environ:      # torchrun: one for each process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    check(name in known, f"device {shorten(name)} is not one of those here: {', '.join(known)}")
+    check(name in known, f"device {shorten(name)} is not one of those here: {', '.join(known)}; "
+          f"--device {known[0]}")
     return name
 
 def read_preset(name):
@@ -91,28 +96,97 @@ def read_preset(name):
         merged[key] = value
     return merged
 
+# What people write who come from other tools -> what is meant
+MEANT = {"--learning-rate": "--lr", "--d-sae": "--latents", "--num-latents": "--latents",
+         "--expansion-factor": "--latents, that is the factor x the width", "--layers": "--layer",
+         "--batch-size": "--batch", "--max-tokens": "--max-new-tokens", "--n": "--samples",
+         "--output-dir": "--out", "--model-name": "--model", "--lora-rank": "--lora-r"}
+NAMED = ("source", "target", "model", "data")            # flags that name a model or data
+
+def embedded(spec):
+    """Whether a model spec, or a file of data, is of this project's own: all of data/tiny*."""
+    path = str(Path(str(spec).removeprefix("random:")).resolve())
+    return path.startswith((f"{ROOT}/data/tiny/", f"{ROOT}/data/tiny-moe"))
+
 def parse(parser, argv, section=""):
     """argv -> settings: the parser's defaults < --preset NAME < --config FILE.json < flags.
     section  the part of a preset that belongs to this program or stage, beside what is common
-    .given holds the names set by file or flag, so that what cannot take effect can be refused."""
-    early = Parser(parser.prog, None, parser.get_default("preset"))
-    known, _ = early.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    bundle = read_preset(known.preset) if known.preset else {}
-    bundle = {k: v for k, v in bundle.items() if not isinstance(v, dict)} | bundle.get(section, {})
-    names = {action.dest for action in parser._actions}
-    parser.set_defaults(**{name: value for name, value in bundle.items() if name in names})
+    .given holds the names set by file or flag, so that what cannot take effect can be refused;
+    .origin {name: where its value is from}."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("preset", "config", *NAMED):
+        early.add_argument(f"--{name}", nargs="*" if name in NAMED else "?")
+    known, _ = early.parse_known_args(argv)
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    if known.config:
+    names, again = {action.dest for action in parser._actions}, {}       # again: of an earlier run
+    if known.config and "--config" in flags:
         config = read_json(known.config)
-        check(not config.keys() & {"preset", "config"}, f"{known.config}: give --preset beside it")
-        argv = to_argv(config, flags, known.config) + argv
-    args, unknown = parser.parse_known_args(argv)
+        if "settings" in config:         # the config.json of a run
+            again = read_value(config["settings"], dict, where=f"{known.config}: settings")
+            known.preset = known.preset or again.get("preset")
+            again = {name: again[name] for name in again.keys() & names - NOT_AGAIN
+                     if again[name] not in ("", [])}
+        else:
+            check(not config.keys() & {"preset", "config"},
+                  f"{known.config}: give --preset beside it")
+            argv = to_argv(config, flags, known.config) + argv
+            known, _ = early.parse_known_args(argv)
+    bundle = {}
+    if "--preset" in flags:
+        own = [x for name in NAMED for x in getattr(known, name) or () if not embedded(x)]
+        known.preset = known.preset or ("own" if own else "tiny")
+        bundle = read_preset(known.preset)
+    bundle = {k: v for k, v in bundle.items() if not isinstance(v, dict)} | bundle.get(section, {})
+    origin = {name: f"preset {known.preset}" for name in bundle.keys() & names}
+    parser.set_defaults(**{name: bundle[name] for name in origin}, preset=known.preset)
+    origin |= dict.fromkeys(again, str(known.config))
+    before = to_argv(again, flags, known.config)
+    if {"-h", "--help"} & set(argv):     # shows what would be used
+        for action in parser._actions:
+            action.required = False
+        rest = [word for word in argv if word not in ("-h", "--help")]
+        parser.set_defaults(**vars(parser.parse_known_args(before + rest)[0]))
+    args, unknown = parser.parse_known_args(before + argv)
     for word in unknown:
-        near = difflib.get_close_matches(word.split("=")[0], flags, 1)
+        flag = word.split("=")[0]
+        near = [MEANT[flag]] if flag in MEANT else difflib.get_close_matches(flag, flags, 1)
         parser.error(f"no flag {shorten(word)}" + (f", did you mean {near[0]}?" if near else ""))
     words = {word.split("=")[0] for word in argv}
     args.given = {action.dest for action in parser._actions if words & set(action.option_strings)}
+    args.origin = origin | dict.fromkeys(args.given, "flags")
     return args
+
+# Of a run, not of what it computes
+NOT_AGAIN = {"out", "resume", "fresh", "config", "help"}
+QUIET = NOT_AGAIN | {"preset", "log_every", "save_every", "given", "origin", "processes"}
+
+def derive(args, name, value, rule):
+    """Fills in a setting that nothing has decided, and notes by which rule."""
+    if getattr(args, name) is None:
+        setattr(args, name, value)
+        args.origin[name] = f"by rule: {rule}"
+
+def needs(args, names, where):
+    """ValueError if one of these space-separated settings has no value."""
+    for name in names.split():
+        why = "nothing stands for it beside models or data of your own; --preset tiny has ours"
+        check(getattr(args, name) not in (None, "", 0), f"--{name.replace('_', '-')} is needed "
+              f"{where}: {why if args.preset == 'own' else f'preset {args.preset} has none'}")
+
+def tell(args, title):
+    """Prints the settings of a run, by where each is from."""
+    by_origin = {}
+    for name, value in vars(args).items():
+        if name not in QUIET and value not in (None, "", False, []):
+            words = " ".join(map(str, value)) if isinstance(value, list) else relative(value)
+            text = f"{name.replace('_', '-')} {words}"
+            origin = args.origin.get(name, "defaults")
+            kind, _, rule = origin.partition("by rule: ")
+            by_origin.setdefault(kind or "by rule", []).append(f"{text} ({rule})" if rule else text)
+    print(f"{title}: settings")
+    for origin, words in by_origin.items():
+        print(textwrap.fill(", ".join(words), 100, initial_indent=f"  {origin:12s} ",
+                            subsequent_indent=" " * 15, break_long_words=False))
 
 def to_argv(config, flags=(), where="--config"):
     """{"lr": 0.1, "shuffle": false, "model": ["a"]} -> [--lr=0.1, --no-shuffle, --model, a].
@@ -184,14 +258,19 @@ def front_door(main):
     finally:
         sys.stdout.write = write
 
+@lru_cache
+def commit():
+    """The commit of this checkout, or None."""
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or None
+
 def open_run(directory, args):
     """Makes a run directory and writes config.json, what would be needed to run it again."""
     import torch
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     write_json(Path(directory) / "config.json", {
-        "settings": {name: value for name, value in vars(args).items() if name != "given"},
-        "argv": sys.argv, "git": git.stdout.strip() or None,
+        "settings": {k: v for k, v in vars(args).items() if k not in ("given", "origin")},
+        "argv": sys.argv, "git": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}})
 
@@ -206,6 +285,7 @@ def experiment_parser(prog, description, *passed):
     add("--device", default="", help="cpu, cuda or cuda:N; by default a GPU where there is one")
     add("--out", default="", help="run directory; by default out/PRESET/NAME")
     add("--workers", type=whole(0), default=0, help="commands at a time; 0: 2 on a CPU, else 1")
+    add("--fresh", action="store_true", help="make again what is there from an earlier run")
     add("--quick", action="store_true", help="as little as possible: shows only that it runs")
     return parser
 
@@ -232,6 +312,10 @@ def parse_experiment(parser, argv, quick, name="arms"):
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     args.workers = args.workers or 1 + on_cpu
     args.out = args.out or f"out/{args.preset}/{name}"
+    before = Path(args.out, "config.json")
+    if before.exists() and read_json(before).get("git") != commit():     # other code, other numbers
+        args.fresh = True
+    needs(args, " ".join(x for x in (*NAMED, "bench") if hasattr(args, x)), f"in {name}")
     open_run(args.out, args)
     Path(args.out, "commands.sh").unlink(missing_ok=True)        # of an earlier run
     return args
@@ -244,14 +328,31 @@ def command_lines(name, words, args):
     common, lines = given_flags(args, "preset", "seed", "device", "dtype"), []
     if line[0] == "train.py":
         where = f"{args.out}/{slug(name)}"
-        unfinished = ["--resume"] if Path(where, "checkpoint.safetensors").exists() else []
         data = given_flags(args, "data") if "data" in args.given and "--data" not in line else []
-        lines.append(line + common + data + ["--out", where] + unfinished)
+        lines.append(line + common + data + ["--out", where])
         if line[1:3] == ["--stage", "sae"]:
             return lines
         line = ["eval.py", "--model", f"{args.target}+{where}"]
     asking = given_flags(args, "bench", "samples", "out") + ["--limit", str(args.questions)]
-    return [*lines, line + common + asking + ["--slots", "128", "--fresh"]]
+    return [*lines, line + common + asking + ["--slots", "128"]]
+
+def left_to_do(lines, fresh):
+    """Command lines of an arm -> those that are left, after an earlier run of the same ones."""
+    left = []
+    for line in lines:
+        if line[0] == "train.py":
+            where = Path(line[line.index("--out") + 1])
+            record = where / "config.json"
+            argv = read_json(record)["argv"][1:] if record.exists() else []
+            same = not fresh and line[1:] == [x for x in argv if x not in ("--resume", "--fresh")]
+            if same and (where / "summary.json").exists():
+                continue
+            same = same and (where / "checkpoint.safetensors").exists()
+            line, fresh = line + ["--resume" if same else "--fresh"], True
+        elif fresh:
+            line = line + ["--fresh"]
+        left.append(line)
+    return left
 
 def given_flags(args, *names):
     """["--name", "value", ..] of the settings that are set."""
@@ -268,13 +369,14 @@ def run_commands(arms, args, title="arms"):
     commands = {name: command_lines(name, words, args) for name, words in arms.items()}
     with open(Path(args.out) / "commands.sh", "a", encoding="utf-8") as file:
         for name, lines in commands.items():
-            pasted = [relative("python " + shlex.join(line)) for line in lines]
+            pasted = [relative("python " + shlex.join(line + ["--fresh"])) for line in lines]
             file.write("\n".join([f"# {name}", *pasted, ""]))
     check(len({slug(name) for name in arms}) == len(arms), f"{title}: two names, one folder")
     # Base and source may be one model: asked once, as two processes must not write one file.
     once = {str(lines): lines for lines in commands.values()}
     pool, running = ThreadPoolExecutor(args.workers), []
-    futures = as_completed([pool.submit(run_lines, lines, running) for lines in once.values()])
+    todo = [left_to_do(lines, args.fresh) for lines in once.values()]
+    futures = as_completed([pool.submit(run_lines, lines, running) for lines in todo])
     try:
         for future in tqdm(futures, title, total=len(once), unit="arm", disable=None):
             future.result()

@@ -285,7 +285,8 @@ def read_openai(raw, config, weights):
     return read_sae(weights, variant, d_in, n_latents, hyper, names, ignored)
 
 def main(argv):
-    parser = Parser("data.formats", "Reads an SAE of any layout and writes it in one of two.")
+    parser = Parser("data.formats", "Reads an SAE of any layout and writes it in one of two.",
+                    presets=False)
     parser.add_argument("--sae", required=True, help="DIR_OR_HUB_ID[#HOOKPOINT]")
     parser.add_argument("--out", required=True, help="directory to write, a new one")
     parser.add_argument("--layout", choices=("sparsify", "saelens"), default="sparsify",

@@ -23,14 +23,31 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data.files import check, one_writer, parse_json, staged, write_json
-from data.flags import Stopped, open_run, signals
+from data.flags import Stopped, open_run, signals, tell
 from data.flops import on_gpu
 from data.processes import add_up, reduce_, seed_step, wait_for_all, world
 
 # What may change between a run and its continuation; and without what its artifact does not load
-CHANGEABLE = {"resume", "out", "log_every", "save_every", "device", "tf32", "config", "given",
-              "compile", "checkpointing"}
+CHANGEABLE = {"resume", "fresh", "out", "log_every", "save_every", "device", "tf32", "config",
+              "given", "origin", "compile", "checkpointing", "micro_batch"}
 ARTIFACT = {"sae": "cfg.json", "pretrain": "model/config.json"}
+GO_ON = {"sae": "--init finetune --sae-from {}", "pretrain": "--model {}/model"}
+
+def check_out(stage, args):
+    """ValueError: --out holds a run that this one would replace, or there is none to resume."""
+    out, artifact = Path(args.out), ARTIFACT.get(stage, "adapter_config.json")
+    unfinished = (out / "checkpoint.safetensors").exists()
+    finished = not unfinished and ((out / "summary.json").exists() or (out / artifact).exists())
+    more = f"{GO_ON.get(stage, '--adapter-from {}').format(out)} --out NEW trains on from it"
+    check(not (args.resume and args.fresh), "--resume goes on, --fresh starts over: which?")
+    if args.resume:
+        check(not finished, f"{out} is finished: nothing to resume; {more}")
+        check(unfinished, f"{out}: no checkpoint: start again without --resume")
+    elif not args.fresh:
+        check(not unfinished, f"{out} holds an unfinished run: --resume continues it, --fresh "
+              "replaces it; or name another --out")
+        check(not finished, f"{out} holds a finished run: --fresh replaces it; or name another "
+              f"--out; {more}")
 
 @contextmanager
 def training(stage, args, *parts):
@@ -50,19 +67,20 @@ class Run:
         self.start, self.tokens, self.began = 0, 0, time.perf_counter()
         self.writes = world()[0] == 0        # all processes hold, and resume from, the same
         self.settings = {k: v for k, v in vars(args).items() if k not in CHANGEABLE}
+        check_out(stage, args)
         log = self.restore() if args.resume else ""
         self.saved = self.looked = self.start    # looked: until where all is known to be finite
         self.nan = 0.0                           # or NaN
-        check(args.resume or not self.checkpoint.exists(),
-              f"{self.out} holds an unfinished run: --resume continues it; or name another --out")
         wait_for_all()                       # until every process has read the checkpoint
         if self.writes:
             # an earlier run's results must not stand beside these settings
-            for name in (ARTIFACT.get(stage, "adapter_config.json"), "summary.json"):
+            stale = [ARTIFACT.get(stage, "adapter_config.json"), "summary.json"]
+            for name in stale + [self.checkpoint.name] * args.fresh:
                 (self.out / name).unlink(missing_ok=True)
             open_run(self.out, args)         # config.json
             self.metrics.write_text(log)
         seed_step(args.seed, self.start)
+        tell(args, stage)
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
         shared = f", {args.processes} processes" if args.processes > 1 else ""
         print(f"{stage}: {count:,} trainable parameters, {args.steps} steps, {args.device}{shared}")
@@ -141,7 +159,6 @@ class Run:
 
     def restore(self):
         """Puts the checkpoint in place -> the text of metrics.jsonl at that time."""
-        check(self.checkpoint.exists(), f"{self.out}: no checkpoint: start again without --resume")
         try:
             with safe_open(str(self.checkpoint), framework="pt") as file:
                 header, found = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}
@@ -150,8 +167,11 @@ class Run:
             then, self.start, now = record["settings"], record["step"], dict(self.settings)
             if now["processes"] != then.get("processes", 1):      # the batch is shared otherwise
                 del now["processes"], now["micro_batch"]
+            if self.may_grow() and now["steps"] > self.start:
+                del now["steps"]
             changed = ", ".join(k for k, v in now.items() if v != then.get(k))
-            check(not changed, f"it has other settings: {changed}")
+            check(not changed, f"it has other settings: {changed}; only under --schedule constant "
+                  "may --steps grow" if changed == "steps" else f"other settings: {changed}")
             self.tokens, self.began = record["tokens"], self.began - record["seconds"]
             for name, tensor in self.learned().items():
                 check(found[name].shape == tensor.shape, f"{name} is mis-shaped")
@@ -167,6 +187,10 @@ class Run:
             return record["log"]
         except Exception as error:           # a damaged file may lead to any
             raise ValueError(f"{self.checkpoint}: cannot resume: {error!r}") from None
+
+    def may_grow(self):
+        """Whether a step does not depend on how many there are."""
+        return self.args.schedule == "constant" and not getattr(self.module, "warmup", 0)
 
     def finish(self, **measured):
         """The artifact is written: notes what it took, drops the checkpoint -> the summary."""

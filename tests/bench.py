@@ -263,7 +263,7 @@ def bench_growth(args):
 PARTS = {"generate": bench_generate, "sae": bench_sae, "tune": bench_tune, "growth": bench_growth}
 
 def main(argv):
-    parser = Parser("tests/bench.py", __doc__, preset=None)
+    parser = Parser("tests/bench.py", __doc__, presets=False)
     add = parser.add_argument
     add("part", choices=(*PARTS, "all"), help="what is raced")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")

@@ -15,7 +15,7 @@ from tests.claims import variants
 
 def test_claim_variants(data, tmp_path, capsys):
     out = tmp_path / "run"
-    flags = ["--quick", "--variants", "topk", "feature_choice", "--data", str(data)]
+    flags = ["--quick", "--variants", "topk", "feature_choice", "--preset", "tiny", "--data", str(data)]
     variants.main([*flags, "--out", str(out)])
     text = capsys.readouterr().out
     compared, recovered = (out / "compare.txt").read_text(), (out / "recover.txt").read_text()

@@ -37,7 +37,7 @@ def command(cwd, *words):
 
 
 def test_sae_tune_eval_merge_one_after_the_other(tmp_path):
-    few = ["--steps", "2", "--batch", "4", "--data", first_questions(tmp_path)]
+    few = ["--steps", "2", "--batch", "4", "--preset", "tiny", "--data", first_questions(tmp_path)]
     assert "recovered_mean" in command(tmp_path, "train.py", "--stage", "sae", *few)
     command(tmp_path, "train.py", "--stage", "tune", *few)
     distill, adapter = f"{ROOT}/data/tiny/distill", "out/tiny/adapter"
@@ -185,7 +185,7 @@ def make_an_arm_again(tmp_path):
     parser = arms_parser("resa.py", "")
     first = tmp_path / "first"
     args = parse_experiment(parser, ["--out", str(first), "--sae-steps", "2", "--tune-steps", "2", "--questions", "8",
-                                     "--workers", "1", "--device", "cpu", "--data", first_questions(tmp_path)], {})
+                                     "--workers", "1", "--device", "cpu", "--preset", "tiny", "--data", first_questions(tmp_path)], {})
     run_commands({"sae": resa.SAES["sae"]}, args)
     spec, = run_commands({"SAE-Tuning (as coded)": resa.ARMS["SAE-Tuning (as coded)"]}, args).values()
     kept = {path: path.read_bytes() for path in first.rglob("*") if path.suffix in (".safetensors", ".jsonl")
@@ -200,7 +200,7 @@ def make_an_arm_again(tmp_path):
 def test_arms_that_are_one_command_run_once_and_no_two_share_a_folder(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(flags, "run_lines", lambda lines, running: ran.append(lines))
-    argv = ["--out", str(tmp_path), "--target", "M", "--source", "M"]       # source = target: presets v4, v5
+    argv = ["--out", str(tmp_path), "--preset", "tiny", "--target", "M", "--source", "M"]       # source = target: presets v4, v5
     args = parse_experiment(arms_parser("resa.py", ""), argv, {})
     two = {"base": "eval.py --model {target}", "RL source": "eval.py --model {source}"}
     assert run_commands(two, args) == {"base": "M", "RL source": "M"} and len(ran) == 1
@@ -210,7 +210,7 @@ def test_arms_that_are_one_command_run_once_and_no_two_share_a_folder(tmp_path, 
 
 
 def test_a_failed_command_is_named_with_what_it_said(tmp_path):
-    args = parse_experiment(arms_parser("resa.py", ""), ["--out", str(tmp_path), "--target", "nowhere"], {})
+    args = parse_experiment(arms_parser("resa.py", ""), ["--out", str(tmp_path), "--preset", "tiny", "--target", "nowhere"], {})
     with pytest.raises(ValueError, match="python eval.py --model nowhere .*: error: nowhere: no such directory"):
         run_commands({"base": "eval.py --model {target}"}, args)
 

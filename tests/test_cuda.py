@@ -36,7 +36,7 @@ def cells(*some_on_cpu, of):
 def run(stage, out, device, dtype, data, *flags):
     """Two steps of a stage -> what it logged at each, then its summary: all numbers are finite."""
     train.main(["--stage", stage, "--out", str(out), "--device", device, "--dtype", dtype,
-                "--data", str(data), "--log-every", "1", "--steps", "2", *map(str, flags)])
+                "--preset", "tiny", "--data", str(data), "--log-every", "1", "--steps", "2", *map(str, flags)])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows.append(json.loads((out / "summary.json").read_text()))
     for row in rows:

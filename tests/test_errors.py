@@ -163,7 +163,7 @@ def table_and_numbers(argv, out, capsys):
 def test_the_command_trains_studies_and_prints_one_table(data, tmp_path, capsys):
     run = tmp_path / "run"
     text, study = table_and_numbers(
-        ["--quick", "--widths", "32", "64", "128", "--seq-len", "64", "--data", data,
+        ["--quick", "--widths", "32", "64", "128", "--seq-len", "64", "--preset", "tiny", "--data", data,
          "--held", data], run, capsys)
     assert re.search(r"^ +F 32 +F 64 +F 128$", text, re.M)
     for label in ("FVU of e_nl", "R2 of |e|^2 from |x| alone", "CE with x_hat + e_nl",
@@ -177,7 +177,7 @@ def test_the_command_trains_studies_and_prints_one_table(data, tmp_path, capsys)
 
 def check_against_plain_code(study, run, data):
     found = study["widths"]["64"]
-    settings = train.settings("sae", ["--data", data, "--seq-len", "64"])
+    settings = train.settings("sae", ["--preset", "tiny", "--data", data, "--seq-len", "64"])
     tiny = M.load_model(settings.source)
     ids = train.load_chunks(settings, M.load_tokenizer(settings.source), tiny)
     x = resa.activations(tiny, ids, 1).flatten(0, 1)
@@ -229,5 +229,5 @@ def test_refused_before_anything_is_written(flags, message, tmp_path):
 def test_refused_before_anything_is_trained(data, tmp_path):
     flags = "--widths 64 8 --steps 1 --workers 1".split()
     with pytest.raises(ValueError, match="k=16 is above n_latents=8"):
-        E.main(["--out", str(tmp_path / "run"), "--data", data, *flags])
+        E.main(["--out", str(tmp_path / "run"), "--preset", "tiny", "--data", data, *flags])
     assert not (tmp_path / "run/numbers.json").exists()

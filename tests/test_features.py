@@ -273,7 +273,7 @@ def run(*words, cwd=ROOT):
 
 
 def test_the_command(data, tmp_path, capsys):
-    F.main(["--data", str(data), "--questions", "6", "--top", "1", "--device", "cpu",
+    F.main(["--preset", "tiny", "--data", str(data), "--questions", "6", "--top", "1", "--device", "cpu",
             "--layers", "3", "--steps", "2", "--out", str(tmp_path)])
     text = capsys.readouterr().out
     found = json.loads((tmp_path / "numbers.json").read_text())["saes"]["sae-3"]

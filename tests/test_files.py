@@ -589,9 +589,10 @@ def test_check():
 # ------------------------------------------------------------------------------------------------
 
 PRESETS = {
-    "small": {"batch": 4, "lr": 0.5, "data": "{root}/data/x", "tune": {"batch": 8, "steps": 7},
+    "own": {},
+    "tiny": {"batch": 4, "lr": 0.5, "data": "{root}/data/x", "tune": {"batch": 8, "steps": 7},
               "sae": {"batch": 2, "latents": 64}, "unknown_here": 1},
-    "large": {"like": "small", "batch": 16, "tune": {"steps": 9}},
+    "large": {"like": "tiny", "batch": 16, "tune": {"steps": 9}},
 }
 
 
@@ -605,7 +606,7 @@ def presets(tmp_path, monkeypatch):
 
 
 def parser():
-    p = Parser("train.py --stage tune", "Tunes.", preset="small")
+    p = Parser("train.py --stage tune", "Tunes.")
     p.add_argument("--batch", type=whole(1), default=32, help="chunks in an optimizer step")
     p.add_argument("--lr", type=real(0, above=True), default=1e-3, help="rate")
     p.add_argument("--steps", type=whole(0, 100), default=0, help="steps")
@@ -622,14 +623,14 @@ def test_defaults_preset_config_flags(presets):
     assert (args.batch, args.lr, args.steps, args.given) == (4, 0.5, 0, set())
     args = parse(parser(), [], "tune")
     assert (args.batch, args.lr, args.steps) == (8, 0.5, 7)
-    assert args.data == f"{presets}/data/x" and args.preset == "small"
+    assert args.data == f"{presets}/data/x" and args.preset == "tiny"
     assert not hasattr(args, "latents") and not hasattr(args, "unknown_here")
     write_json(presets / "c.json", {"batch": 5, "steps": 3, "shuffle": False, "model": ["a", "b"]})
-    args = parse(parser(), ["--config", f"{presets}/c.json", "--steps", "2"], "tune")
+    args = parse(parser(), ["--config", f"{presets}/c.json", "--preset", "tiny", "--steps", "2"], "tune")
     assert (args.batch, args.steps, args.lr) == (5, 2, 0.5)
     assert args.shuffle is False and args.model == ["a", "b"]
     assert {"batch", "steps", "shuffle", "model", "config"} <= args.given
-    assert not args.given & {"lr", "data", "preset"}
+    assert not args.given & {"lr", "data"}
     assert parse(parser(), [f"--config={presets}/c.json"], "tune").batch == 5
 
 
@@ -638,7 +639,7 @@ def test_a_preset_that_is_like_another(presets):
     assert (args.batch, args.lr, args.steps) == (8, 0.5, 9)      # a section comes last
     assert parse(parser(), ["--preset=large"]).batch == 16
     assert "like" not in read_preset("large") and args.given == {"preset"}
-    check_refused(lambda: parse(parser(), ["--preset", "huge"]), "'huge'", "small, large")
+    check_refused(lambda: parse(parser(), ["--preset", "huge"]), "'huge'", "tiny, large")
     args = parse(parser(), ["--preset", "large", "--batch=3", "--no-shuffle"], "tune")
     assert args.batch == 3 and args.given == {"preset", "batch", "shuffle"} and not args.shuffle
 

@@ -363,7 +363,7 @@ def test_the_commands_ask_where_an_sae_of_another_library_belongs(stage, tmp_pat
     save_saelens(S.build("topk", width, 32, k=4), tmp_path / "lens")
     flags = {"sae": ["--source", source, "--init", "pretrained", "--sae-from"],
              "tune": ["--target", source, "--sae"]}
-    argv = ["--stage", stage, "--data", str(tmp_path / "text.jsonl"), "--seq-len", "32",
+    argv = ["--stage", stage, "--preset", "tiny", "--data", str(tmp_path / "text.jsonl"), "--seq-len", "32",
             "--batch", "1", *flags[stage], str(tmp_path / "lens")]
     argv += ["--steps", "1"] if stage == "tune" else []
     for i, (hook, refused) in enumerate([

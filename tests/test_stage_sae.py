@@ -21,7 +21,7 @@ SMALL = ["--seq-len", "64", "--batch", "2", "--log-every", "1", "--latents", "64
 @pytest.fixture(scope="module")
 def run(data):
     def go(out, *flags):
-        train.main(["--stage", "sae", "--data", str(data), *SMALL, "--out", str(out),
+        train.main(["--stage", "sae", "--preset", "tiny", "--data", str(data), *SMALL, "--out", str(out),
                     *map(str, flags)])
         return out
     return go
@@ -32,7 +32,7 @@ def flags_of(variant):
 
 
 def args_of(data, *flags):
-    argv = ["--data", str(data), *SMALL, "--source", RANDOM, *map(str, flags)]
+    argv = ["--preset", "tiny", "--data", str(data), *SMALL, "--source", RANDOM, *map(str, flags)]
     return train.settings("sae", argv)
 
 
@@ -63,7 +63,7 @@ def test_every_variant_trains_is_measured_saved_and_spliced(variant, run, tmp_pa
 def test_resumed_equals_uninterrupted_to_the_bit(variant, data, tmp_path, monkeypatch):
     """State outside autograd too: thresholds, ranks, biases, atoms, counters, noise."""
     extra = {"vsae": ["--set", "sample=unit"], "gba": ["--set", "adapt_tokens=200"]}
-    flags = ["--data", str(data), *SMALL, "--source", RANDOM, "--steps", "6", "--save-every", "3",
+    flags = ["--preset", "tiny", "--data", str(data), *SMALL, "--source", RANDOM, "--steps", "6", "--save-every", "3",
              *map(str, flags_of(variant)), *extra.get(variant, []), "--dead-after", "100"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train.main(["--stage", "sae", "--out", str(whole), *flags])

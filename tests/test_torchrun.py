@@ -61,7 +61,7 @@ def run(name, words, one, out, data):
         return finish(self, **measured)
     runs.Run.finish = keep
     try:
-        train.main(["--stage", stage, *argv, "--data", str(data), "--device", "cpu", "--out", str(folder)])
+        train.main(["--stage", stage, *argv, "--preset", "tiny", "--data", str(data), "--device", "cpu", "--out", str(folder)])
     finally:
         runs.Run.finish = finish
 
@@ -207,7 +207,7 @@ def test_other_settings_are_refused_all_the_same(both, data, tmp_path):
 
 def test_the_command_says_once_who_shares_the_run_and_how_fast_it_is(tmp_path):
     words, data = RUNS["sft"].split(), ROOT / "data" / "tiny" / "test.jsonl"
-    done = torchrun("train.py", "--stage", *words, "--data", data, "--out", tmp_path / "sft",
+    done = torchrun("train.py", "--stage", *words, "--preset", "tiny", "--data", data, "--out", tmp_path / "sft",
                     "--device", "cpu")
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()

@@ -28,7 +28,7 @@ from tests.conftest import ROOT
 DISTILL = f"{ROOT}/data/tiny/distill"
 RANDOM = f"random:{ROOT}/data/tiny/init/config.json"
 SMALL = ["--seq-len", "64", "--batch", "2", "--log-every", "1"]
-RL = ["--questions", "2", "--group", "2", "--max-new-tokens", "8", "--log-every", "1"]
+RL = ["--preset", "tiny", "--questions", "2", "--group", "2", "--max-new-tokens", "8", "--log-every", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def run(data):
     """run(stage, directory, flags...): one stage in this process, small; returns the directory."""
     def go(stage, out, *flags):
         small = RL if stage == "rl" else SMALL
-        train.main(["--stage", stage, "--data", str(data), *small, "--out", str(out),
+        train.main(["--stage", stage, "--preset", "tiny", "--data", str(data), *small, "--out", str(out),
                     *map(str, flags)])
         return out
     return go
@@ -90,7 +90,7 @@ def test_chat_text_opens_the_thinking_once():
 def test_packing_joins_with_the_end_token_and_keeps_whole_chunks(tmp_path):
     tok, lm, path = model.load_tokenizer(RANDOM), model.load_model(RANDOM), tmp_path / "d.jsonl"
     path.write_text('{"text": "1+1=2"}\n{"text": "apples"}\n')
-    argv = ["--device", "cpu", "--data", str(path), "--seq-len"]
+    argv = ["--device", "cpu", "--preset", "tiny", "--data", str(path), "--seq-len"]
     flat = [tok.eos_id, *tok.encode("1+1=2"), tok.eos_id, *tok.encode("apples"), tok.eos_id]
     chunks = train.load_chunks(train.settings("sft", [*argv, "4"]), tok, lm)
     assert chunks.tolist() == [flat[:4], flat[4:8]][:len(flat) // 4]
@@ -349,7 +349,7 @@ def test_a_micro_batch_bounds_every_pass_the_first_included(run, tmp_path, monke
 def test_a_new_run_that_fails_leaves_no_old_artifact_to_be_taken_for_its_own(run, tmp_path):
     out = run("sft", tmp_path / "s", "--target", RANDOM, "--steps", 1)
     with pytest.raises(ValueError, match="not a finite number"):
-        run("sft", out, "--target", RANDOM, "--steps", 4, "--lr", 1e30)
+        run("sft", out, "--target", RANDOM, "--steps", 4, "--lr", 1e30, "--fresh")
     with pytest.raises(OSError):
         model.read_adapter(str(out))
     assert not (out / "summary.json").exists()
@@ -365,7 +365,7 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(run, data, stage, flags,
     flags = [*flags, "--steps", 12] + (["--sae", trained] if stage == "tune" else [])
     whole = run(stage, tmp_path / "whole", *flags)
     part = tmp_path / "part"
-    argv = [sys.executable, "train.py", "--stage", stage, "--data", str(data), *SMALL,
+    argv = [sys.executable, "train.py", "--stage", stage, "--preset", "tiny", "--data", str(data), *SMALL,
             *map(str, flags), "--out", str(part)]
     process = subprocess.Popen([*argv, "--save-every", "1"], cwd=ROOT, stderr=subprocess.PIPE)
     while process.poll() is None and not (part / "checkpoint.safetensors").exists():
@@ -475,8 +475,8 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
 # ---- refusals -----------------------------------------------------------------------------------
 
 REFUSED = [
-    ("sae --source nowhere", "nowhere: no such directory"),
-    ("sae --source some-owner/some-model", "offline, download it and pass its path"),
+    ("sae --preset tiny --source nowhere", "nowhere: no such directory"),
+    ("sae --preset tiny --source some-owner/some-model", "offline, download it and pass its path"),
     (f"sae --source {RANDOM} --data no.jsonl", "no.jsonl: no such file"),
     (f"sae --source {RANDOM} --layer 9", "layer 9: this model has blocks 0 .. 3"),
     (f"sae --source {RANDOM} --k 2000", "k="),
@@ -492,13 +492,15 @@ REFUSED = [
      "no effect with --splice none"),
     (f"tune --splice none --teacher source --source {RANDOM} --target {RANDOM} --layer 2",
      "--layer has no effect with"),
-    ("tune --source x", "--source has no effect with --teacher target"),
+    ("tune --preset tiny --source x", "--source has no effect with --teacher target"),
     ("tune --preset tinny", "no preset 'tinny'"),
     (f"tune --sae nowhere --target {RANDOM}", "nowhere: no such directory"),
-    (f"tune --layer 3 --target {RANDOM}", "layer 3 is the last block"),
     (f"pretrain --model {RANDOM} --only zebra", "no parameter has a name like that"),
     (f"pretrain --model {RANDOM} --only (", "not a regular expression"),
-    (f"rl --target {RANDOM}", "--stage rl needs --steps"),
+    (f"rl --target {RANDOM}", "--steps is needed in --stage rl: preset tiny has none"),
+    ("rl --target x --data y --steps 3", "--lr is needed in --stage rl"),
+    ("sae --data y", "--source is needed in --stage sae: nothing stands for it"),
+    ("tune --target x", "--data is needed in --stage tune: nothing stands for it"),
     (f"rl --target {RANDOM} --steps 1 --rewards beauty", "invalid choice: 'beauty'"),
     ("rl --steps 1 --group 1", "--group: 1 should be at least 2"),
     ("sae --batch 0", "--batch: 0 should be at least 1"),
@@ -522,7 +524,8 @@ REFUSED = [
     (f"rl --questions 9999 --steps 1 --target {RANDOM}", "has 4000"),
     ("rl --beta nan --steps 1", "--beta: nan should be finite, at least 0"),
     ("pretrain --warmup -5", "--warmup: -5 should be at least 0"),
-    ("pretrain", "--stage pretrain needs --model"),
+    ("pretrain", "--model is needed in --stage pretrain"),
+    ("tune --resume --fresh", "--resume goes on, --fresh starts over: which?"),
     (f"pretrain --model {RANDOM} --dtype bfloat16", "needs --dtype float32"),
     ("dance", "--stage sae | tune | sft | rl | pretrain"),
 ]
@@ -578,7 +581,7 @@ def test_rows_of_the_wrong_kind_are_named(stage, content, message, tmp_path):
     path, out = tmp_path / "d.jsonl", tmp_path / "out"
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        train.main(["--stage", stage, "--target", RANDOM, "--data", str(path), "--steps", "1",
+        train.main(["--stage", stage, "--target", RANDOM, "--preset", "tiny", "--data", str(path), "--steps", "1",
                     "--out", str(out)])
     assert str(caught.value).startswith(str(path)) and message in str(caught.value)
     assert not out.exists()
@@ -595,7 +598,7 @@ def test_rows_of_text_may_hold_blank_lines_and_a_field_that_says_text_is_not_one
 def test_malformed_line_is_named_and_exit_code_is_2(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "x"}\n')
-    done = command("train.py", "--stage", "sae", "--source", RANDOM, "--data", data,
+    done = command("train.py", "--stage", "sae", "--source", RANDOM, "--preset", "tiny", "--data", data,
                    "--out", tmp_path / "o")
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "o").exists()
     assert done.stderr == f'error: {data}:2: no "answer" field\n'
@@ -681,7 +684,7 @@ def test_presets_are_the_papers(row):
     assert (s.data, t.data, sft.data, s.init) == (trigger, elicitation, elicitation, mode)
     assert (s.other_site, t.other_site) == (mode == "pretrained",) * 2
     assert bool(s.sae_from) == (mode != "scratch")
-    assert (s.latents, s.k, s.optimizer, s.lr) == (65536, 32, "signum", 0)
+    assert (s.latents, s.k, s.optimizer, s.lr) == (65536, 32, "signum", None)
     assert (s.layer, s.site, s.batch, s.seq_len) == (12, "resid", 32, 2048)
     assert (s.shuffle, s.template, s.dtype) == (False, "resa", "bfloat16")
     assert (t.lr, t.epochs, t.batch, t.schedule) == (1e-6, 2, 2, "constant")
@@ -860,7 +863,7 @@ def test_data_that_cannot_be_had_shows_before_the_model_is_loaded(tmp_path):
     named = {"sae": "--source", "pretrain": "--model"}      # the flag of the model, else --target
     for stage in train.RUN:
         with pytest.raises(ValueError, match="no-such.jsonl: no such file"):
-            train.main(["--stage", stage, named.get(stage, "--target"), "no-such-model", "--data",
+            train.main(["--stage", stage, named.get(stage, "--target"), "no-such-model", "--preset", "tiny", "--data",
                         "no-such.jsonl", "--out", str(tmp_path / "o"), "--steps", "1"])
 
 
@@ -872,13 +875,13 @@ def test_speed_flags_take_effect_and_change_no_result(tmp_path, monkeypatch, dat
     forward = Block.forward
 
     def counted(self, *args):
-        calls.append(1)
+        calls.extend([1] * self.training)                    # not what is measured before and after
         return forward(self, *args)
 
     def adapter_of(*flags):
         frames.clear(), calls.clear()
         out = tmp_path / f"sft{''.join(flags)}"
-        train.main(["--stage", "sft", "--target", DISTILL, "--data", str(data), "--seq-len", "32",
+        train.main(["--stage", "sft", "--target", DISTILL, "--preset", "tiny", "--data", str(data), "--seq-len", "32",
                     "--batch", "2", "--steps", "3", "--out", str(out), "--lora-dropout", "0", *flags])
         return load_file(out / "adapter_model.safetensors")
     compiled = adapter_of("--compile")

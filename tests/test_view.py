@@ -188,7 +188,7 @@ def at_home(tmp_path, monkeypatch):
 
 
 def test_view_writes_the_answer_that_the_model_gives(at_home, data, capsys):
-    V.main(["--chunks", "2", "--data", str(data), "--seed", "3", "--temperature", "3"])
+    V.main(["--chunks", "2", "--preset", "tiny", "--data", str(data), "--seed", "3", "--temperature", "3"])
     shown = json.loads(payload((at_home / "out/tiny/view/view.html").read_text()))
     text = "".join(shown["words"][i] for i in shown["text"])
     first, source = read_problems(TINY / "test.jsonl")[0], read_preset("tiny")["source"]
@@ -228,7 +228,7 @@ def test_view_without_an_sae_says_how_to_get_one(tmp_path):
 
 
 def test_quick_writes_a_page_of_a_short_answer(at_home, data):
-    V.main(["--quick", "--data", str(data), "--out", "new/page", "--device", "cpu"])
+    V.main(["--quick", "--preset", "tiny", "--data", str(data), "--out", "new/page", "--device", "cpu"])
     shown = json.loads(payload((at_home / "new/page/view.html").read_text()))
     assert len(shown["text"]) <= shown["n_prompt"] + 32
 
@@ -238,7 +238,7 @@ def test_an_sae_of_another_layout_is_read(at_home, data):
     built.meta = {"layer": 2, "site": "resid", "sink_norm": None}
     save_saelens(built, "lens")
     for spec in ("lens", "out/tiny/sae"):
-        V.main(["--quick", "--data", str(data), "--sae", spec, "--out", f"{spec}-page"])
+        V.main(["--quick", "--preset", "tiny", "--data", str(data), "--sae", spec, "--out", f"{spec}-page"])
     lens, ours = (json.loads(payload((at_home / f"{spec}-page/view.html").read_text()))
                   for spec in ("lens", "out/tiny/sae"))
     assert lens.pop("sae") != ours.pop("sae") and lens == ours
