@@ -141,8 +141,9 @@ def plan_steps(stage, args, n):
     batch = max(args.processes, 2 ** int(math.log2(min(most, max(1, n / 100)))))
     derive(args, "batch", batch, f"100 steps an epoch, at most the published {most}")
     epochs = max(EPOCHS[stage], min(10, 2_000_000 // tokens)) if stage == "sae" else EPOCHS[stage]
-    derive(args, "epochs", epochs, "published; of an SAE up to 10, for 2M tokens")
-    args.steps = args.steps or max(1, args.epochs * n // args.batch)
+    if not args.steps:
+        derive(args, "epochs", epochs, "published; of an SAE up to 10, for 2M tokens")
+        args.steps = max(1, args.epochs * n // args.batch)
     split_batch(args, "batch", 1, 16384 // args.seq_len)
 
 def split_batch(args, flag, rows_each, most):

@@ -47,9 +47,9 @@ def peft_base(spec):
 def note_base(adapter, path, base):
     """Says so if an adapter was trained on another base than the one it is put on."""
     said, base = adapter["base_model_name_or_path"] or "", str(base)
-    names = [re.split(r"[@#+]", Path(text).name)[0].lower() for text in (said, base)]
-    if said and names[0] != names[1]:
-        say_once(f"{path}: an adapter trained on {shorten(said)}, put on {shorten(base)}")
+    theirs, ours = (re.split(r"[@#+]", Path(text).name)[0] for text in (said, base))
+    if said and theirs.lower() != ours.lower():          # wherever the two are kept
+        say_once(f"{path}: an adapter trained on {shorten(theirs)}, put on {shorten(ours)}")
 
 def lora_scale(alpha, r, rslora):
     """The factor of B A: alpha / r, or alpha / sqrt(r), rank-stabilised (arXiv 2312.03732)."""

@@ -186,7 +186,8 @@ def tell(args, title):
     print(f"{title}: settings")
     for origin, words in by_origin.items():
         print(textwrap.fill(", ".join(words), 100, initial_indent=f"  {origin:12s} ",
-                            subsequent_indent=" " * 15, break_long_words=False))
+                            subsequent_indent=" " * 15, break_long_words=False,
+                            break_on_hyphens=False))
 
 def to_argv(config, flags=(), where="--config"):
     """{"lr": 0.1, "shuffle": false, "model": ["a"]} -> [--lr=0.1, --no-shuffle, --model, a].
