@@ -207,9 +207,9 @@ def test_view_writes_the_answer_that_the_model_gives(at_home, data, capsys):
     ("--sae narrow", "narrow: the SAE is 64 wide, the model 128"),
     ("--sae high", "layer 7: this model has blocks 0 .. 3"),
     ("--sae anywhere", "anywhere: does not say its layer and its site"),
-    ("--source nobody", "nobody: no such directory"),
+    ("--preset tiny --source nobody", "nobody: no such directory"),
     ("--chunks 0", "--chunks: 0 should be at least 1"),
-    ("--data none.jsonl", "none.jsonl: no such file"),
+    ("--preset tiny --data none.jsonl", "none.jsonl: no such file"),
     ("--device tpu", "device 'tpu' is not one of those here: cpu"),
     ("--quick --chunks 3", "--chunks has no effect with --quick"),
 ])
