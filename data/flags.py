@@ -297,6 +297,7 @@ def arms_parser(prog, description):
     add("--seed", type=SEED, default=0, help="of every training and of the samples")
     add("--questions", type=whole(0), default=1000, help="of --bench, the first ones; 0: all")
     add("--samples", type=whole(1), default=1, help="of each question")
+    add("--max-new-tokens", type=whole(1), help="of an answer; by default as in eval.py")
     add("--sae-steps", type=whole(1), default=100, help="optimizer steps of an SAE")
     add("--tune-steps", type=whole(1), default=120, help="optimizer steps of an adapter")
     add("--lr", type=real(0, above=True), default=3e-4, help="learning rate of every adapter")
@@ -335,6 +336,8 @@ def command_lines(name, words, args):
             return lines
         line = ["eval.py", "--model", f"{args.target}+{where}"]
     asking = given_flags(args, "bench", "samples", "out") + ["--limit", str(args.questions)]
+    if "max_new_tokens" in args.given:       # else the preset's, of its own questions
+        asking += given_flags(args, "max_new_tokens")
     return [*lines, line + common + asking + ["--slots", "128"]]
 
 def left_to_do(lines, fresh):
@@ -357,8 +360,10 @@ def left_to_do(lines, fresh):
 
 def given_flags(args, *names):
     """["--name", "value", ..] of the settings that are set."""
-    there = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, "")}
-    return [word for name, value in there.items() for word in (f"--{name}", str(value))]
+    there = {name: getattr(args, name, None) for name in names}
+    there = {name: value for name, value in there.items() if value not in (None, "")}
+    return [word for name, value in there.items()
+            for word in (f"--{name.replace('_', '-')}", str(value))]
 
 def slug(name):
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

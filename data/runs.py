@@ -166,7 +166,7 @@ class Run:
             check(header["sha256"] == checksum(found, header["record"]), "it is damaged")
             then, self.start, now = record["settings"], record["step"], dict(self.settings)
             if now["processes"] != then.get("processes", 1):      # the batch is shared otherwise
-                del now["processes"], now["micro_batch"]
+                del now["processes"]
             if self.may_grow() and now["steps"] > self.start:
                 del now["steps"]
             changed = ", ".join(k for k, v in now.items() if v != then.get(k))

@@ -1,12 +1,21 @@
 """The programs of tests/claims, end to end, as small as they go."""
 
 import re
+import shutil
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as fn
 
-from tests.claims import variants
+import eval
+import model
+import train
+from data import flags, runs
+from tests.claims import arms, variants
+from tests.conftest import ROOT
 
 
 # ------------------------------------------------------------------------------------------------
@@ -62,3 +71,74 @@ def test_variants_refuses(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         variants.main(["--out", str(tmp_path / "run"), *flags.split()])
     assert not (tmp_path / "run" / "commands.sh").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# arms
+# ------------------------------------------------------------------------------------------------
+
+ARMS = ["--sections", "layers", "rates", "--seeds", "1", "--questions", "8", "--sae-steps", "2", "--tune-steps", "2",
+        "--max-new-tokens", "8", "--device", "cpu"]
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Commands run in this process, which saves the start of each; after at_once.left of them it is killed."""
+    state = SimpleNamespace(left=10**9, ran=[])
+    mains = {"train.py": train.main, "eval.py": eval.main}
+
+    def run_lines(lines, running):
+        for script, *argv in lines:
+            if not state.left:
+                raise InterruptedError
+            state.left -= 1
+            state.ran.append(" ".join(argv))
+            monkeypatch.setattr(sys, "argv", [script, *argv])
+            mains[script](argv)
+    monkeypatch.setattr(flags, "run_lines", run_lines)
+    monkeypatch.setattr(runs, "signals", lambda at_once: nullcontext([]))    # those are for a main thread
+    monkeypatch.setattr(arms, "RATES", ("1e-6", "3e-4"))
+    monkeypatch.setitem(arms.SECTIONS, "rates", (*arms.SECTIONS["rates"][:1], ["rate 1e-6", "rate 3e-4"], [
+        ("rate 3e-4", "rate 1e-6", "does the rate matter")]))
+    monkeypatch.setattr(arms, "forecast", lambda *_: None)
+    return state
+
+
+def report_of(out):
+    return (out / "report.md").read_text()
+
+
+def test_arms_that_were_killed_go_on_to_the_same_report(at_once, data, tmp_path):
+    argv = [*ARMS, "--preset", "tiny", "--data", str(data), "--workers", "1", "--out"]
+    arms.main([*argv, str(tmp_path / "whole")])
+    whole, count = report_of(tmp_path / "whole"), len(at_once.ran)
+    assert "rate 3e-4" in whole and "norm of the adapter" in whole and "Which block the SAE belongs to: 0, 1 or 2." in whole
+    for done in (2, count // 2):
+        at_once.left = done
+        with pytest.raises(InterruptedError):
+            arms.main([*argv, str(tmp_path / "part")])
+    at_once.left, at_once.ran = 10**9, []
+    arms.main([*argv, str(tmp_path / "part")])
+    assert report_of(tmp_path / "part") == whole
+    assert not [line for line in at_once.ran if line.startswith("--stage sae")]      # they were there
+    norms = [float(line.split()[-1]) for line in whole.splitlines() if re.fullmatch(r"rate \S+( +[\d.e-]+){4}", line)]
+    assert len(norms) == 2 and norms[1] > 50 * norms[0]      # B starts at 0 and moves by the rate
+    lm = model.load_model(f"{ROOT}/data/tiny/distill")
+    tuned = model.load_model(f"{ROOT}/data/tiny/distill+{tmp_path}/whole/seed-0/rate-3e-4")
+    moved = sum(float((a - b).square().sum()) for a, b in zip(tuned.parameters(), lm.parameters()))
+    assert moved**0.5 == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_a_model_of_ones_own_goes_the_way_of_the_embedded_ones(at_once, data, tmp_path):
+    """The same commands in the same order, but for names: the code does not ask which model it is."""
+    shutil.copytree(f"{ROOT}/data/tiny/distill", tmp_path / "mine")
+    own = ["--target", f"{tmp_path}/mine", "--source", f"{tmp_path}/mine", "--data", str(data)]
+    arms.main([*ARMS, "--workers", "1", "--bench", str(data), *own, "--out", str(tmp_path / "a")])
+    ours = [line.replace(f"{tmp_path}/mine", "MODEL") for line in at_once.ran]
+    at_once.ran = []
+    arms.main([*ARMS, "--workers", "1", "--preset", "tiny", "--data", str(data), "--out", str(tmp_path / "b")])
+    def plain(line):
+        line = re.sub(r"--(data|bench|preset|source|target) \S+", "", line)
+        return re.sub(r"\S*/(distill|tiny)\S*?(\+|$| )", r"MODEL\2", line.replace(f"{tmp_path}/a", "O").replace(f"{tmp_path}/b", "O")).split()
+    assert [plain(line)[:3] for line in ours] == [plain(line)[:3] for line in at_once.ran] and len(ours) > 8
+    assert "| " not in report_of(tmp_path / "a") and "paired by problem" not in report_of(tmp_path / "a")

@@ -154,7 +154,8 @@ PRESETS = {"tiny": {"seed": 1, "sae": {"k": 4}}, "more": {"like": "tiny", "sae":
 
 def run_of(directory, resume):
     """A training run that has, or is given, a checkpoint."""
-    args = SimpleNamespace(out=str(directory), resume=resume, device="cpu", steps=5, seed=0,
+    args = SimpleNamespace(out=str(directory), resume=resume, fresh=False, origin={}, schedule="constant",
+                           device="cpu", steps=5, seed=0,
                            save_every=1, log_every=1, processes=1, micro_batch=1)
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)

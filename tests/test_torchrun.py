@@ -201,8 +201,8 @@ def test_other_settings_are_refused_all_the_same(both, data, tmp_path):
     with pytest.raises(ValueError, match="other settings: batch"):
         resume("sft", RUNS["sft"].replace("--batch 4", "--batch 8"), both[1], tmp_path, data)
     (tmp_path / "same").mkdir()
-    with pytest.raises(ValueError, match="other settings: micro_batch"):
-        resume("sft", RUNS["sft"].replace("--micro-batch 1", ""), both[0], tmp_path / "same", data)
+    with pytest.raises(ValueError, match="other settings: lora_dropout"):
+        resume("sft", RUNS["sft"] + " --lora-dropout 0.5", both[0], tmp_path / "same", data)
 
 
 def test_the_command_says_once_who_shares_the_run_and_how_fast_it_is(tmp_path):
@@ -211,8 +211,10 @@ def test_the_command_says_once_who_shares_the_run_and_how_fast_it_is(tmp_path):
                     "--device", "cpu")
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    assert re.fullmatch(r"sft: [\d,]+ trainable parameters, 3 steps, cpu, 2 processes", said[0])
-    assert said[1] == str(tmp_path / "sft") and done.stdout.count("tokens") == 1
+    assert said[0] == "sft: settings" and done.stdout.count("settings") == 1
+    told, = (i for i, line in enumerate(said) if "trainable" in line)
+    assert re.fullmatch(r"sft: [\d,]+ trainable parameters, 3 steps, cpu, 2 processes", said[told])
+    assert said[told + 1] == str(tmp_path / "sft") and done.stdout.count("  tokens") == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("step")]
     number = r"[\d.,e-]+"
     for step, line in enumerate(lines, start=1):

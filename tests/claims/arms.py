@@ -2,14 +2,17 @@
 
     python -m tests.claims.arms                            all sections, 5 seeds: half an hour
     python -m tests.claims.arms --quick --sections arms modes
-    python -m tests.claims.arms --preset resa-still-v3 --bench math500 --sections arms modes layers
+    python -m tests.claims.arms --target MODEL --source MODEL --data FILE --bench math500 --seeds 1
+        --sections arms rates --samples 4 --max-new-tokens 1024 --device cuda --dtype bfloat16
 
-Every arm is a command line, noted in OUT/seed-N/commands.sh.  Intervals are Student's t over seeds:
-they cover another training and other samples; questions, base and source are always the same.
-The result is OUT/report.md.
+Every arm is a command line, noted in OUT/seed-N/commands.sh; the same command goes on where it was
+killed, and makes nothing twice.  Two kinds of intervals: Student's t over seeds covers another
+training and other samples, of the same questions; paired by problem covers other questions and
+samples, for these trainings.  The result is OUT/report.md.
 """
 
 import html
+import json
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -20,8 +23,8 @@ import torch
 import eval
 import resa
 from data.files import TINY, check, read_json, read_problems, write_jsonl, write_text
-from data.flags import arms_parser, front_door, parse_experiment, run_commands, whole
-from model import load_model, read_adapter
+from data.flags import arms_parser, front_door, parse_experiment, run_commands, slug, whole
+from model import Config, load_model, read_adapter, split_spec
 from resa import TAUGHT, TUNE
 
 # The run that made data/tiny/rl, with its checkpoints: those after so many steps are sources.
@@ -37,8 +40,8 @@ OTHERS = ("math", "lm")              # models of the embedded lineage that canno
 
 SAE = "train.py --stage sae --steps {sae_steps} --source {source}"
 SAES = resa.SAES | {
-    "sae-0": SAE + " --layer 0",
-    "sae-2": SAE + " --layer 2",
+    "sae-low": SAE + " --layer {low}",
+    "sae-high": SAE + " --layer {high}",
     "sae-tuned": SAE + " --init finetune --sae-from {out}/sae-base",
     "sae-rollouts": SAE + " --data {root}/rollouts.jsonl",
     "sae-trigger": SAE + " --data {root}/trigger.jsonl",
@@ -52,9 +55,13 @@ ARMS = resa.ARMS | {
     "SAE of 4 families, tuned on 4 others": TUNE + " --sae {out}/sae-trigger" + ELICIT,
     "SAE of the same 4 it is tuned on": TUNE + " --sae {out}/sae-elicit" + ELICIT,
     "source teaches on those 4, no SAE": TAUGHT + " --splice none" + ELICIT,
-    "layer 0": TUNE + " --layer 0 --sae {out}/sae-0",
-    "layer 2": TUNE + " --layer 2 --sae {out}/sae-2",
+    "a lower layer": TUNE + " --layer {low} --sae {out}/sae-low",
+    "a higher layer": TUNE + " --layer {high} --sae {out}/sae-high",
 }
+RATES = ("1e-6", "1e-5", "1e-4", "3e-4")     # the first is the published one
+for rate in RATES:
+    ARMS[f"rate {rate}"] = TUNE.replace("{lr}", rate) + " --sae {out}/sae"
+    ARMS[f"noise, rate {rate}"] = ARMS[f"rate {rate}"] + " --splice noise"
 for n in STEPS:
     SAES[f"sae-rl-{n}"] = SAE.replace("{source}", f"{{target}}+{{root}}/rl/checkpoint-{n}")
     ARMS[f"source after {n} steps"] = f"{TUNE} --sae {{out}}/sae-rl-{n}"
@@ -75,8 +82,12 @@ SECTIONS = {
         ("fine-tuned SAE", "SAE-Tuning (as coded)", "does the start matter"),
         ("SAE of rollouts", "SAE-Tuning (as coded)", "does it matter what the SAE has read"),
         ("SAE of another site", "SAE-Tuning (as coded)", "does the site matter")]),
-    "layers": ("Which block the SAE belongs to.", [
-        "layer 0", "SAE-Tuning (as coded)", "layer 2"], []),
+    "layers": ("Which block the SAE belongs to: {low}, {layer} or {high}.", [
+        "a lower layer", "SAE-Tuning (as coded)", "a higher layer"], []),
+    "rates": ("At which learning rate the objective is learned, and what it then does.",
+              [f"{kind}rate {rate}" for rate in RATES for kind in ("", "noise, ")], [
+        (f"rate {rate}", f"noise, rate {rate}", f"is it more than noise at {rate}")
+        for rate in RATES]),
     "sources": ("SAEs of the base after so many steps of one RL run, and these sources themselves; "
                 "the RL source is data/tiny/rl, another run of the same command.", [
         "SAE of the base", *(f"source after {n} steps" for n in STEPS), "SAE-Tuning (as coded)",
@@ -98,6 +109,30 @@ SECTIONS = {
 EMBEDDED = ("sources", "generality", "modularity", "cost")      # they need the embedded lineage
 
 # ---- Running: what an arm needs comes first ----------------------------------------------------
+
+def forecast(args, names):
+    """Says what all will take, from ten steps of an SAE and an adapter and ten questions."""
+    own, began = at_seed(args, 0, f"{args.out}/ten-steps"), time.perf_counter()
+    vars(own).update(sae_steps=10, tune_steps=10, questions=10, fresh=True)
+    Path(own.out).mkdir(parents=True, exist_ok=True)
+    run_commands({"sae": SAES["sae"]}, own, "ten steps of an SAE")
+    run_commands({"adapter": TUNE + " --sae {out}/sae"}, own, "ten steps, ten questions")
+    sae, adapter = (read_json(Path(own.out, name, "summary.json")) for name in ("sae", "adapter"))
+    asking = time.perf_counter() - began - sae["seconds"] - adapter["seconds"]
+    text, runs = " ".join(ARMS[name] for name in names), args.seeds / args.workers / 3600
+    saes = sum(f"{{out}}/{name} " in text + " " for name in SAES)
+    adapters = sum(ARMS[name].startswith("train") for name in names)
+    questions = args.questions or len(eval.read_bench(args.bench)[0])
+    print(f"ahead: {saes} SAEs, {saes * sae['seconds'] / 10 * args.sae_steps * runs:.2g} h; "
+          f"{adapters} adapters, {adapters * adapter['seconds'] / 10 * args.tune_steps * runs:.2g} "
+          f"h; {len(names)} x {questions} questions, at most "
+          f"{len(names) * questions / 10 * asking * runs:.2g} h; memory "
+          f"{max(memory(own.out, name) for name in ('sae', 'adapter')):.3g} GB", flush=True)
+
+def memory(*where):
+    """Most that a run held, in GB; of a CPU unknown, 0."""
+    last = Path(*where, "metrics.jsonl").read_text().splitlines()[-1]
+    return json.loads(last).get("gb", 0)
 
 def run_all(args, names):
     """Trains and asks the arms `names` for every seed -> {arm: [samples of a seed]}."""
@@ -181,21 +216,61 @@ def over_seeds(runs, controls=None):
 def describe(args, name, rows):
     """One section -> its Markdown."""
     about, arms, questions = SECTIONS[name]
+    about = about.format(**vars(args))
     if name == "generality":
         family = {row["id"]: row["family"] for row in read_problems(TINY / "test.jsonl")}
         for arm, runs in rows.items():
             rows[arm] = [[r for r in run if family[r["id"]] in HALVES["elicit"]] for run in runs]
+    some = dict.fromkeys(["base", *arms])
+    paired, _ = eval.report({arm: pooled(rows[arm]) for arm in some})
+    parts = [f"## {name}", about, over_seeds_table(rows, some) if args.seeds > 2 else "",
+             f"Paired by problem, for these trainings:\n\n```\n{paired}\n```"]
+    words = [compare(args, rows, *question) for question in questions]
+    if name == "cost":
+        words = cost(args.out)
+    if name == "rates":
+        parts.append(learned(args, arms))
+    return "\n\n".join(filter(None, [*parts, "\n".join(f"- {word}" for word in words)]))
+
+def over_seeds_table(rows, arms):
     lines = [["arm", "Pass@1", "minus base"], ["---"] * 3]
-    for arm in dict.fromkeys(["base", *arms]):
+    for arm in arms:
         rate = eval.bracketed(*over_seeds(rows[arm])[:3])
         gain = eval.bracketed(*over_seeds(rows[arm], rows["base"])[:3], "+")
         lines.append([arm, rate, "" if arm == "base" else gain])
-    words = [eval.verdict(a, b, why, *over_seeds(rows[a], rows[b])) for a, b, why in questions]
-    if name == "cost":
-        words = cost(args.out)
-    table = ["| " + " | ".join(row) + " |" for row in lines]
-    text = [f"## {name}", about, "\n".join(table), "\n".join(f"- {word}" for word in words)]
-    return "\n\n".join(filter(None, text))
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+def compare(args, rows, a, b, why):
+    """Two arms in words: over seeds where there are three, else problem by problem."""
+    if args.seeds > 2:
+        return eval.verdict(a, b, why, *over_seeds(rows[a], rows[b]))
+    pair = eval.paired(pooled(rows[a]), pooled(rows[b]))
+    return eval.verdict(a, b, why, pair["difference"], *pair["interval"], pair["withheld"])
+
+def pooled(runs):
+    """[samples of a seed] -> samples of each problem, whichever training they are of."""
+    return [row | {"sample": i * len(rows) + row["sample"]}
+            for i, rows in enumerate(runs) for row in rows]
+
+def learned(args, arms):
+    """What the objective came to in each arm, means over seeds, and how large the adapter is."""
+    lines = []
+    for arm in arms:
+        found = []
+        for seed in range(args.seeds):
+            where = Path(args.out, f"seed-{seed}", slug(arm))
+            nats = read_json(where / "summary.json")
+            found.append([nats[f"kl{of}"] for of in ("_before", "_after", "_unspliced_after")]
+                         + [adapter_norm(where)])
+        lines.append([arm, *(f"{mean:.4g}" for mean in np.mean(found, 0))])
+    return "```\n" + eval.table(lines, ["held out, nats a token", "KL before", "KL after",
+                                       "KL without SAE", "norm of the adapter"]) + "\n```"
+
+def adapter_norm(where):
+    """Of all that an adapter adds: the root of the sum of squares of scale B A."""
+    adapter = read_adapter(where)
+    return float(sum((adapter["scales"][name] * (B @ A)).square().sum()
+                     for name, (A, B) in adapter["pairs"].items())) ** 0.5
 
 def cost(out):
     """What SAE and adapter took of what RL took, from the summaries of seed 0, in words."""
@@ -218,14 +293,20 @@ def main(argv):
     args.sections = args.sections or [s for s in SECTIONS if embedded or s not in EMBEDDED]
     for name in args.sections:
         check(embedded or name not in EMBEDDED, f"--sections {name} needs --preset tiny")
+    blocks = Config.from_pretrained(split_spec(args.target)[0]).num_hidden_layers
+    args.layer = blocks * 3 // 7             # as train.py chooses it
+    args.low, args.high = args.layer // 2, (args.layer + blocks) // 2
     args.rl_steps, args.group, args.rl_tokens = (100, 2, 8) if args.quick else (200, 8, 96)
     began = time.perf_counter()
     names = dict.fromkeys(["base", *(arm for s in args.sections for arm in SECTIONS[s][1])])
     for section in args.sections:
         names |= dict.fromkeys(arm for pair in SECTIONS[section][2] for arm in pair[:2])
+    if not args.quick and not Path(args.out, "seed-0").exists():
+        forecast(args, names)
     rows = run_all(args, [*names])
-    n = (f"{args.seeds} seed(s) x {len(rows['base'][0])} samples of {args.bench}; intervals: "
-         "Student's t over seeds, none for fewer than 3 seeds or equal ones")
+    n = f"{args.seeds} seed(s) x {len(rows['base'][0])} samples of {args.bench}"
+    if args.seeds > 2:
+        n += "; intervals of the tables: Student's t over seeds, none for equal ones"
     parts = [f"# SAE-Tuning and its controls\n\n{time.strftime('%Y-%m-%d')}, {n}"]
     parts += [describe(args, name, dict(rows)) for name in args.sections]
     write_text(f"{args.out}/report.md", html.escape("\n\n".join(parts), quote=False) + "\n")

@@ -18,9 +18,10 @@ import eval
 import train
 from data.files import check, write_json, write_text
 from data.flags import (
-    command_lines, experiment_parser, front_door, parse_experiment, run_commands, whole)
+    command_lines, derive, experiment_parser, front_door, parse_experiment, real, run_commands,
+    whole)
 from data.formats import load_any
-from model import load_model, load_tokenizer
+from model import Config, load_model, load_tokenizer, split_spec
 from resa import activations, is_sink
 from sae import metrics
 
@@ -68,7 +69,7 @@ def decompose_error(x, x_hat, n_fit):
 # ---- One study: the SAEs of one seed, on held-out text -----------------------------------------
 
 TRAIN = ("train.py --stage sae --source {source} --seq-len {seq_len} --steps {steps} --batch 4 "
-         "--lr 0.005 --schedule linear --layer {layer} --site {site}")
+         "--lr {lr} --schedule linear --layer {layer} --site {site}")
 
 def train_saes(args, seed):
     """One SAE for each width -> their directories."""
@@ -134,17 +135,22 @@ def main(argv):
     parser = experiment_parser("python -m tests.claims.errors", __doc__.split("\n")[0],
                                "source", "data", "dtype")
     add = parser.add_argument
-    add("--layer", type=whole(0), default=1, help="decoder block, counted from 0")
+    add("--layer", type=whole(0), help="decoder block; by default the SAE's, else 3/7 of the depth")
     add("--site", choices=("resid", "mlp"), default="resid", help="output of the block, its MLP")
     add("--held", default="", help="JSONL to measure on; by default the last 5 %% of --data")
     add("--sae", nargs="+", default=[], help="study these, of different widths; else train some:")
     add("--widths", nargs="+", type=whole(1), default=[128, 256, 512, 1024], help="latents")
     add("--seeds", type=whole(1), default=3, help="trainings of each: seeds 0, 1, ..")
     add("--steps", type=whole(1), default=500, help="optimizer steps")
+    add("--lr", type=real(0), default=0.005, help="learning rate of SAEs; 0: by a rule")
     add("--seq-len", type=whole(2), default=256, help="tokens in a chunk")
     args = parse_experiment(parser, argv, dict(seeds=1, steps=4), "errors")
     if "data" in args.given and "held" not in args.given:      # a preset's goes with its own data
         args.held = ""
+    if args.sae:
+        derive(args, "layer", load_any(args.sae[0]).meta.get("layer"), "the SAE's")
+    blocks = Config.from_pretrained(split_spec(args.source)[0]).num_hidden_layers
+    derive(args, "layer", blocks * 3 // 7, "3/7 of the depth")
     specs = [args.sae] if args.sae else [train_saes(args, seed) for seed in range(args.seeds)]
     text = load_text(args)
     found = [study(some, *text) for some in specs]       # of each seed, on the same text
