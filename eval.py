@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 from data import prepare
 from data.files import (
-    REQUIRED, TINY, check, one_writer, parse_json, printable, read_fields, read_json,
-    read_problems, read_text, relative, shorten, write_json, write_text)
+    REQUIRED, TINY, check, one_line, one_writer, parse_json, printable, read_fields, read_json,
+    read_text, relative, shorten, write_json, write_text)
 from data.flags import (
-    SEED, Parser, choose_device, front_door, open_run, parse, read_preset, real, refuse_idle,
-    whole)
+    SEED, Parser, choose_device, embedded, front_door, needs, open_run, parse, read_preset, real,
+    refuse_idle, tell, whole)
 from data.grade import extract_answer, grade, grade_answer       # noqa: F401  (for importers)
 from data.processes import first_alone, shared_run, wait_for_all, world
+from data.rows import OWN_PROMPT, columns, messages_of, read_problems
 from data.stats import (                                         # noqa: F401  (for importers)
     bracketed, figure, interval, paired, paired_difference, pass_at_k, permutation_p, student,
     summarize, verdict, wilson)
@@ -53,20 +54,27 @@ CHOICE_PROMPT = (
     "Answer the following multiple choice question. The last line of your response should be of "
     "the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think "
     "step by step before answering.\n\n{problem}")
-NAMES = "aime24 aime25 amc23 math500 minerva gpqa olympiadbench".split()
+NAMES = "aime24 aime25 amc23 math500 minerva gpqa olympiadbench gsm8k".split()
 PUBLISHED = dict.fromkeys(NAMES, MATHS_PROMPT) | {"gpqa": CHOICE_PROMPT}
 BENCHES = {"tiny": "{problem}"} | PUBLISHED      # name -> prompt
 MAX_NEW_TOKENS = 32768                           # per completion, as published
 
-def read_bench(name):
+def read_bench(name, fields=""):
     """A --bench value: a name in BENCHES, or a file (GPQA's .csv too) -> (problems, source)."""
     if name in PUBLISHED:
         return prepare.benchmark(name)
     path = TINY / "test.jsonl" if name == "tiny" else Path(name)
     check(path.suffix in (".jsonl", ".json", ".csv"), f"--bench {name}: known names are "
           f"{', '.join(BENCHES)}, all; or give a file: path.jsonl")
-    problems = prepare.read_gpqa(path) if path.suffix == ".csv" else read_problems(path)
-    return problems, relative(path)
+    if path.suffix == ".csv":
+        return prepare.read_gpqa(path), relative(path)
+    return read_problems(path, columns(fields)), relative(path)
+
+def prompt_of(name):
+    """What the questions of a --bench value are asked with."""
+    if name.endswith(".csv"):
+        return CHOICE_PROMPT
+    return BENCHES.get(name) or ("{problem}" if embedded(name) else OWN_PROMPT)
 
 def mark(row):
     """A sample with its grade.  Needs only the row: grading from disk is grading at run time."""
@@ -119,10 +127,8 @@ def fingerprint(model):
 def make_plan(model, tokenizer, problems, samples, seed, settings, prompt="{problem}", system=""):
     """-> {(id, sample): row, complete but for the completion}, {prompt: its token ids}."""
     plan, ids_of = {}, {}
-    first = [{"role": "system", "content": system}] if system else []
     for i, problem in enumerate(problems):              # i, not the id, is in the seed
-        asked = prompt.replace("{problem}", problem["problem"])      # format() would trip on braces
-        text = tokenizer.chat([*first, {"role": "user", "content": asked}])
+        text = tokenizer.chat(messages_of(problem, prompt, system))
         # Resa: the published runs put a second begin token before the template's own.
         ids_of[text] = tokenizer.encode(text)
         for j in range(samples):                        # sample j has its own seed
@@ -355,7 +361,10 @@ def settings(argv):
     add("--bench", default="tiny", help=f"{', '.join(BENCHES)}, FILE; with commas; all: published")
     add("--limit", type=whole(0), default=0, help="only the first so many questions; 0: all")
     add("--system", default="", help="a system prompt; published: none")
-    add("--prompt-file", metavar="FILE", help="text with {problem} in it, instead of the published")
+    add("--prompt-file", metavar="FILE", help="text with {problem} in it, instead of the "
+        "published; files of your own are asked for an answer in a box")
+    add("--fields", default="", help="columns of own files, as problem=question,answer=gold")
+    add("--template", choices=("chat", "plain"), default="chat", help="plain: for models without")
     add = parser.add_argument_group("sampling").add_argument
     add("--samples", type=whole(1), default=1, help="samples per problem")
     add("--temperature", type=real(0), default=0.6, help="0 is greedy")
@@ -401,20 +410,35 @@ def read_benches(args):
         own = read_text(args.prompt_file).strip()       # asks every benchmark
         check("{problem}" in own, f"{args.prompt_file}: there is no {{problem}} in it")
     for name in names:
-        problems, source = read_bench(name)
-        prompt = CHOICE_PROMPT if name.endswith(".csv") else BENCHES.get(name, "{problem}")
-        benches[name] = problems[:args.limit or None], source, own or prompt
+        problems, source = read_bench(name, args.fields)
+        benches[name] = problems[:args.limit or None], source, own or prompt_of(name)
     return benches
 
 def sampling_of(args, name):
     """The settings of evaluate() for a benchmark.  A preset's length is for its own questions."""
     names = "samples temperature top_p top_k max_new_tokens seed slots fresh system"
     sampling = {name: getattr(args, name) for name in names.split()}
-    if name in PUBLISHED and "max_new_tokens" not in args.given:
+    own = name in read_preset(args.preset).get("bench", "").split(",") or embedded(name)
+    if not own and "max_new_tokens" not in args.given:
         sampling["max_new_tokens"] = MAX_NEW_TOKENS
     return sampling
 
-def save_report(args, name, source, results):
+def foot(args, name, prompt, results):
+    """How the questions of a table were asked; and whether too many answers were cut off."""
+    most = sampling_of(args, name)["max_new_tokens"]
+    asked = one_line(prompt.replace("{problem}", "PROBLEM"))
+    asked = asked if len(asked) <= 80 else f"{asked[:60]} .. {asked[-15:]}"
+    lines = [f"Asked ({args.template}): {asked}", f"At most {most:,} new tokens, temperature "
+             f"{args.temperature}, top-p {args.top_p}, seed {args.seed}."]
+    for label, rows in results.items():
+        cut = [row for row in rows if row["finish"] == "length"]
+        if len(cut) > len(rows) / 5:
+            full = any(row["tokens"] < most for row in cut)
+            why = "the model has no more positions" if full else "--max-new-tokens raises the limit"
+            lines.append(f"{label}: {len(cut) / len(rows):.0%} of the answers were cut off: {why}.")
+    return "\n".join(lines)
+
+def save_report(args, name, source, prompt, results):
     """The table of one benchmark, printed; its summaries, merged into those of earlier runs."""
     text, summaries = report(results)
     folder = samples_path(args.out, name, "").parent
@@ -424,7 +448,7 @@ def save_report(args, name, source, results):
         open_run(folder, args)
         merged = read_json(path) if path.exists() else {}        # keep earlier labels
         write_json(path, merged | new)
-    print(f"\n{name}, samples in {folder}\n\n{text}")
+    print(f"\n{name}, samples in {folder}\n\n{text}\n\n{foot(args, name, prompt, results)}")
 
 def main(argv):
     if argv[:1] == ["show"]:
@@ -438,20 +462,25 @@ def main(argv):
         with first_alone():
             benches = read_benches(args)
         results = {name: {} for name in benches}
+        target = read_preset(args.preset).get("target")
+        if not target:
+            needs(args, "model", "in eval.py")
         adapter = f"out/{args.preset}/adapter"              # what tuning wrote
         check(args.model or Path(adapter).is_dir(), f"{adapter}: no adapter there; run train.py "
               "--stage tune, or name models: --model")
-        for spec in args.model or [f"{read_preset(args.preset)['target']}+{adapter}"]:
-            model, tokenizer = load_model(spec, args.dtype, args.device), load_tokenizer(spec)
+        tell(args, "eval")
+        for spec in args.model or [f"{target}+{adapter}"]:
+            model = load_model(spec, args.dtype, args.device)
+            tokenizer = load_tokenizer(spec, args.template)
             if args.compile:
                 model.compile_blocks()
             for name, (problems, _, prompt) in benches.items():
                 results[name][label_of(spec)] = evaluate(
                     model, tokenizer, problems, samples_path(args.out, name, spec),
                     label=label_of(spec), prompt=prompt, **sampling_of(args, name))
-        for name, (_, source, _) in benches.items():
+        for name, (_, source, prompt) in benches.items():
             if world()[0] == 0:
-                save_report(args, name, source, results[name])
+                save_report(args, name, source, prompt, results[name])
 
 if __name__ == "__main__":
     front_door(main)

@@ -406,9 +406,11 @@ def load_model(spec, dtype=None, device=None):
         put_on(model, adapter, path, factor)
     return model.eval().requires_grad_(False)
 
-def load_tokenizer(spec):
-    """The Tokenizer of a model spec; adapters do not change it."""
-    return Tokenizer(config_path(spec).parent)
+def load_tokenizer(spec, template="chat"):
+    """The Tokenizer of a model spec; adapters do not change it.  template "plain": no chats."""
+    tokenizer = Tokenizer(config_path(spec).parent)
+    tokenizer.plain = template == "plain"
+    return tokenizer
 
 @torch.no_grad()
 def load_weights(model, directory, device):

@@ -34,9 +34,8 @@ from tqdm import tqdm
 
 import resa
 from data.adapters import note_base, read_adapter
-from data.files import (REQUIRED, TINY, check, parse_json, read_fields, read_jsonl,
-                        read_problems, relative)
-from data.flags import (SEED, Parser, choose_device, derive, front_door, needs, parse,
+from data.files import (REQUIRED, TINY, check, parse_json, read_fields, read_jsonl, relative)
+from data.flags import (SEED, Parser, choose_device, derive, embedded, front_door, needs, parse,
                         real, refuse_idle, whole)
 from data.flops import training_flops
 from data.formats import load_any
@@ -44,6 +43,8 @@ from data.grade import grade
 from data.prepare import TRAINING, training_set
 from data.processes import (add_up, average_gradients, first_alone, reduce_, share, shared_run,
                             world)
+from data.rows import (OWN_PROMPT, PROBLEM, columns, messages_of, read_problems, renamed,
+                       turns_of)
 from data.runs import check_out, training
 from model import (at_least_fp32, collect, load_model, load_tokenizer, right_pad, save_model,
                    split_spec, think_prefix)
@@ -58,12 +59,14 @@ RESA_TEMPLATE = ("{system}User:\n {problem}\n\nAssistant:\n <think> {answer} </t
                  "<answer> Answer: {answer}</answer>")
 
 def as_text(row, tokenizer, template):
-    """One row of a data file -> the document a model reads.  template: "chat" or "resa"."""
+    """One row of a data file -> the document a model reads.  template: "resa", or the chat's."""
     if "text" in row:
         return row["text"]
+    if "problem" not in row:             # a chat, with its answer
+        return tokenizer.chat(row["messages"], add_generation_prompt=False)
     if "completion" not in row and template == "resa":
         return RESA_TEMPLATE.format(**row | {"system": row.get("system") or ""})
-    prompt = tokenizer.chat([{"role": "user", "content": row["problem"]}])
+    prompt = tokenizer.chat(messages_of(row))
     if "completion" in row:
         return prompt + row["completion"]
     start = "" if think_prefix(prompt) else "<think>\n"
@@ -77,26 +80,38 @@ def data_file(name):
     check(Path(name).is_file(), f"--data {name}: no such file, nor one of {', '.join(TRAINING)}")
     return name
 
-def read_rows(path):
-    """Rows of text or problem/completion if the first one is; else all must be problem/answer."""
-    _, first = next(read_jsonl(path), (0, {}))
-    if first.get("text") is None and first.get("completion") is None:      # null is absent
-        rows = read_problems(path)
+def read_rows(path, fields=(), strict=False):
+    """Rows of text, of problem/completion or chats if the first one is; else of problem/answer."""
+    fields, (number, first) = dict(fields), next(read_jsonl(path), (1, {}))
+    first = renamed(first, fields, f"{path}:{number}")
+    if not first.keys() & {"text", "completion"} and ("answer" in first or "messages" not in first):
+        rows = read_problems(path, fields, strict)
         for i, row in enumerate(rows, start=1):
             check(not row.keys() & {"text", "completion"},
                   f"{path}: row {i} has a text or completion, the first has none")
         return rows
     rows = []
     for number, row in read_jsonl(path):
-        names = ["problem", "completion"] if row.get("text") is None else ["text"]
-        table = dict.fromkeys(names, (str, None, None, REQUIRED))
-        rows.append(read_fields(row, table, f"{path}:{number}"))
+        row, where = renamed(row, fields, f"{path}:{number}"), f"{path}:{number}"
+        if "messages" in row and not row.keys() & {"text", "completion"}:
+            turns = turns_of(row, where)
+            check(turns[-1]["role"] == "assistant", f"{where}: a chat without an answer")
+            rows.append({"messages": turns})
+            continue
+        names = ["problem", "completion"] if "text" not in row else ["text"]
+        table = dict.fromkeys(names, (str, None, None, REQUIRED)) | {"system": PROBLEM["system"]}
+        rows.append(read_fields(row, table, where))
     return rows
+
+def is_own(args):
+    """Whether --data is neither a published set nor of the embedded family."""
+    return args.data not in TRAINING and not embedded(args.data)
 
 def load_chunks(args, tokenizer, model):
     """--data -> chunks (n,T) int64: documents joined by the end token, which also comes first.
     Only whole chunks are kept.  Resa: the released code drops a remainder every 2,048 documents."""
-    rows, ids = read_rows(data_file(args.data)), [tokenizer.eos_id]       # of all, in a row
+    rows = read_rows(data_file(args.data), columns(args.fields), is_own(args))
+    ids = [tokenizer.eos_id]             # of all documents, in a row
     for row in tqdm(rows, desc="tokenize", unit="row", disable=None, leave=False):
         ids += tokenizer.encode(as_text(row, tokenizer, args.template)) + [tokenizer.eos_id]
     positions = model.config.max_position_embeddings
@@ -200,7 +215,8 @@ def run_sae(args):
           "--tf32 has no effect with --device cpu: leave it out, or pass --no-tf32")
     if args.tf32 is None:
         args.tf32 = args.device != "cpu"
-    model, tokenizer = load_model(args.source, args.dtype, args.device), load_tokenizer(args.source)
+    model = load_model(args.source, args.dtype, args.device)
+    tokenizer = load_tokenizer(args.source, args.template)
     torch.manual_seed(args.seed)    # for variants that draw noise
     sae = make_sae(args, model).to(args.device)
     check(args.processes == 1 or sae.W_dec.requires_grad,
@@ -453,7 +469,7 @@ def train_on_text(stage, args, model, optimizer, loss_of, name, sae=None, measur
     """Trains on loss_of(ids (B,T)), logged as `name`, and saves what came out -> the summary.
     measures  {name: function of ids (n,T)}, in nats per token, taken before and after, held out"""
     spec = args.model if stage == "pretrain" else args.target
-    chunks, held = load_chunks(args, load_tokenizer(spec), model), None           # (n,T)
+    chunks, held = load_chunks(args, load_tokenizer(spec, args.template), model), None   # (n,T)
     if measures:
         chunks, held = hold_out(chunks, 16384)                                    # (n,T) each
     plan_steps(stage, args, len(chunks))
@@ -583,7 +599,8 @@ def run_pretrain(args):
 
 def run_rl(args):
     """GRPO with LoRA (arXiv 2402.03300): makes a base model a source of reasoning."""
-    rows, tokenizer = read_problems(data_file(args.data)), load_tokenizer(args.target)
+    rows = read_problems(data_file(args.data), columns(args.fields), is_own(args))
+    tokenizer = load_tokenizer(args.target, args.template)
     check(args.questions <= len(rows), f"--questions {args.questions}: {args.data} has {len(rows)}")
     model = load_model(args.target, args.dtype, args.device)
     optimizer = add_adapters(args, model)
@@ -616,9 +633,10 @@ def run_rl(args):
 def rollout(model, tokenizer, rows, step, args):
     """Q rows -> S samples (prompt ids, answer ids), G for each row in turn; rewards (Q,G)."""
     prompts, requests, rewards = [], [], []
+    asked = OWN_PROMPT if is_own(args) else "{problem}"      # as eval.py will ask
     first = world()[0] * len(rows)       # the number of these questions in the whole step
     for i, row in enumerate(rows):
-        prompts.append(tokenizer.chat([{"role": "user", "content": row["problem"]}]))
+        prompts.append(tokenizer.chat(messages_of(row, asked)))
         ids = tokenizer.encode(prompts[i])       # each request: ids, what seeds the sample
         requests += [(ids, (args.seed, step, first + i, j)) for j in range(args.group)]
     model.eval()                         # no dropout: the policy itself answers
@@ -673,6 +691,7 @@ SWITCH = argparse.BooleanOptionalAction
 def common_flags(add):
     # Data, and how much of it
     add("--data", default="", help="file of JSON(L), see read_rows; or name of a published set")
+    add("--fields", default="", help="its columns, as problem=question,answer=gold")
     add("--steps", type=whole(0), default=0, help="optimizer steps; 0: --epochs decides")
     add("--micro-batch", type=whole(0), help="rows in a forward pass; 0: all of them; "
         "by default 16384 tokens")
@@ -694,7 +713,8 @@ def common_flags(add):
     add("--save-every", type=whole(1), default=100, help="steps between checkpoints")
 
 def text_flags(add):
-    add("--template", choices=("chat", "resa"), default="chat", help="resa: the published layout")
+    add("--template", choices=("chat", "resa", "plain"), default="chat",
+        help="resa: the published layout; plain: for models without a chat template")
     add("--seq-len", type=whole(2), help="tokens in a packed chunk; by default a power of two of "
         "which the data has 100, at most the published 2048")
     add("--shuffle", action=SWITCH, default=True, help="in each epoch; published: --no-shuffle")
@@ -744,6 +764,7 @@ def tune_flags(add):
         help="nats per token; published: the sum over the sequence")
 
 def rl_flags(add):
+    add("--template", choices=("chat", "plain"), default="chat", help="plain: for models without")
     add("--questions", type=whole(1), default=32, help="questions in a step")
     add("--group", type=whole(2), default=8, help="samples of each question")
     add("--temperature", type=real(0, above=True), default=1.0, help="of the samples; Tina has 0.7")

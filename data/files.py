@@ -166,31 +166,6 @@ def read_jsonl(path):
         check(not long, f"{path}:{number}: longer than {2**20:,} characters: {shorten(long)}")
         yield number, row
 
-def blank(value):
-    """Whether a field of a row says nothing: absent, null, or white space alone."""
-    return value is None or not str(value).strip("\u200b\ufeff \t\r\n\f\v\u00a0\u3000")
-
-TEXT = (str, int, float)
-PROBLEM = {name: (TEXT, None, None, None) for name in ("problem", "question", "answer", "id")}
-
-def read_problems(path):
-    """Rows of "problem" (or "question"), "answer", maybe "id" -> list of dicts with these as text.
-    ValueError names the file and line of the first bad row: path:17: no "answer" field."""
-    rows, ids = [], set()
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        row = {name: value for name, value in row.items() if value is not None}    # null is absent
-        found = read_fields(row, PROBLEM, where)
-        problem = found["question"] if blank(found["problem"]) else found["problem"]
-        for name, value in (("problem", problem), ("answer", found["answer"])):
-            check(not blank(value), f'{where}: no "{name}" field')
-        key = str(len(rows) if blank(found["id"]) else found["id"])
-        check(key not in ids, f"{where}: id {key!r} occurs twice")
-        ids.add(key)
-        rows.append(row | {"problem": str(problem), "answer": str(found["answer"]), "id": key})
-    check(rows, f"{path}: no problems in it")
-    return rows
-
 # ---- Tensors -----------------------------------------------------------------------------------
 
 FLOATS = ("F32", "BF16", "F16", "F64")   # dtypes of weights, in safetensors' words

@@ -281,7 +281,7 @@ def experiment_parser(prog, description, *passed):
     """A Parser for an experiment; the flags `passed` are those of the commands that it runs."""
     parser = Parser(prog, description)
     add = parser.add_argument
-    for name in passed:
+    for name in (*passed, "fields"):
         add(f"--{name}", default="", help="as in train.py and eval.py; by default the preset's")
     add("--device", default="", help="cpu, cuda or cuda:N; by default a GPU where there is one")
     add("--out", default="", help="run directory; by default out/PRESET/NAME")
@@ -330,12 +330,14 @@ def command_lines(name, words, args):
     common, lines = given_flags(args, "preset", "seed", "device", "dtype"), []
     if line[0] == "train.py":
         where = f"{args.out}/{slug(name)}"
-        data = given_flags(args, "data") if "data" in args.given and "--data" not in line else []
+        own = "data" in args.given and "--data" not in line
+        data = given_flags(args, "data", "fields") if own else []
         lines.append(line + common + data + ["--out", where])
         if line[1:3] == ["--stage", "sae"]:
             return lines
         line = ["eval.py", "--model", f"{args.target}+{where}"]
-    asking = given_flags(args, "bench", "samples", "out") + ["--limit", str(args.questions)]
+    asking = given_flags(args, "bench", "samples", "fields", "out")
+    asking += ["--limit", str(args.questions)]
     if "max_new_tokens" in args.given:       # else the preset's, of its own questions
         asking += given_flags(args, "max_new_tokens")
     return [*lines, line + common + asking + ["--slots", "128"]]

@@ -21,9 +21,10 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.files import (
-    REQUIRED, ROOT, TEXT, TINY, blank, check, parse_json, read_fields, read_json, read_jsonl,
+    REQUIRED, ROOT, TINY, check, parse_json, read_fields, read_json, read_jsonl,
     read_value, relative, staged, write_json, write_jsonl)
 from data.flags import front_door
+from data.rows import TEXT, blank, final_answer
 
 # ---- The embedded questions, and the corpora that the embedded models learn from ---------------
 
@@ -201,6 +202,8 @@ def as_problem(name, row):
     answer = row.get("answer")
     if name == "olympiadbench":
         answer = row["final_answer"][0].strip("$")       # a list of one
+    elif name == "gsm8k":
+        answer = final_answer(answer, name)
     elif name == "minerva":
         answer = BOXED.match(row["solution"])[1]         # only the solution holds it
     elif name != "math500":                              # AIME's 025, AMC's 27.0: whole numbers

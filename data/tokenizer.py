@@ -51,6 +51,7 @@ class Tokenizer:
                     token = read_fields(token, CONTENT, f"{path}: {field}")["content"]
                 if token is not None:
                     self.special[field] = token
+        self.plain = False                   # True: chats become plain text, see `chat`
         own, jinja = self.special.pop("chat_template", None), directory / "chat_template.jinja"
         self.template = read_text(jinja) if jinja.exists() else own
         self.own_eos_id = self.fast.token_to_id(self.special.get("eos_token", ""))
@@ -71,8 +72,12 @@ class Tokenizer:
         return self.fast.decode(list(ids), skip_special_tokens=skip_special)
 
     def chat(self, messages, add_generation_prompt=True):
-        """[{"role", "content"}, ...] -> the text that the checkpoint's own template makes of it."""
-        check(self.template, "this tokenizer has no chat_template; add a chat_template.jinja")
+        """[{"role", "content"}, ...] -> the text that the checkpoint's own template makes of it;
+        if it is asked in plain text, the contents with blank lines between."""
+        if self.plain:
+            return "\n\n".join(turn["content"] for turn in messages) + "\n\n"
+        check(self.template, "this tokenizer has no chat_template: --template plain asks in plain "
+              "text; or add a chat_template.jinja")
         given = {"messages": messages, "tools": None, "documents": None, **self.special}
         try:
             template = in_time(lambda: compiled(self.template))

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 import eval as eval_
-from data.files import ROOT, TINY, check, read_problems
+from data.files import ROOT, TINY, check
 from data.flags import front_door
+from data.rows import read_problems
 from model import load_model, load_tokenizer
 
 ASK = [sys.executable, str(ROOT / "eval.py"), "--model", f"{TINY}/distill", "--limit", "64",

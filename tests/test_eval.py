@@ -21,8 +21,8 @@ import torch
 
 import eval as ev
 from data import stats
-from data.files import read_problems
 from data.grade import same_answer
+from data.rows import read_problems
 from model import (
     Config, Transformer, init_weights, load_model, load_tokenizer, save_model, think_prefix)
 from tests.conftest import ROOT
@@ -455,7 +455,7 @@ def test_published_settings_for_published_benchmarks():
     args = ev.settings([])
     limits = {name: ev.sampling_of(args, name)["max_new_tokens"]
               for name in ("tiny", "my.jsonl", "aime24")}
-    assert limits == {"tiny": 96, "my.jsonl": 96, "aime24": 32768}
+    assert limits == {"tiny": 96, "my.jsonl": 32768, "aime24": 32768}        # 96 is for the embedded
     args = ev.settings(["--max-new-tokens", "50"])
     assert {ev.sampling_of(args, name)["max_new_tokens"] for name in ev.BENCHES} == {50}
     published = {"temperature": 0.6, "top_p": 0.95, "samples": 1}
@@ -634,7 +634,8 @@ def test_two_processes_give_the_samples_of_one(whole, small, bench, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", "eval.py", "--model", small, "--bench", str(bench), "--samples", "3",
                "--max-new-tokens", "8", "--device", "cpu", "--temperature", "1", "--top-p", "1",
-               "--out", str(tmp_path)]
+               "--out", str(tmp_path), "--prompt-file", str(tmp_path / "prompt.txt")]
+    (tmp_path / "prompt.txt").write_text("{problem}")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("5 of 24 samples are already there") == 1
@@ -756,7 +757,8 @@ def test_command_line_table_and_summary(whole, small, bench, tmp_path, capsys):
     # Re-grading needs only the files, and gives the grades of the run.
     ev.main(["--regrade", str(directory / f"{a}.jsonl"), str(directory / f"{b}.jsonl")])
     again = capsys.readouterr().out.splitlines()
-    assert again[2:] == out[out.index(header):]
+    assert again[2:] == out[out.index(header):len(again) - 2 + out.index(header)]
+    assert out[-4].startswith("Asked (chat): PROBLEM Give the final answer in \\boxed{}.")
     assert all("0 of them graded differently" in line for line in again[:2])
 
     # A second command adds its label to the summary and keeps the others.

@@ -14,8 +14,9 @@ import model as M
 import resa
 import sae as S
 import train
-from data.files import TINY, read_problems
+from data.files import TINY
 from data.formats import load_any
+from data.rows import read_problems
 from tests.claims import features as F
 from tests.conftest import ROOT
 
@@ -44,7 +45,7 @@ def build(variant, width, n_latents, layer=1, site="resid", **hyper):
 def settings(**more):
     """What the functions read of the command line."""
     usual = dict(seed=0, bench="tiny", max_new_tokens=96, top=5)
-    return Namespace(**usual | more)
+    return Namespace(**usual | {"fields": ""} | more)
 
 
 def firing(model, sae, wanted):

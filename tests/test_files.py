@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from data import files, flags
 from data.files import (
     REQUIRED, check, check_tensors, locate, open_tensors, parse_json, printable, read_fields,
-    read_json, read_jsonl, read_problems, read_text, read_value, refuse_unknown, relative, shorten,
+    read_json, read_jsonl, read_text, read_value, refuse_unknown, relative, shorten,
     staged, write_json, write_jsonl)
 from data.flags import Parser, open_run, parse, read_preset, real, refuse_idle, to_argv, whole
+from data.rows import read_problems
 from tests.conftest import ROOT
 
 

@@ -35,8 +35,8 @@ import resa
 import train
 from data import flags, prepare, runs
 from data.adapters import ADAPTER_FIELDS
-from data.files import read_problems
 from data.formats import SAELENS, TRAINER, load_any
+from data.rows import read_problems
 from data.tokenizer import Tokenizer
 from eval import FIELDS, read_samples
 from model import (

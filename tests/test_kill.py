@@ -115,6 +115,11 @@ def whole(kind, folder):
     return contents(folder / "whole"), time.perf_counter() - begun
 
 
+def was_done(code, said):
+    """Whether a command refused to make again what is finished: the one before was killed as it ended."""
+    return code == 2 and " holds a finished run: --fresh replaces it" in said.read_text()
+
+
 def inject(kind, number, times, folder, seed=0):
     """Signals at random moments until `times` of them hit; each run is then continued to its end -> hits."""
     expected, seconds = whole(kind, folder)
@@ -125,13 +130,14 @@ def inject(kind, number, times, folder, seed=0):
             time.sleep(draw.uniform(0.05, seconds))
             os.kill(process.pid, number)
         code = finish(process)
-        if code:
+        if code and not was_done(code, said):
             assert code == 128 + number, said.read_text()
             hits += 1
             if number != signal.SIGKILL:
                 last = said.read_text().splitlines()[-1]
                 assert f"stopped by {signal.Signals(number).name}; " in last and "the same command" in last
         else:
+            (out / ".resa-lock").unlink(missing_ok=True)     # of a process killed as it ended
             assert contents(out) == expected
             shutil.rmtree(out)
     assert sorted(path.name for path in folder.iterdir()) == ["said", "whole"]
@@ -160,7 +166,8 @@ def kill_at_every_file_operation(kind, folder, step=1):
     (expected, _), at, out, said = whole(kind, folder), 1, folder / "out", folder / "said"
     while finish(start(command(kind, out), said, KillAt(out, at))) == 128 + signal.SIGKILL:
         code = finish(start(command(kind, out), said))
-        assert code == 0, f"operation {at}: {said.read_text()}"
+        assert code == 0 or was_done(code, said), f"operation {at}: {said.read_text()}"
+        (out / ".resa-lock").unlink(missing_ok=True)
         assert contents(out) == expected, f"operation {at}"
         shutil.rmtree(out)
         at += step

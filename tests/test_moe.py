@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import resa
-from data.files import TINY, read_problems
+from data.files import TINY
 from data.grade import grade
+from data.rows import read_problems
 from model import (
     Config, MoE, Transformer, generate, load_model, load_tokenizer, put_on, read_adapter,
     save_model)

@@ -24,8 +24,9 @@ import torch
 import eval as ev
 import train
 from data import prepare
-from data.files import TINY, read_jsonl, read_problems
+from data.files import TINY, read_jsonl
 from data.flags import read_preset
+from data.rows import read_problems
 from model import load_model, load_tokenizer
 from tests.conftest import ROOT
 

@@ -20,8 +20,8 @@ import resa
 import sae
 import train
 from data import flops, runs
-from data.files import read_problems
 from data.flags import front_door
+from data.rows import OWN_PROMPT, messages_of, read_problems
 from model import Block
 from tests.conftest import ROOT
 
@@ -601,7 +601,8 @@ def test_malformed_line_is_named_and_exit_code_is_2(tmp_path):
     done = command("train.py", "--stage", "sae", "--source", RANDOM, "--preset", "tiny", "--data", data,
                    "--out", tmp_path / "o")
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "o").exists()
-    assert done.stderr == f'error: {data}:2: no "answer" field\n'
+    assert done.stderr == (f'error: {data}:2: no "answer" field, its fields are problem; --fields answer=COLUMN '
+                           'names one\n')
 
 
 def test_a_run_that_diverges_stops_and_says_so(run, tmp_path, trained):
@@ -814,8 +815,7 @@ def test_rl_counts_the_tokens_of_prompts_and_samples(run, data, tmp_path):
     prompts = 0
     for step in range(2):
         for i in train.order(len(rows), 0, step)[:2]:
-            chat = tok.chat([{"role": "user", "content": rows[i]["problem"]}])
-            prompts += len(tok.encode(chat))
+            prompts += len(tok.encode(tok.chat(messages_of(rows[i], OWN_PROMPT))))
     assert summary(out)["tokens"] == 2 * prompts + round(sampled)      # groups of 2
     lm = resa.add_lora(model.load_model(RANDOM))
     per_token = train.training_flops("rl", train.settings("rl", ["--device", "cpu", *RL]), lm)

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, models
 import model as M
 import resa
 import sae as S
-from data.files import TINY, read_problems
+from data.files import TINY
 from data.flags import read_preset
 from data.formats import save_saelens
+from data.rows import read_problems
 from tests.claims import view as V
 from tests.conftest import ROOT
 

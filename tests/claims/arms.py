@@ -22,8 +22,9 @@ import torch
 
 import eval
 import resa
-from data.files import TINY, check, read_json, read_problems, write_jsonl, write_text
+from data.files import TINY, check, read_json, write_jsonl, write_text
 from data.flags import arms_parser, front_door, parse_experiment, run_commands, slug, whole
+from data.rows import read_problems
 from model import Config, load_model, read_adapter, split_spec
 from resa import TAUGHT, TUNE
 

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 
 import eval
-from data.files import check, read_problems, write_text
+from data.files import check, write_text
 from data.flags import (
     choose_device, experiment_parser, front_door, parse_experiment, slug, whole)
+from data.rows import read_problems
 from model import at_least_fp32, load_model, load_tokenizer
 
 # ---- Experts: whom a behaviour uses, off and on ------------------------------------------------

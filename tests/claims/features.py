@@ -21,10 +21,11 @@ from tqdm import tqdm
 import eval
 import resa
 import train
-from data.files import check, read_problems, write_json, write_text
+from data.files import check, write_json, write_text
 from data.flags import (
     SEED, choose_device, experiment_parser, front_door, parse_experiment, run_commands, whole)
 from data.formats import load_any
+from data.rows import columns, read_problems
 from model import Config, load_model, load_tokenizer, think_prefix
 from sae import dense
 
@@ -103,7 +104,7 @@ def never_first(model, token):
 @torch.no_grad()
 def ask(study, problems, args):
     """One graded answer to each problem: {id: row of eval.py}."""
-    who, asked = (study.model, study.tokenizer), eval.BENCHES.get(args.bench, "{problem}")
+    who, asked = (study.model, study.tokenizer), eval.prompt_of(args.bench)
     sampling = dict(max_new_tokens=args.max_new_tokens, temperature=0.6, top_p=0.95)  # as eval.py
     settings = sampling | {"label": "features"}
     plan, ids_of = eval.make_plan(*who, problems, 1, args.seed, settings, asked)
@@ -171,7 +172,8 @@ def report(found, study):
 
 def open_study(args):
     """The model, and its answers as it is: to --data (documents), to --bench (base)."""
-    data, (bench, _) = read_problems(train.data_file(args.data)), eval.read_bench(args.bench)
+    data = read_problems(train.data_file(args.data), columns(args.fields), train.is_own(args))
+    bench, _ = eval.read_bench(args.bench, args.fields)
     tokenizer = load_tokenizer(args.target)
     tags = [tokenizer.fast.token_to_id(tag) for tag in ("<think>", "</think>")]
     check(None not in tags, f"<think> and </think> are not tokens of {args.target}")
@@ -199,7 +201,7 @@ def main(argv):
     add("--top", type=whole(1), default=5, help="latents of a layer by attribution, by the rule")
     add("--max-new-tokens", type=whole(1), default=2048, help="of an answer")
     args = parse_experiment(parser, argv, dict(questions=20, steps=4, top=1), "features")
-    eval.read_bench(args.bench)          # a mistake shows before anything is trained
+    eval.read_bench(args.bench, args.fields)     # a mistake shows before anything is trained
     layers = args.layers or range(Config.from_pretrained(args.target).num_hidden_layers)
     run_commands({f"sae {layer}": f"{SAE}{layer}" for layer in layers}, args, "SAEs")
     study, found = open_study(args), {}

@@ -16,10 +16,11 @@ import torch
 
 import resa
 import train
-from data.files import TINY, check, read_problems, relative, write_text
+from data.files import TINY, check, relative, write_text
 from data.flags import (
     SEED, choose_device, experiment_parser, front_door, parse_experiment, real, whole)
 from data.formats import load_any
+from data.rows import read_problems
 from model import collect, load_model, load_tokenizer
 
 # ---- What is on the page -----------------------------------------------------------------------
