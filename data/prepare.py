@@ -192,12 +192,12 @@ def benchmark(name):
             (temporary / path.name).write_bytes(body)
     if name == "gpqa":
         return read_gpqa(path), url
-    return [as_problem(name, row) for _, row in read_jsonl(path)], url
+    return [as_problem(name, row, number) for number, row in read_jsonl(path)], url
 
 # The last box as it is written, with braces in its braces: grade.last_box strips spaces
 BOXED = re.compile(r"(?s).*\\boxed\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
 
-def as_problem(name, row):
+def as_problem(name, row, number=0):
     """A row of a benchmark's file -> {"id", "problem", "answer"}."""
     answer = row.get("answer")
     if name == "olympiadbench":
@@ -208,7 +208,7 @@ def as_problem(name, row):
         answer = BOXED.match(row["solution"])[1]         # only the solution holds it
     elif name != "math500":                              # AIME's 025, AMC's 27.0: whole numbers
         answer = str(int(float(answer)))
-    key = row.get("unique_id") or f"{name.removesuffix('bench')}-{row.get('id', row.get('idx'))}"
+    key = row.get("unique_id") or f"{name.removesuffix('bench')}-{row.get('id', row.get('idx', number))}"
     return {"id": key, "problem": row.get("problem") or row["question"], "answer": answer}
 
 GPQA = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]

@@ -88,7 +88,7 @@ def test_what_only_looks_like_sentences_is_an_answer(gold, tmp_path):
 def test_gsm8k_is_a_benchmark_by_name(monkeypatch, tmp_path):
     assert "gsm8k" in eval.BENCHES and "gsm8k" in eval.PUBLISHED
     row = {"question": "How many?", "answer": "8 times 9 is <<8*9=72>>72\n#### 72"}
-    assert prepare.as_problem("gsm8k", row) | {"id": 0} == {"id": 0, "problem": "How many?", "answer": "72"}
+    assert prepare.as_problem("gsm8k", row, 7) == {"id": "gsm8k-7", "problem": "How many?", "answer": "72"}
     url = prepare.SOURCES["gsm8k"]["url"]
     assert url.startswith("https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5") and url.endswith("/test.jsonl")
 
