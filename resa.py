@@ -21,7 +21,8 @@ the hook, h = model.run(ids) what leaves the last block, before the final norm.
 
 import json
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -127,11 +128,14 @@ def splice(model, sae, layer, site="resid", grad=False):
 
 @torch.no_grad()
 def activations(model, ids, layer, site="resid"):
-    """ids (B,T) -> the activation (B,T,D) at the site; nothing above block `layer` is computed."""
-    caught = []
-    with hooked(model, layer, site, caught.append):
-        model.run(ids, stop=layer + 1)
-    return caught[0]
+    """ids (B,T) -> the activation (B,T,D) at the site; nothing above block `layer` is computed.
+    layer [4, 8]: a list of activations, from one pass."""
+    layers, caught = [layer] if isinstance(layer, int) else layer, {}
+    with ExitStack() as stack:
+        for n in layers:
+            stack.enter_context(hooked(model, n, site, partial(caught.__setitem__, n)))
+        model.run(ids, stop=max(layers) + 1)
+    return caught[layer] if layers != layer else [caught[n] for n in layers]
 
 def insert(sae, x):
     """x (B,T,D) -> what takes its place: sae(x), but x itself at attention sinks, see `is_sink`."""

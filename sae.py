@@ -873,9 +873,10 @@ class Signum(torch.optim.Optimizer):
         x <- running mean of z    what is evaluated and saved: see `averaged`
     Only z is stored.  x is read back from y and z: normalizing atoms moves it, as published."""
 
-    def __init__(self, sae, lr, momentum=0.95):
-        super().__init__(sae.parameters(), dict(lr=lr, momentum=momentum, steps=0))
-        self.sae = sae      # `averaged` puts its weights back onto their constraints
+    def __init__(self, saes, lr, momentum=0.95):
+        super().__init__(saes.parameters(), dict(lr=lr, momentum=momentum, steps=0))
+        # `averaged` puts their weights back onto their constraints
+        self.saes = saes if isinstance(saes, nn.ModuleList) else [saes]
 
     @torch.no_grad()
     def step(self):
@@ -904,20 +905,22 @@ class Signum(torch.optim.Optimizer):
                 z = self.state[y].get("z", y)      # before the first step x is y
                 y.data.lerp_(z.data, 1 - 1 / group["momentum"])
             if group["steps"]:                     # without a step: as loaded
-                self.sae.constrain_()
+                for sae in self.saes:
+                    sae.constrain_()
             yield
         finally:
             for y, before in training.items():
                 y.data.copy_(before)
 
 def make_optimizer(sae, name, lr=None):
-    """name: "signum" or "adam"; lr None means `default_lr`."""
+    """Of an SAE, or a ModuleList.  name: "signum" or "adam"; lr None means `default_lr`."""
     check(name in BASE_LR, f"no optimizer {name!r}, only {', '.join(BASE_LR)}")
-    lr = default_lr(name, sae.n_latents) if lr is None else lr
+    first = sae[0] if isinstance(sae, nn.ModuleList) else sae
+    lr = default_lr(name, first.n_latents) if lr is None else lr
     check(0 < lr < math.inf, f"lr={lr!r} must be a positive number")
     if name == "signum":
         return Signum(sae, lr)
-    return torch.optim.Adam(sae.parameters(), lr=lr, betas=sae.betas, fused=True)
+    return torch.optim.Adam(sae.parameters(), lr=lr, betas=first.betas, fused=True)
 
 @contextmanager
 def tf32_products(on):
@@ -931,13 +934,32 @@ def tf32_products(on):
 
 def train_step(sae, optimizer, xs, progress=1.0, tf32=False, average=None):
     """One step of any variant on micro-batches, averaged with equal weight -> parts.
+    sae       or a ModuleList of SAEs: xs is then a list for each, and so are the parts
     xs        list of x (N_i, D), or of (x, g, position) as `SAE.loss` takes them
     progress  fraction of training completed, 0 to 1
     tf32      see `tf32_products`: for loss and gradients
     average   called before the optimizer acts, where processes share the batch
     parts     those of `SAE.loss`, averaged over xs (fired: in any of them), and "loss"
     """
-    optimizer.zero_grad()      # for TopK, nothing here waits for the device unless there is AuxK
+    several = isinstance(sae, nn.ModuleList)
+    saes, of_each = (sae, xs) if several else ([sae], [xs])
+    optimizer.zero_grad()
+    parts = [accumulate(one, own, progress, tf32) for one, own in zip(saes, of_each)]
+    if average:
+        average()
+    for one in saes:
+        if one.unit_rows and one.W_dec.requires_grad:
+            one.project_grad_()
+        if one.clip < math.inf:
+            nn.utils.clip_grad_norm_(one.parameters(), one.clip)
+    optimizer.step()
+    for one in saes:
+        one.constrain_()
+    return parts if several else parts[0]
+
+def accumulate(sae, xs, progress, tf32):
+    """Adds the gradient of the mean loss over micro-batches xs, and observes them -> parts.
+    For TopK, nothing here waits for the device unless there is AuxK."""
     seen, means = [], {}
     if aux := getattr(sae, "aux_coef", 0):      # who is dead is one thing for all micro-batches
         dead = sae.dead.nonzero()[:, 0]
@@ -953,14 +975,6 @@ def train_step(sae, optimizer, xs, progress=1.0, tf32=False, average=None):
         with torch.no_grad():
             sae.observe(b)
         seen.append({"loss": total.detach(), **parts})
-    if average:
-        average()
-    if sae.unit_rows and sae.W_dec.requires_grad:
-        sae.project_grad_()
-    if sae.clip < math.inf:
-        nn.utils.clip_grad_norm_(sae.parameters(), sae.clip)
-    optimizer.step()
-    sae.constrain_()
     for name in seen[0]:
         values = torch.stack([parts[name] for parts in seen])            # (len(xs), ...)
         means[name] = values.any(0) if name == "fired" else values.mean(0)

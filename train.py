@@ -21,9 +21,11 @@ import json
 import math
 import re
 import sys
+from argparse import Namespace
 from collections import Counter
 from contextlib import nullcontext
 from functools import lru_cache, partial
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ from data.adapters import note_base, read_adapter
 from data.files import (REQUIRED, TINY, check, parse_json, read_fields, read_jsonl, relative)
 from data.flags import (SEED, Parser, choose_device, derive, embedded, front_door, needs, parse,
                         real, refuse_idle, whole)
-from data.flops import training_flops
+from data.flops import layers_of, training_flops
 from data.formats import load_any
 from data.grade import grade
 from data.prepare import TRAINING, training_set
@@ -217,42 +219,57 @@ def run_sae(args):
         args.tf32 = args.device != "cpu"
     model = load_model(args.source, args.dtype, args.device)
     tokenizer = load_tokenizer(args.source, args.template)
-    torch.manual_seed(args.seed)    # for variants that draw noise
-    sae = make_sae(args, model).to(args.device)
-    check(args.processes == 1 or sae.W_dec.requires_grad,
-          f"--variant {sae.variant} collects its dictionary in one pass: start it without torchrun")
+    saes, own = make_saes(args, model)       # an SAE, and the settings, of each layer
+    check(args.processes == 1 or saes[0].W_dec.requires_grad, f"--variant {saes[0].variant} "
+          "collects its dictionary in one pass: start it without torchrun")
     chunks, held = hold_out(load_chunks(args, tokenizer, model))                  # (n,T) each
-    prepare_sae(model, sae, chunks, args)
-    optimizer = make_optimizer(sae, args.optimizer, args.lr)
-    with training("sae", args, sae, optimizer, training_flops("sae", args, model, sae)) as run:
-        batches = (harvest_batch(model, sae, chunks, step, args)
+    prepare_saes(model, saes, chunks, args, own)
+    several, names = len(saes) > 1, [f".{one.layer}" if len(saes) > 1 else "" for one in own]
+    module = saes if several else saes[0]
+    optimizer, flops = make_optimizer(module, args.optimizer, args.lr), training_flops(
+        "sae", args, model, module)
+    with training("sae", args, module, optimizer, flops) as run:
+        batches = (harvest_batch(model, saes, chunks, step, own)
                    for step in range(run.start, args.steps))
-        for step, parts in train_sae(sae, batches, optimizer, args, run.start, args.tf32):
-            values = {"fvu": parts["fvu"], "l0": parts["l0"], "dead": sae.dead.float().mean()}
+        batches = batches if several else (of_one for of_one, in batches)
+        for step, parts in train_sae(module, batches, optimizer, args, run.start, args.tf32):
+            values = {}
+            for name, sae, part in zip(names, saes, parts if several else [parts]):
+                values |= {f"fvu{name}": part["fvu"], f"l0{name}": part["l0"],
+                           f"dead{name}": sae.dead.float().mean()}
             run.end_step(step, values, args.batch * args.seq_len)      # sinks are counted
 
         # signum saves its running mean, so this is what is finished and measured
+        summary = {}
         with getattr(optimizer, "averaged", nullcontext)():
-            if args.steps:
-                finish_sae(model, sae, chunks, args)
-            measured = sae_metrics(model, sae, held.to(args.device), args)
-            if run.writes:
-                check_sae(measured, run)
-                save_sae(sae, args.out)
-        return run.finish(**measured)
+            for name, sae, one in zip(names, saes, own):
+                if args.steps:
+                    finish_sae(model, sae, chunks, one)
+                measured = sae_metrics(model, sae, held.to(args.device), one)
+                summary |= {f"{key}{name}": value for key, value in measured.items()}
+                if run.writes:
+                    check_sae(measured, run, name)
+            for sae, one in zip(saes, own if run.writes else ()):
+                save_sae(sae, f"{args.out}/{folder_of(one)}" if several else args.out)
+        return run.finish(**summary)
 
-def check_sae(measured, run):
+def folder_of(args):
+    """As sparsify names the place of an SAE: layers.4, layers.4.mlp."""
+    return f"layers.{args.layer}" + (".mlp" if args.site == "mlp" else "")
+
+def check_sae(measured, run, name=""):
     """ValueError: training has made it far worse.  Says if most latents are dead."""
     fvu, dead, logged = measured["fvu"], measured["dead"], run.metrics.read_text().splitlines()
     # At step 1 the FVU of all variants is about 1; a rate that explodes makes 1e3 to 1e30 of it
-    limit = 10 * max(1, json.loads(logged[0])["fvu"]) if logged else math.inf
-    check(math.isfinite(fvu) and fvu <= limit, f"FVU {fvu:.3g} at the end: lower --lr")
+    limit = 10 * max(1, json.loads(logged[0])[f"fvu{name}"]) if logged else math.inf
+    check(math.isfinite(fvu) and fvu <= limit, f"FVU{name} {fvu:.3g} at the end: lower --lr")
     if logged and dead > 0.9:
         print(f"{dead:.1%} of the latents never fired on the held-out text: the dictionary has "
               "collapsed; lower --lr or raise --aux-coef", file=sys.stderr)
 
 def train_sae(sae, batches, optimizer, args, start=0, tf32=False):
     """The training loop of any SAE, on activations or other targets: yields (step, parts).
+    sae      or a ModuleList: an item of batches and the parts are then a list for each
     batches  one item per step: a list of micro-batches x (N,D), or (x, g, at) as in SAE.loss
     args     anything with lr, schedule, warmup and steps
     start    the step that the first item belongs to, in a resumed run;  tf32: see train_step"""
@@ -261,8 +278,10 @@ def train_sae(sae, batches, optimizer, args, start=0, tf32=False):
             group["lr"] = learning_rate(step, args)
         average = None
         if world()[1] > 1:
-            before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
-            average = partial(agree, sae, before, xs)
+            each = zip(sae, xs) if isinstance(sae, nn.ModuleList) else [(sae, xs)]
+            each = [(one, {name: b.clone() for name, b in one.named_buffers()}, own)
+                    for one, own in each]
+            average = partial(list, starmap(agree, each))
         yield step, train_step(sae, optimizer, xs, step / args.steps, tf32, average)
 
 @torch.no_grad()
@@ -282,6 +301,23 @@ def agree(sae, before, xs):
             buffer.copy_(before[name] + reduce_(new))
         elif name == "peak":
             reduce_(buffer, "MAX")
+
+def make_saes(args, model):
+    """-> ModuleList of the SAEs of all --layer, and for each the settings with its layer alone."""
+    layers = layers_of(args) if isinstance(args.layer, str) else [args.layer]
+    saes, own = nn.ModuleList(), []
+    for layer in layers:
+        one = Namespace(**vars(args) | {"layer": layer})
+        if len(layers) > 1 and args.sae_from:
+            one.sae_from = f"{args.sae_from}#{folder_of(one)}"
+        torch.manual_seed(args.seed)     # for variants that draw noise: each as if alone
+        saes.append(make_sae(one, model).to(args.device))
+        own.append(one)
+    check(len(layers) == 1 or args.variant != "vsae",
+          "--variant vsae draws noise in every step: give it one --layer at a time")
+    several = {"layer", "sae_from"} if len(layers) > 1 else set()
+    vars(args).update({name: value for name, value in vars(own[0]).items() if name not in several})
+    return saes, own
 
 def make_sae(args, model):
     """The SAE of --init: fresh, to be fine-tuned, or as it is.  ValueError: another width."""
@@ -341,15 +377,28 @@ def check_site(sae, args):
         print(f"the SAE's files do not say at which {' and '.join(unknown)} it was trained; it is "
               f"used at site {args.site}, layer {args.layer}, as asked", file=sys.stderr)
 
-def prepare_sae(model, sae, chunks, args):
-    """Fills in meta, rate and steps; from the first batch the sink norm and, if fresh, b_dec."""
+def prepare_saes(model, saes, chunks, args, own):
+    """Fills in steps and rate; from the first batch each SAE's meta, sink norm and, if fresh, b_dec.
+    own: the settings of each, to which the new ones are added."""
     plan_steps("sae", args, len(chunks))
-    ids = chunks[chunk_indices(0, len(chunks), args)]                             # (B,T)
-    x = torch.cat([resa.activations(model, part, args.layer, args.site).float()
-                   for part in micro_batches(ids.to(args.device), args)])         # (B,T,D)
+    args.lr = args.lr or None       # 0, too, means the rule
+    derive(args, "lr", default_lr(args.optimizer, saes[0].n_latents), f"of {args.optimizer}")
+    ids, layers = chunks[chunk_indices(0, len(chunks), args)], [one.layer for one in own]    # (B,T)
+    parts = [resa.activations(model, part, layers, args.site)
+             for part in micro_batches(ids.to(args.device), args)]
+    if args.init == "pretrained":
+        args.steps = 0
+    for sae, one, x in zip(saes, own, zip(*parts)):
+        place = {"layer": one.layer, "sae_from": one.sae_from}
+        vars(one).update(vars(args) | place)
+        prepare_sae(sae, torch.cat(x).float(), one)                               # (B,T,D)
+    args.variant, args.latents, args.k = one.variant, one.latents, one.k     # the file's, maybe
+
+def prepare_sae(sae, x, args):
+    """Fills in meta, and from the first batch x (B,T,D) the sink norm and, if fresh, b_dec."""
     here = {"site": args.site, "layer": args.layer}
     if args.init == "pretrained":   # never saw this model or data; may belong elsewhere
-        sae.meta, args.steps = here | sae.meta, 0
+        sae.meta = here | sae.meta
     else:
         sae.meta |= here | {"model": relative(args.source), "data": relative(args.data)}
     sae.meta |= {"init": args.init, "sink_norm": find_sink_norm(x, sae, args)}
@@ -357,8 +406,6 @@ def prepare_sae(model, sae, chunks, args):
         init_b_dec(sae, x[~resa.is_sink(x, sae.meta["sink_norm"])])
     else:                           # so that config.json says what the file decided
         args.variant, args.latents, args.k = sae.variant, sae.n_latents, getattr(sae, "k", 0)
-    args.lr = args.lr or None       # 0, too, means the rule
-    derive(args, "lr", default_lr(args.optimizer, sae.n_latents), f"of {args.optimizer}")
 
 def find_sink_norm(x, sae, args):
     """The norm above which a token is an attention sink, from x (B,T,D); None: keep all tokens."""
@@ -375,20 +422,28 @@ def find_sink_norm(x, sae, args):
     check(not resa.is_sink(x, limit).all(), f"--sink-norm {times:g} leaves no token")
     return limit
 
-def harvest_batch(model, sae, chunks, step, args):
-    """The micro-batches of a step that this process takes: a list of (x, g, at)."""
-    picked = torch.tensor(chunk_indices(step, len(chunks), args))                 # (B,)
-    parts = share(micro_batches(picked, args))
-    return [harvest(model, sae, chunks, part, args) for part in parts]
+def harvest_batch(model, saes, chunks, step, own):
+    """The micro-batches of a step that this process takes: for each SAE a list of (x, g, at)."""
+    args, layers = own[0], [one.layer for one in own]
+    picked, parts = torch.tensor(chunk_indices(step, len(chunks), args)), []      # (B,)
+    for part in share(micro_batches(picked, args)):
+        ids = chunks[part].to(args.device, non_blocking=True)                     # (b,T)
+        xs = resa.activations(model, ids, layers, args.site)     # one pass for all layers
+        parts.append([harvest(model, sae, chunks, part, one, x)
+                      for sae, one, x in zip(saes, own, xs)])
+    return [list(of_one) for of_one in zip(*parts)]
 
-def harvest(model, sae, chunks, picked, args):
+def harvest(model, sae, chunks, picked, args, x=None):
     """Chunks `picked` (B,) -> activations x (N,D) in fp32, gradients g (N,D) or None, at (N,).
-    at: the number of each token in the data.  Sinks are left out of all three."""
+    at: the number of each token in the data.  Sinks are left out of all three.
+    x (B,T,D): the activation, if it is at hand."""
     ids, T = chunks[picked], chunks.shape[1]                                      # (B,T)
     at = picked[:, None] * T + torch.arange(T)                                    # (B,T)
     # without non_blocking, the host would wait until the device is done with the last step
     ids, at = (t.to(args.device, non_blocking=True) for t in (ids, at))
-    x, g = resa.activations(model, ids, args.layer, args.site), None              # (B,T,D)
+    g = None
+    if x is None:
+        x = resa.activations(model, ids, args.layer, args.site)                   # (B,T,D)
     if sae.needs_gradient:
         g = gradient(model, ids, x, args.layer, args.site).flatten(0, 1)          # (B T,D)
     limit = sae.meta["sink_norm"]
@@ -523,6 +578,7 @@ def run_tune(args):
         check(args.splice != "none", "--splice none: nothing to learn from --teacher target")
     if args.splice == "none":
         refuse_idle(args, "sae sae_grad layer site", "--splice none")
+    check(not isinstance(args.layer, str), f"--layer {args.layer}: --stage tune takes one")
     model, teacher = load_model(args.target, args.dtype, args.device), None
     if args.teacher == "source":
         teacher = load_model(args.source, args.dtype, args.device)
@@ -730,10 +786,17 @@ def lora_flags(add):
     add("--lora-dropout", type=real(0, 0.99), default=0.05, help="on its input, in training")
     add("--adapter-from", default="", help="a PEFT adapter to go on from, instead of a new one")
 
+def blocks(text):
+    """--layer: "4" -> 4, "4,8,12" as it is."""
+    found = [whole(0)(word) for word in text.split(",")]
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text} names a block twice")
+    return found[0] if len(found) == 1 else ",".join(map(str, found))
+
 def site_flags(add):
     add("--source", default="", help="model spec: gives the activations; or the teacher")
-    add("--layer", type=whole(0), help="decoder block, counted from 0; by default the SAE's, of a "
-        "new one 3/7 of the depth")
+    add("--layer", type=blocks, help="decoder block, counted from 0; by default the SAE's, of a "
+        "new one 3/7 of the depth; --stage sae takes several, as 4,8,12: OUT/layers.4, ..")
     add("--site", choices=("resid", "mlp"), help="output of block or of its MLP; by default the "
         "SAE's, of a new one resid")
     add("--other-site", action=SWITCH, default=False, help="allow an SAE of another one")

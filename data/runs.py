@@ -74,8 +74,9 @@ class Run:
         wait_for_all()                       # until every process has read the checkpoint
         if self.writes:
             # an earlier run's results must not stand beside these settings
-            stale = [ARTIFACT.get(stage, "adapter_config.json"), "summary.json"]
-            for name in stale + [self.checkpoint.name] * args.fresh:
+            stale = [path.relative_to(self.out) for path in self.out.glob("layers.*/cfg.json")]
+            stale += [ARTIFACT.get(stage, "adapter_config.json"), "summary.json"]
+            for name in [*stale, *[self.checkpoint.name] * args.fresh]:
                 (self.out / name).unlink(missing_ok=True)
             open_run(self.out, args)         # config.json
             self.metrics.write_text(log)

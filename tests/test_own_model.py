@@ -118,7 +118,7 @@ def test_the_embedded_models_keep_their_preset(tmp_path):
 def test_help_shows_what_would_be_used(tmp_path, capsys):
     write_json(tmp_path / "c.json", {"lr": 0.125, "batch": 6})
     for words, shown in ((["--preset", "resa-still-v3"], "(default: 65536)"), (["--config", f"{tmp_path}/c.json"], "(default: 0.125)"),
-                         (["--latents", "77"], "(default: 77)"), (["--source", "mine"], "3/7 of the depth\n")):
+                         (["--latents", "77"], "(default: 77)"), (["--source", "mine"], "3/7 of the depth;")):
         with pytest.raises(SystemExit):
             train.main(["--stage", "sae", *words, "--help"])
         assert shown in capsys.readouterr().out.replace("\n                        ", " "), words

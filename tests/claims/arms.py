@@ -13,6 +13,7 @@ samples, for these trainings.  The result is OUT/report.md.
 
 import html
 import json
+import math
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -123,11 +124,12 @@ def forecast(args, names):
     text, runs = " ".join(ARMS[name] for name in names), args.seeds / args.workers / 3600
     saes = sum(f"{{out}}/{name} " in text + " " for name in SAES)
     adapters = sum(ARMS[name].startswith("train") for name in names)
-    questions = args.questions or len(eval.read_bench(args.bench)[0])
-    print(f"ahead: {saes} SAEs, {saes * sae['seconds'] / 10 * args.sae_steps * runs:.2g} h; "
+    questions = args.questions or len(eval.read_bench(args.bench, args.fields)[0])
+    batches = math.ceil(questions * args.samples / 128)      # ten at a time take as long as 128
+    print(f"ahead, about: {saes} SAEs, {saes * sae['seconds'] / 10 * args.sae_steps * runs:.2g} h; "
           f"{adapters} adapters, {adapters * adapter['seconds'] / 10 * args.tune_steps * runs:.2g} "
-          f"h; {len(names)} x {questions} questions, at most "
-          f"{len(names) * questions / 10 * asking * runs:.2g} h; memory "
+          f"h; {len(names)} x {questions} questions x {args.samples}, "
+          f"{len(names) * batches * asking * runs:.2g} h; memory "
           f"{max(memory(own.out, name) for name in ('sae', 'adapter')):.3g} GB", flush=True)
 
 def memory(*where):
