@@ -54,8 +54,7 @@ CHOICE_PROMPT = (
     "Answer the following multiple choice question. The last line of your response should be of "
     "the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think "
     "step by step before answering.\n\n{problem}")
-NAMES = "aime24 aime25 amc23 math500 minerva gpqa olympiadbench gsm8k".split()
-PUBLISHED = dict.fromkeys(NAMES, MATHS_PROMPT) | {"gpqa": CHOICE_PROMPT}
+PUBLISHED = dict.fromkeys(prepare.SOURCES, MATHS_PROMPT) | {"gpqa": CHOICE_PROMPT}
 BENCHES = {"tiny": "{problem}"} | PUBLISHED      # name -> prompt
 MAX_NEW_TOKENS = 32768                           # per completion, as published
 

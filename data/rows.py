@@ -19,7 +19,7 @@ PROBLEM = {name: (TEXT, None, None, None) for name in ("problem", "question", "a
 PROBLEM["system"] = (str, None, None, None)
 NAMES = (*PROBLEM, "text", "completion", "messages")
 TURN = {"role": (("system", "user", "assistant"), None, None, REQUIRED),
-        "content": (str, None, None, REQUIRED)}
+        "content": (str, None, 2**20, REQUIRED)}
 
 def blank(value):
     """Whether a field of a row says nothing: absent, null, or white space alone."""
@@ -61,6 +61,8 @@ SENTENCES = re.compile(r"(\w{4}|[\d)}\]$%])[.!?][\"')]*\s+[A-Z]\w*\s")
 def final_answer(text, where):
     """A gold answer as text; of GSM8K's ".. #### 72" the 72.  ValueError: it is a solution."""
     text = text.rpartition("#### ")[2].strip()
+    if "\\begin{" in text:              # a matrix, of many lines
+        text = " ".join(text.split())
     check("\n" not in text and not SENTENCES.search(text), f'{where}: "answer" is a solution, not '
           "a final answer; name the column that has one: --fields answer=COLUMN")
     return text

@@ -79,7 +79,8 @@ def test_a_solution_is_no_final_answer(gold, tmp_path):
 
 
 @pytest.mark.parametrize("gold", ["Dr. Smith went home", "St. Louis", "x = 1. 5", "3.5 U.S. dollars", "\\frac{1}{2}", "2 a.m. or p.m.",
-                                  "yes, it is.", "1.5", "$(1, 2)$. ", "Mr. and Mrs. Jones of B. Street", "x > 3. "])
+                                  "yes, it is.", "1.5", "$(1, 2)$. ", "Mr. and Mrs. Jones of B. Street", "x > 3. ",
+                                  "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}"])
 def test_what_only_looks_like_sentences_is_an_answer(gold, tmp_path):
     path = write(tmp_path / "q.jsonl", {"problem": "1+1?", "answer": gold})
     assert read_problems(path)[0]["answer"] == gold.strip()
