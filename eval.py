@@ -35,7 +35,7 @@ from data.flags import (
     refuse_idle, tell, whole)
 from data.grade import extract_answer, grade, grade_answer       # noqa: F401  (for importers)
 from data.processes import first_alone, shared_run, wait_for_all, world
-from data.rows import OWN_PROMPT, columns, messages_of, read_problems
+from data.rows import messages_of, prompt_of, read_columns, read_problems
 from data.stats import (                                         # noqa: F401  (for importers)
     bracketed, figure, interval, paired, paired_difference, pass_at_k, permutation_p, student,
     summarize, verdict, wilson)
@@ -56,6 +56,7 @@ CHOICE_PROMPT = (
     "step by step before answering.\n\n{problem}")
 PUBLISHED = dict.fromkeys(prepare.SOURCES, MATHS_PROMPT) | {"gpqa": CHOICE_PROMPT}
 BENCHES = {"tiny": "{problem}"} | PUBLISHED      # name -> prompt
+ALL = [name for name in PUBLISHED if name != "gsm8k"]       # of competitions and exams
 MAX_NEW_TOKENS = 32768                           # per completion, as published
 
 def read_bench(name, fields=""):
@@ -67,13 +68,13 @@ def read_bench(name, fields=""):
           f"{', '.join(BENCHES)}, all; or give a file: path.jsonl")
     if path.suffix == ".csv":
         return prepare.read_gpqa(path), relative(path)
-    return read_problems(path, columns(fields)), relative(path)
+    return read_problems(path, read_columns(fields) if name != "tiny" else {}), relative(path)
 
-def prompt_of(name):
+def bench_prompt(name):
     """What the questions of a --bench value are asked with."""
     if name.endswith(".csv"):
         return CHOICE_PROMPT
-    return BENCHES.get(name) or ("{problem}" if embedded(name) else OWN_PROMPT)
+    return BENCHES.get(name) or prompt_of(name)
 
 def mark(row):
     """A sample with its grade.  Needs only the row: grading from disk is grading at run time."""
@@ -357,7 +358,8 @@ def settings(argv):
     parser.usage = "eval.py [--bench NAME] [flags] | eval.py show FILE | eval.py --regrade FILE ..."
     add = parser.add_argument_group("models and questions").add_argument
     add("--model", nargs="+", metavar="SPEC", help="each against the first; else what was tuned")
-    add("--bench", default="tiny", help=f"{', '.join(BENCHES)}, FILE; with commas; all: published")
+    add("--bench", default="tiny", help=f"{', '.join(BENCHES)}, FILE; with commas; all: published "
+        "ones but gsm8k")
     add("--limit", type=whole(0), default=0, help="only the first so many questions; 0: all")
     add("--system", default="", help="a system prompt; published: none")
     add("--prompt-file", metavar="FILE", help="text with {problem} in it, instead of the "
@@ -400,7 +402,7 @@ def check_flags(args):
 
 def read_benches(args):
     """--bench -> {name: (problems, source, prompt)}."""
-    names = list(PUBLISHED) if args.bench == "all" else args.bench.split(",")
+    names = ALL if args.bench == "all" else args.bench.split(",")
     names = [args.bench] if Path(args.bench).is_file() else names      # with a comma in its name
     folders = {samples_path("", name, "") for name in names}
     check(len(folders) == len(names), f"--bench {args.bench}: two of one name, one folder")
@@ -410,7 +412,7 @@ def read_benches(args):
         check("{problem}" in own, f"{args.prompt_file}: there is no {{problem}} in it")
     for name in names:
         problems, source = read_bench(name, args.fields)
-        benches[name] = problems[:args.limit or None], source, own or prompt_of(name)
+        benches[name] = problems[:args.limit or None], source, own or bench_prompt(name)
     return benches
 
 def sampling_of(args, name):

@@ -408,9 +408,7 @@ def load_model(spec, dtype=None, device=None):
 
 def load_tokenizer(spec, template="chat"):
     """The Tokenizer of a model spec; adapters do not change it.  template "plain": no chats."""
-    tokenizer = Tokenizer(config_path(spec).parent)
-    tokenizer.plain = template == "plain"
-    return tokenizer
+    return Tokenizer(config_path(spec).parent, template == "plain")
 
 @torch.no_grad()
 def load_weights(model, directory, device):

@@ -12,8 +12,7 @@ Test       take the SAE out, keep LoRA                                         e
     python resa.py --target MODEL --source MODEL            on other models, both of one width D
     python resa.py merge --model BASE+ADAPTER --out DIR     fold an adapter into its base
 
-Read from the top: the objective, the splice and what can stand in for the SAE, LoRA, the KL in
-chunks.  At the foot, the experiment: each arm is a command line (that alone imports eval.py).
+Read from the top.  At the foot, the experiment: each arm is a command line (it alone imports eval).
 
 B batch, T time, D width, V vocabulary, N = B T tokens, r rank of an adapter; x is the activation at
 the hook, h = model.run(ids) what leaves the last block, before the final norm.
@@ -128,14 +127,14 @@ def splice(model, sae, layer, site="resid", grad=False):
 
 @torch.no_grad()
 def activations(model, ids, layer, site="resid"):
-    """ids (B,T) -> the activation (B,T,D) at the site; nothing above block `layer` is computed.
-    layer [4, 8]: a list of activations, from one pass."""
+    """ids (B,T) -> the activation (B,T,D) at the site, computed up to there.  Layers [4, 8]: two."""
     layers, caught = [layer] if isinstance(layer, int) else layer, {}
     with ExitStack() as stack:
         for n in layers:
             stack.enter_context(hooked(model, n, site, partial(caught.__setitem__, n)))
         model.run(ids, stop=max(layers) + 1)
-    return caught[layer] if layers != layer else [caught[n] for n in layers]
+    found = [caught[n] for n in layers]
+    return found if layers is layer else found[0]
 
 def insert(sae, x):
     """x (B,T,D) -> what takes its place: sae(x), but x itself at attention sinks, see `is_sink`."""
@@ -272,9 +271,8 @@ def merge_adapter(model):
     return model
 
 def save_adapter(model, directory, base=None):
-    """Writes adapter_model.safetensors and the smallest adapter_config.json that PEFT reads.
-
-    Fields of newer PEFT releases make older ones fail, so only what is needed is written."""
+    """Writes adapter_model.safetensors and the smallest adapter_config.json that PEFT reads: fields
+    of newer releases make older ones fail.  base: the model spec it is for"""
     layers = lora_layers(model)
     check(layers, "the model has no adapters to save")
     tensors = {}

@@ -19,6 +19,7 @@ M selected pairs of a token and a latent.
 import json
 import math
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +30,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as fn
 
-from data.files import (REQUIRED, check, check_tensors, locate, open_tensors, read_fields,
-                        read_json, read_value, staged)
+from data.files import (REQUIRED, check, check_tensors, locate, one_line, open_tensors,
+                        read_fields, read_json, read_value, staged)
 
 CHUNK = 2**26      # entries of pre held at a time where tokens do not compete: 256 MB in fp32
 
@@ -1088,6 +1089,35 @@ def complete_meta(meta, spec):
     read_fields(meta, META, f"{spec}: meta")
     place = find_place(re.split("[/#]", spec.rstrip("/"))[-1])
     return meta | {name: value for name, value in place.items() if meta.get(name) is None}
+
+def check_site(sae, args):
+    """ValueError if the SAE was trained at another site or layer: here it reconstructs nothing."""
+    for name in ("site", "layer"):
+        trained, used = sae.meta.get(name), getattr(args, name)
+        remedy = "--other-site allows that"
+        if name == "layer" or trained in ("resid", "mlp"):
+            remedy = f"pass --{name} {trained}, or --other-site"
+        # Resa: the released `pretrained` arm used one so; --other-site restores that.
+        check(args.other_site or trained in (None, used),
+              f"the SAE was trained at {name} {trained}, not at {used}: {remedy}")
+    unknown = [name for name in ("site", "layer") if sae.meta.get(name) is None]
+    if unknown:
+        print(f"the SAE's files do not say at which {' and '.join(unknown)} it was trained; it is "
+              f"used at site {args.site}, layer {args.layer}, as asked", file=sys.stderr)
+
+def introduce(sae, used):
+    """Says which SAE this is, and if it is of another model than `used`, or does not say of which.
+    Of specs the last part of the base's path counts: a hub id and its local copy are one model."""
+    def base(spec):
+        return Path(spec.split("+")[0]).name.partition("@")[0].lower()
+    trained, note = sae.meta.get("model"), ""
+    if trained is None:
+        note = f"; its files do not say of which model: it is used in {used}, as asked"
+    elif base(trained) != base(used):
+        note = f"; of another model: it is used in {used}, as asked"
+    layer, site = (sae.meta.get(name, "unknown") for name in ("layer", "site"))
+    print(one_line(f"SAE of {trained or 'a model'}, layer {layer}, site {site}: {sae.variant}, "
+                   f"{sae.n_latents:,} latents{note}"), file=sys.stderr)
 
 # Modules of Hugging Face models, which name sparsify's folders, and hooks of TransformerLens; then
 # what dictionary_learning writes.  Vision towers and encoders have layers, too, but not ours.

@@ -36,22 +36,22 @@ from tqdm import tqdm
 
 import resa
 from data.adapters import note_base, read_adapter
-from data.files import (REQUIRED, TINY, check, parse_json, read_fields, read_jsonl, relative)
-from data.flags import (SEED, Parser, choose_device, derive, embedded, front_door, needs, parse,
-                        real, refuse_idle, whole)
+from data.files import REQUIRED, TINY, check, parse_json, read_fields, relative
+from data.flags import (SEED, Parser, choose_device, derive, front_door, needs, parse, real,
+                        refuse_idle, whole)
 from data.flops import layers_of, training_flops
 from data.formats import load_any
 from data.grade import grade
 from data.prepare import TRAINING, training_set
 from data.processes import (add_up, average_gradients, first_alone, reduce_, share, shared_run,
                             world)
-from data.rows import (OWN_PROMPT, PROBLEM, columns, messages_of, read_problems, renamed,
-                       turns_of)
+from data.rows import (is_chat, messages_of, named_rows, prompt_of, read_chat, read_columns,
+                       read_problems)
 from data.runs import check_out, training
 from model import (at_least_fp32, collect, load_model, load_tokenizer, right_pad, save_model,
                    split_spec, think_prefix)
-from sae import (VARIANTS, Chosen, Metrics, build, default_lr, init_b_dec, make_optimizer,
-                 save_sae, train_step)
+from sae import (VARIANTS, Chosen, Metrics, build, check_site, default_lr, init_b_dec, introduce,
+                 make_optimizer, save_sae, train_step)
 
 # ---- Data: rows -> text -> packed chunks -------------------------------------------------------
 
@@ -65,7 +65,7 @@ def as_text(row, tokenizer, template):
     if "text" in row:
         return row["text"]
     if "problem" not in row:             # a chat, with its answer
-        return tokenizer.chat(row["messages"], add_generation_prompt=False)
+        return tokenizer.chat(messages_of(row), add_generation_prompt=False)
     if "completion" not in row and template == "resa":
         return RESA_TEMPLATE.format(**row | {"system": row.get("system") or ""})
     prompt = tokenizer.chat(messages_of(row))
@@ -82,37 +82,31 @@ def data_file(name):
     check(Path(name).is_file(), f"--data {name}: no such file, nor one of {', '.join(TRAINING)}")
     return name
 
-def read_rows(path, fields=(), strict=False):
-    """Rows of text, of problem/completion or chats if the first one is; else of problem/answer."""
-    fields, (number, first) = dict(fields), next(read_jsonl(path), (1, {}))
-    first = renamed(first, fields, f"{path}:{number}")
-    if not first.keys() & {"text", "completion"} and ("answer" in first or "messages" not in first):
-        rows = read_problems(path, fields, strict)
+def read_rows(path, columns={}):
+    """Rows of text, messages or problem/completion if the first one is; else of problem/answer.
+    columns  of the file, as data.rows.read_columns has them from --fields"""
+    _, first = next(named_rows(path, columns), (0, {}))
+    if not (is_chat(first) or first.keys() & {"text", "completion"}):
+        rows = read_problems(path, columns)
         for i, row in enumerate(rows, start=1):
-            check(not row.keys() & {"text", "completion"},
-                  f"{path}: row {i} has a text or completion, the first has none")
+            check(not row.keys() & {"text", "completion", "messages"},
+                  f"{path}: row {i} has a text or completion or messages, the first has none")
         return rows
-    rows = []
-    for number, row in read_jsonl(path):
-        row, where = renamed(row, fields, f"{path}:{number}"), f"{path}:{number}"
-        if "messages" in row and not row.keys() & {"text", "completion"}:
-            turns = turns_of(row, where)
-            check(turns[-1]["role"] == "assistant", f"{where}: a chat without an answer")
-            rows.append({"messages": turns})
-            continue
-        names = ["problem", "completion"] if "text" not in row else ["text"]
-        table = dict.fromkeys(names, (str, None, None, REQUIRED)) | {"system": PROBLEM["system"]}
-        rows.append(read_fields(row, table, where))
-    return rows
+    return [read_document(row, where) for where, row in named_rows(path, columns)]
 
-def is_own(args):
-    """Whether --data is neither a published set nor of the embedded family."""
-    return args.data not in TRAINING and not embedded(args.data)
+def read_document(row, where):
+    """A row of text, messages or problem/completion -> its fields of these."""
+    if "text" in row:
+        return read_fields(row, {"text": (str, None, None, REQUIRED)}, where)
+    if is_chat(row):
+        return read_chat(row, where)
+    table = dict.fromkeys(("problem", "completion"), (str, None, None, REQUIRED))
+    return read_fields(row, table | {"system": (str, None, None, None)}, where)
 
 def load_chunks(args, tokenizer, model):
     """--data -> chunks (n,T) int64: documents joined by the end token, which also comes first.
     Only whole chunks are kept.  Resa: the released code drops a remainder every 2,048 documents."""
-    rows = read_rows(data_file(args.data), columns(args.fields), is_own(args))
+    rows = read_rows(data_file(args.data), read_columns(args.fields))
     ids = [tokenizer.eos_id]             # of all documents, in a row
     for row in tqdm(rows, desc="tokenize", unit="row", disable=None, leave=False):
         ids += tokenizer.encode(as_text(row, tokenizer, args.template)) + [tokenizer.eos_id]
@@ -332,6 +326,7 @@ def make_sae(args, model):
     sae = load_any(args.sae_from)
     check(sae.d_in == width, f"{args.sae_from}: the SAE is {sae.d_in} wide, the model {width}")
     place_of(sae, args, args.sae_from)
+    introduce(sae, args.source)
     if args.init == "pretrained":
         check_site(sae, args)
         return sae
@@ -361,21 +356,6 @@ def hyper_of(args):
         except ValueError:          # a word
             hyper[name] = value
     return hyper
-
-def check_site(sae, args):
-    """ValueError if the SAE was trained at another site or layer: here it reconstructs nothing."""
-    for name in ("site", "layer"):
-        trained, used = sae.meta.get(name), getattr(args, name)
-        remedy = "--other-site allows that"
-        if name == "layer" or trained in ("resid", "mlp"):
-            remedy = f"pass --{name} {trained}, or --other-site"
-        # Resa: the released `pretrained` arm used one so; --other-site restores that.
-        check(args.other_site or trained in (None, used),
-              f"the SAE was trained at {name} {trained}, not at {used}: {remedy}")
-    unknown = [name for name in ("site", "layer") if sae.meta.get(name) is None]
-    if unknown:
-        print(f"the SAE's files do not say at which {' and '.join(unknown)} it was trained; it is "
-              f"used at site {args.site}, layer {args.layer}, as asked", file=sys.stderr)
 
 def prepare_saes(model, saes, chunks, args, own):
     """Fills in steps and rate; from the first batch each SAE's meta, sink norm and, if fresh, b_dec.
@@ -507,11 +487,13 @@ def spliced_nats(model, inserted, ids, args):
     {"ce": nothing inserted, "ce_NAME": each module, "kl": from the model to the one with "sae"}"""
     nats = Counter()
     for part in micro_batches(ids, args):
-        h, share = model.run(part), len(part) / len(ids)                          # (B,T,D)
+        start, share = args.layer, len(part) / len(ids)
+        x = model.run(part, stop=start) if start else part     # what is below runs once  (B,T,D)
+        h = model.run(x, start)                                                   # (B,T,D)
         nats["ce"] += share * float(-next_token_logprobs(model, h, part).mean())  # as it is
         for name, module in inserted.items():
             with resa.splice(model, module, args.layer, args.site):
-                spliced = model.run(part)                                         # (B,T,D)
+                spliced = model.run(x, start)                                     # (B,T,D)
             ce = -next_token_logprobs(model, spliced, part).mean()    # nats per token
             nats[f"ce_{name}"] += share * float(ce)
             if name == "sae":
@@ -606,6 +588,7 @@ def make_splice(args, model):
     place_of(sae, args, path)
     resa.check_hook(model, args.layer, args.site, args.sae_grad == "on")
     check_site(sae, args)
+    introduce(sae, args.target)
     if args.splice == "random":
         return resa.random_sae(sae, args.seed)
     return resa.MatchedNoise(sae) if args.splice == "noise" else sae
@@ -655,7 +638,7 @@ def run_pretrain(args):
 
 def run_rl(args):
     """GRPO with LoRA (arXiv 2402.03300): makes a base model a source of reasoning."""
-    rows = read_problems(data_file(args.data), columns(args.fields), is_own(args))
+    rows = read_problems(data_file(args.data), read_columns(args.fields))
     tokenizer = load_tokenizer(args.target, args.template)
     check(args.questions <= len(rows), f"--questions {args.questions}: {args.data} has {len(rows)}")
     model = load_model(args.target, args.dtype, args.device)
@@ -689,7 +672,7 @@ def run_rl(args):
 def rollout(model, tokenizer, rows, step, args):
     """Q rows -> S samples (prompt ids, answer ids), G for each row in turn; rewards (Q,G)."""
     prompts, requests, rewards = [], [], []
-    asked = OWN_PROMPT if is_own(args) else "{problem}"      # as eval.py will ask
+    asked = prompt_of(data_file(args.data))                  # as eval.py will ask
     first = world()[0] * len(rows)       # the number of these questions in the whole step
     for i, row in enumerate(rows):
         prompts.append(tokenizer.chat(messages_of(row, asked)))

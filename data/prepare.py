@@ -198,18 +198,18 @@ def benchmark(name):
 BOXED = re.compile(r"(?s).*\\boxed\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
 
 def as_problem(name, row, number=0):
-    """A row of a benchmark's file -> {"id", "problem", "answer"}."""
+    """A row of a benchmark's file, with its line -> {"id", "problem", "answer"}."""
     answer = row.get("answer")
     if name == "olympiadbench":
         answer = row["final_answer"][0].strip("$")       # a list of one
-    elif name == "gsm8k":
-        answer = final_answer(answer, name)
     elif name == "minerva":
         answer = BOXED.match(row["solution"])[1]         # only the solution holds it
-    elif name != "math500":                              # AIME's 025, AMC's 27.0: whole numbers
+    elif name in ("aime24", "aime25", "amc23"):          # 025, 27.0: whole numbers
         answer = str(int(float(answer)))
-    key = row.get("unique_id") or f"{name.removesuffix('bench')}-{row.get('id', row.get('idx', number))}"
-    return {"id": key, "problem": row.get("problem") or row["question"], "answer": answer}
+    own = row.get("id", row.get("idx", number))
+    key = row.get("unique_id") or f"{name.removesuffix('bench')}-{own}"
+    problem = row.get("problem") or row["question"]
+    return {"id": key, "problem": problem, "answer": final_answer(str(answer))}
 
 GPQA = ["Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
 

@@ -7,7 +7,8 @@
         return run.finish(fvu=0.1)                         the summary
 
 It holds config.json (settings, versions), metrics.jsonl (an object per logged step),
-checkpoint.safetensors (until the run is done), summary.json and what was trained.
+checkpoint.safetensors (until the run is done), summary.json, metrics.svg (the log as curves) and
+what was trained.
 """
 
 import hashlib
@@ -22,10 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data.files import check, one_writer, parse_json, staged, write_json
+from data.files import check, one_writer, parse_json, read_jsonl, staged, write_json, write_text
 from data.flags import Stopped, open_run, signals, tell
 from data.flops import on_gpu
 from data.processes import add_up, reduce_, seed_step, wait_for_all, world
+from data.stats import curves
 
 # What may change between a run and its continuation; and without what its artifact does not load
 CHANGEABLE = {"resume", "fresh", "out", "log_every", "save_every", "device", "tf32", "config",
@@ -201,6 +203,8 @@ class Run:
                    "flops": self.tokens * self.flops, "seconds": seconds} | measured
         if self.writes:
             write_json(self.out / "summary.json", summary)
+            rows = [row for _, row in read_jsonl(self.metrics)]
+            write_text(self.out / "metrics.svg", curves(rows, f"{self.stage}: {self.out.name}"))
             self.checkpoint.unlink(missing_ok=True)     # nothing is left to resume
         return summary
 

@@ -5,6 +5,7 @@
     summarize(rows), paired(rows, other_rows)          of graded samples
     verdict("SAE-Tuning", "base", "is it better", mean, low, high)
     figure([("base", 0.5, 0.4, 0.6), ...], title)      -> SVG text
+    curves([{"step": 1, "fvu": 0.9}, ...], title)      -> SVG text, of the log of a run
 
 Pure functions of numbers and of graded samples, the rows that eval.py writes.
 Letters in shape comments: P problems, R permutations.
@@ -222,6 +223,7 @@ STYLE = """<style>
 text { font: 14px system-ui, sans-serif; fill: #22252a } rect { fill: #fdfcf9 }
 path, circle { stroke: #b8650a; fill: #b8650a; stroke-width: 2 }
 .grid, .base { stroke: #8885; stroke-width: 1 } .base { stroke: #888; stroke-dasharray: 6 4 }
+.curve { fill: none; stroke-width: 1.5 } .end { text-anchor: end }
 @media (prefers-color-scheme: dark) { text { fill: #e4e3df } rect { fill: #16171a } }
 </style>"""
 
@@ -235,12 +237,7 @@ def figure(points, title):
     def x(value):
         return round(250 + 370 * (10 * value - first) / (last - first), 1)
 
-    def words(left, y, text, more=""):
-        return f'<text x="{left}" y="{y}"{more}>{html.escape(printable(text))}</text>'
-
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="800" height="{bottom + 36}">', STYLE,
-             '<rect width="100%" height="100%"/>',
-             words(16, 28, title, ' style="font-weight: bold"')]
+    parts = []
     for tick in [i / 10 for i in range(first, last + 1)]:
         parts.append(f'<path class="grid" d="M{x(tick)} 44V{bottom}"/>')
         parts.append(words(x(tick), bottom + 22, f"{tick:.1f}", ' text-anchor="middle"'))
@@ -250,4 +247,54 @@ def figure(points, title):
         parts.append(f'<circle cx="{x(value)}" cy="{y}" r="4"/>')
         parts.append(f'<path d="M{x(low)} {y}H{x(high)}"/>')
         parts.append(words(640, y + 5, bracketed(value, low, high)))
-    return "\n".join([*parts, "</svg>\n"])
+    return canvas(title, parts, bottom + 36)
+
+def words(left, y, text, more=""):
+    return f'<text x="{left}" y="{y}"{more}>{html.escape(printable(text))}</text>'
+
+def canvas(title, parts, height):
+    """Elements of a picture 800 px wide -> SVG text."""
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="800" height="{height}">'
+    title = words(16, 28, title, ' style="font-weight: bold"')
+    return "\n".join([head, STYLE, '<rect width="100%" height="100%"/>', title, *parts, "</svg>\n"])
+
+def curves(rows, title):
+    """The log of a run, rows {"step": 1, "fvu": 0.9, ..} -> SVG text: over the steps, a panel for
+    each value; those of several layers, "fvu.4" and "fvu.8", share one.  Draws only numbers."""
+    panels, parts, top = defaultdict(lambda: defaultdict(list)), [], 60
+    for row in rows:
+        for name in row.keys() - {"step", "seconds", "tok/s", "mfu", "gb"}:
+            point, (value, _, layer) = (row.get("step"), row[name]), name.partition(".")
+            if all(type(x) in (int, float) and abs(x) < 1e300 for x in point):
+                panels[value][layer].append(point)       # {value: {layer: [(step, number)]}}
+    count = sum(map(len, panels.values()))
+    for value, layers in sorted(panels.items()):
+        height = max(96, 14 * len(layers))
+        parts += panel(value, layers, top, height, max(4, 1200 // count))
+        top += height + 36
+    return canvas(title, parts, top)
+
+def panel(value, layers, top, height, buckets):
+    """One value, {layer: [(step, number)]}, below `top` -> elements: axes, curves, last numbers."""
+    points, bottom, right = np.array(sum(layers.values(), []), float), top + height, ' class="end"'
+    (first, low), (last, high) = points.min(0), points.max(0)
+    parts = [f'<path class="grid" d="M180 {top}V{bottom}H620"/>', words(16, top + 14, value[:14]),
+             words(172, top + 4, f"{high:.4g}", right), words(172, bottom, f"{low:.4g}", right),
+             words(190, bottom + 16, f"{first:,.0f}", right),
+             words(620, bottom + 16, f"step {last:,.0f}", right)]
+    for i, (layer, points) in enumerate(sorted(layers.items(), key=lambda item: item[0].zfill(9))):
+        x, y = np.array(points, float).T
+        kept, name = thin(y, buckets), f"layer {layer}: " if layer else "last "
+        across = 180 + 440 * (x[kept] - first) / (last - first or 1)
+        up = bottom - height * (y[kept] - low) / (high - low or 1)
+        path = "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(across, up))
+        colour = f"hsl({(30 + 137 * i) % 360} 65% 50%)"
+        parts.append(f'<path class="curve" style="stroke: {colour}" d="M{path}h.1"/>')
+        parts.append(words(632, top + 11 + 14 * i, f"{name}{y[-1]:.4g}", f' style="fill: {colour}"'))
+    return parts
+
+def thin(y, buckets):
+    """y (n,) -> indices of the lowest and the highest of each of so many stretches: peaks stay."""
+    parts = np.array_split(np.arange(len(y)), min(buckets, len(y)))
+    low, high = ([part[pick(y[part])] for part in parts] for pick in (np.argmin, np.argmax))
+    return sorted({*low, *high})

@@ -29,7 +29,7 @@ class Tokenizer:
     eos_ids  the union of what three files call the end: those of published base models disagree,
              and a sampler that knows only one of them never stops"""
 
-    def __init__(self, directory):
+    def __init__(self, directory, plain=False):
         from tokenizers import Tokenizer as Fast
         directory = Path(directory)
         path = directory / "tokenizer.json"
@@ -51,7 +51,7 @@ class Tokenizer:
                     token = read_fields(token, CONTENT, f"{path}: {field}")["content"]
                 if token is not None:
                     self.special[field] = token
-        self.plain = False                   # True: chats become plain text, see `chat`
+        self.plain = plain                   # chats become plain text, see `chat`
         own, jinja = self.special.pop("chat_template", None), directory / "chat_template.jinja"
         self.template = read_text(jinja) if jinja.exists() else own
         self.own_eos_id = self.fast.token_to_id(self.special.get("eos_token", ""))

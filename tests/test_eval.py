@@ -758,7 +758,7 @@ def test_command_line_table_and_summary(whole, small, bench, tmp_path, capsys):
     ev.main(["--regrade", str(directory / f"{a}.jsonl"), str(directory / f"{b}.jsonl")])
     again = capsys.readouterr().out.splitlines()
     assert again[2:] == out[out.index(header):len(again) - 2 + out.index(header)]
-    assert out[-4].startswith("Asked (chat): PROBLEM Give the final answer in \\boxed{}.")
+    assert out[-4].startswith("Asked (chat): PROBLEM Give the final answer within \\boxed{}.")
     assert all("0 of them graded differently" in line for line in again[:2])
 
     # A second command adds its label to the summary and keeps the others.
@@ -902,7 +902,7 @@ def test_several_benchmarks_print_a_table_each(fetched, tmp_path, capsys):
 
 def test_all_names_every_published_benchmark(fetched):
     benches = ev.read_benches(ev.settings(["--bench", "all", "--limit", "2"]))
-    assert list(benches) == list(ev.PUBLISHED)
+    assert list(benches) == ev.ALL == [name for name in ev.PUBLISHED if name != "gsm8k"]
     assert all(len(problems) == 2 for problems, _, _ in benches.values())
     assert benches["gpqa"][2] == ev.CHOICE_PROMPT and benches["minerva"][2] == ev.MATHS_PROMPT
 

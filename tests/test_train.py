@@ -601,8 +601,8 @@ def test_malformed_line_is_named_and_exit_code_is_2(tmp_path):
     done = command("train.py", "--stage", "sae", "--source", RANDOM, "--preset", "tiny", "--data", data,
                    "--out", tmp_path / "o")
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "o").exists()
-    assert done.stderr == (f'error: {data}:2: no "answer" field, its fields are problem; --fields answer=COLUMN '
-                           'names one\n')
+    assert done.stderr == (f'error: {data}:2: no "answer" field; name it with --fields answer=COLUMN, one of '
+                           'problem\n')
 
 
 def test_a_run_that_diverges_stops_and_says_so(run, tmp_path, trained):

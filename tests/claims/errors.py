@@ -23,7 +23,7 @@ from data.flags import (
 from data.formats import load_any
 from model import Config, load_model, load_tokenizer, split_spec
 from resa import activations, is_sink
-from sae import metrics
+from sae import check_site, metrics
 
 # ---- The error in parts ------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ def study(specs, t, model, ids):
     x, n_fit, widths = x[keep], int(keep[:half].sum()), {}                        # (N,D)
     for spec in specs:
         sae = load_any(spec).to(x.device).requires_grad_(False)
-        train.check_site(sae, t)
+        check_site(sae, t)
         check(sae.n_latents not in widths, f"--sae: two of {sae.n_latents} latents; give one")
         sae.meta["sink_norm"] = limit
         line, found = decompose_error(x, torch.cat([*map(sae, x.split(1024))]), n_fit)

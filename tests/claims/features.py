@@ -25,7 +25,7 @@ from data.files import check, write_json, write_text
 from data.flags import (
     SEED, choose_device, experiment_parser, front_door, parse_experiment, run_commands, whole)
 from data.formats import load_any
-from data.rows import columns, read_problems
+from data.rows import read_columns, read_problems
 from model import Config, load_model, load_tokenizer, think_prefix
 from sae import dense
 
@@ -104,7 +104,7 @@ def never_first(model, token):
 @torch.no_grad()
 def ask(study, problems, args):
     """One graded answer to each problem: {id: row of eval.py}."""
-    who, asked = (study.model, study.tokenizer), eval.prompt_of(args.bench)
+    who, asked = (study.model, study.tokenizer), eval.bench_prompt(args.bench)
     sampling = dict(max_new_tokens=args.max_new_tokens, temperature=0.6, top_p=0.95)  # as eval.py
     settings = sampling | {"label": "features"}
     plan, ids_of = eval.make_plan(*who, problems, 1, args.seed, settings, asked)
@@ -172,7 +172,7 @@ def report(found, study):
 
 def open_study(args):
     """The model, and its answers as it is: to --data (documents), to --bench (base)."""
-    data = read_problems(train.data_file(args.data), columns(args.fields), train.is_own(args))
+    data = read_problems(train.data_file(args.data), read_columns(args.fields))
     bench, _ = eval.read_bench(args.bench, args.fields)
     tokenizer = load_tokenizer(args.target)
     tags = [tokenizer.fast.token_to_id(tag) for tag in ("<think>", "</think>")]
