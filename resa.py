@@ -127,14 +127,13 @@ def splice(model, sae, layer, site="resid", grad=False):
 
 @torch.no_grad()
 def activations(model, ids, layer, site="resid"):
-    """ids (B,T) -> the activation (B,T,D) at the site, computed up to there.  Layers [4, 8]: two."""
+    """ids (B,T) -> the activation (B,T,D) at the site, computed up to there.  [4, 8]: a list."""
     layers, caught = [layer] if isinstance(layer, int) else layer, {}
     with ExitStack() as stack:
         for n in layers:
             stack.enter_context(hooked(model, n, site, partial(caught.__setitem__, n)))
         model.run(ids, stop=max(layers) + 1)
-    found = [caught[n] for n in layers]
-    return found if layers is layer else found[0]
+    return [caught[n] for n in layers] if layers is layer else caught[layer]
 
 def insert(sae, x):
     """x (B,T,D) -> what takes its place: sae(x), but x itself at attention sinks, see `is_sink`."""

@@ -238,10 +238,10 @@ def test_an_sae_of_another_place_is_refused_whatever_its_library_calls_it(tmp_pa
     sae = load_any(named(tmp_path, layout, name))
     place = Namespace(site="resid", layer=1, other_site=False)
     with pytest.raises(ValueError, match="the SAE was trained at (site|layer) .*, not at ") as err:
-        sae_.check_site(sae, place)
+        S.check_site(sae, place)
     assert "--other-site" in str(err.value) and "pass --site self_attn" not in str(err.value)
     place.other_site = True
-    sae_.check_site(sae, place)
+    S.check_site(sae, place)
 
 
 @pytest.mark.parametrize("layout, name", [
@@ -251,7 +251,7 @@ def test_an_sae_of_another_place_is_refused_whatever_its_library_calls_it(tmp_pa
     ("sparsify", "layers.1")])
 def test_an_sae_of_this_place_is_used_without_a_word(tmp_path, capsys, layout, name):
     sae = load_any(named(tmp_path, layout, name))
-    sae_.check_site(sae, Namespace(site="resid", layer=1, other_site=False))
+    S.check_site(sae, Namespace(site="resid", layer=1, other_site=False))
     assert capsys.readouterr().err == ""
 
 
@@ -266,7 +266,7 @@ def test_an_sae_whose_place_nobody_states_is_used_and_that_is_said(tmp_path, cap
     here = Namespace(site="mlp", layer=1, other_site=False)
     for name, unknown in (("nothing", "site and layer"), ("layer", "site"),
                           ("null", "site and layer")):
-        sae_.check_site(load_any(tmp_path / name), here)
+        S.check_site(load_any(tmp_path / name), here)
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and f"do not say at which {unknown} it was trained" in said
         assert "used at site mlp, layer 1, as asked" in said
