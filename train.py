@@ -358,7 +358,7 @@ def hyper_of(args):
     return hyper
 
 def prepare_saes(model, saes, chunks, args, own):
-    """Fills in steps and rate; from the first batch each SAE's meta, sink norm and, if fresh, b_dec.
+    """Fills in steps and rate; from the first batch each SAE's meta, sink norm and, fresh, b_dec.
     own: the settings of each, to which the new ones are added."""
     plan_steps("sae", args, len(chunks))
     args.lr = args.lr or None       # 0, too, means the rule

@@ -204,7 +204,7 @@ class Run:
         if self.writes:
             write_json(self.out / "summary.json", summary)
             rows = [row for _, row in read_jsonl(self.metrics)]
-            write_text(self.out / "metrics.svg", curves(rows, f"{self.stage}: {self.out.name}"))
+            write_text(self.out / "metrics.svg", curves(rows, f"train.py --stage {self.stage}"))
             self.checkpoint.unlink(missing_ok=True)     # nothing is left to resume
         return summary
 

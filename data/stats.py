@@ -221,9 +221,8 @@ def bracketed(value, low, high, sign=""):
 
 STYLE = """<style>
 text { font: 14px system-ui, sans-serif; fill: #22252a } rect { fill: #fdfcf9 }
-path, circle { stroke: #b8650a; fill: #b8650a; stroke-width: 2 }
+path, circle { stroke: #b8650a; fill: #b8650a; stroke-width: 2 } .end { text-anchor: end }
 .grid, .base { stroke: #8885; stroke-width: 1 } .base { stroke: #888; stroke-dasharray: 6 4 }
-.curve { fill: none; stroke-width: 1.5 } .end { text-anchor: end }
 @media (prefers-color-scheme: dark) { text { fill: #e4e3df } rect { fill: #16171a } }
 </style>"""
 
@@ -254,34 +253,35 @@ def words(left, y, text, more=""):
 
 def canvas(title, parts, height):
     """Elements of a picture 800 px wide -> SVG text."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="800" height="{height}">'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="800" height="{height}">\n{STYLE}'
     title = words(16, 28, title, ' style="font-weight: bold"')
-    return "\n".join([head, STYLE, '<rect width="100%" height="100%"/>', title, *parts, "</svg>\n"])
+    return "\n".join([head, '<rect width="100%" height="100%"/>', title, *parts, "</svg>\n"])
 
 def curves(rows, title):
     """The log of a run, rows {"step": 1, "fvu": 0.9, ..} -> SVG text: over the steps, a panel for
     each value; those of several layers, "fvu.4" and "fvu.8", share one.  Draws only numbers."""
     panels, parts, top = defaultdict(lambda: defaultdict(list)), [], 60
     for row in rows:
-        for name in row.keys() - {"step", "seconds", "tok/s", "mfu", "gb"}:
-            point, (value, _, layer) = (row.get("step"), row[name]), name.partition(".")
-            if all(type(x) in (int, float) and abs(x) < 1e300 for x in point):
+        for name, number in row.items():
+            point, (value, _, layer) = (row.get("step"), number), name.partition(".")
+            drawn = all(type(x) in (int, float) and abs(x) < 1e300 for x in point)
+            if drawn and name not in ("step", "seconds", "tok/s", "mfu", "gb"):
                 panels[value][layer].append(point)       # {value: {layer: [(step, number)]}}
     count = sum(map(len, panels.values()))
-    for value, layers in sorted(panels.items()):
-        height = max(96, 14 * len(layers))
+    for value, layers in panels.items():
+        height = max(96, 17 * len(layers))
         parts += panel(value, layers, top, height, max(4, 1200 // count))
-        top += height + 36
+        top += height + 42
     return canvas(title, parts, top)
 
 def panel(value, layers, top, height, buckets):
     """One value, {layer: [(step, number)]}, below `top` -> elements: axes, curves, last numbers."""
     points, bottom, right = np.array(sum(layers.values(), []), float), top + height, ' class="end"'
     (first, low), (last, high) = points.min(0), points.max(0)
-    parts = [f'<path class="grid" d="M180 {top}V{bottom}H620"/>', words(16, top + 14, value[:14]),
-             words(172, top + 4, f"{high:.4g}", right), words(172, bottom, f"{low:.4g}", right),
-             words(190, bottom + 16, f"{first:,.0f}", right),
-             words(620, bottom + 16, f"step {last:,.0f}", right)]
+    parts = [f'<path class="grid" style="fill: none" d="M180 {top}V{bottom}H620"/>',
+             words(16, top + 14, value[:14]), words(172, top + 8, f"{high:.4g}", right),
+             words(172, bottom, f"{low:.4g}", right), words(180, bottom + 18, f"{first:,.0f}"),
+             words(620, bottom + 18, f"step {last:,.0f}", right)]
     for i, (layer, points) in enumerate(sorted(layers.items(), key=lambda item: item[0].zfill(9))):
         x, y = np.array(points, float).T
         kept, name = thin(y, buckets), f"layer {layer}: " if layer else "last "
@@ -289,8 +289,9 @@ def panel(value, layers, top, height, buckets):
         up = bottom - height * (y[kept] - low) / (high - low or 1)
         path = "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(across, up))
         colour = f"hsl({(30 + 137 * i) % 360} 65% 50%)"
-        parts.append(f'<path class="curve" style="stroke: {colour}" d="M{path}h.1"/>')
-        parts.append(words(632, top + 11 + 14 * i, f"{name}{y[-1]:.4g}", f' style="fill: {colour}"'))
+        parts.append(f'<path style="fill: none; stroke: {colour}" d="M{path}h.1"/>')
+        place = 632, top + 8 + 17 * i
+        parts.append(words(*place, f"{name}{y[-1]:.4g}", f' style="fill: {colour}"'))
     return parts
 
 def thin(y, buckets):
