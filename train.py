@@ -218,17 +218,14 @@ def run_sae(args):
           "collects its dictionary in one pass: start it without torchrun")
     chunks, held = hold_out(load_chunks(args, tokenizer, model))                  # (n,T) each
     prepare_saes(model, saes, chunks, args, own)
-    several, names = len(saes) > 1, [f".{one.layer}" if len(saes) > 1 else "" for one in own]
-    module = saes if several else saes[0]
-    optimizer, flops = make_optimizer(module, args.optimizer, args.lr), training_flops(
-        "sae", args, model, module)
-    with training("sae", args, module, optimizer, flops) as run:
+    several, optimizer = len(saes) > 1, make_optimizer(saes, args.optimizer, args.lr)
+    names = [f".{one.layer}" if several else "" for one in own]      # fvu.4, fvu.8; or fvu
+    with training("sae", args, saes, optimizer, training_flops("sae", args, model, saes)) as run:
         batches = (harvest_batch(model, saes, chunks, step, own)
                    for step in range(run.start, args.steps))
-        batches = batches if several else (of_one for of_one, in batches)
-        for step, parts in train_sae(module, batches, optimizer, args, run.start, args.tf32):
+        for step, parts in train_sae(saes, batches, optimizer, args, run.start, args.tf32):
             values = {}
-            for name, sae, part in zip(names, saes, parts if several else [parts]):
+            for name, sae, part in zip(names, saes, parts):
                 values |= {f"fvu{name}": part["fvu"], f"l0{name}": part["l0"],
                            f"dead{name}": sae.dead.float().mean()}
             run.end_step(step, values, args.batch * args.seq_len)      # sinks are counted

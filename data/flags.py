@@ -113,39 +113,20 @@ def parse(parser, argv, section=""):
     section  the part of a preset that belongs to this program or stage, beside what is common
     .given holds the names set by file or flag, so that what cannot take effect can be refused;
     .origin {name: where its value is from}."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("preset", "config", *NAMED):
-        early.add_argument(f"--{name}", nargs="*" if name in NAMED else "?")
-    known, _ = early.parse_known_args(argv)
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    names, again = {action.dest for action in parser._actions}, {}       # again: of an earlier run
-    if known.config and "--config" in flags:
-        config = read_json(known.config)
-        if "settings" in config:         # the config.json of a run
-            again = read_value(config["settings"], dict, where=f"{known.config}: settings")
-            known.preset = known.preset or again.get("preset")
-            again = {name: again[name] for name in again.keys() & names - NOT_AGAIN
-                     if again[name] not in ("", [])}
-        else:
-            check(not config.keys() & {"preset", "config"},
-                  f"{known.config}: give --preset beside it")
-            argv = to_argv(config, flags, known.config) + argv
-            known, _ = early.parse_known_args(argv)
-    bundle = {}
+    names = {action.dest for action in parser._actions}
+    argv, again = read_config(argv, flags) if "--config" in flags else (argv, {})
+    preset, bundle = None, {}
     if "--preset" in flags:
-        own = [x for name in NAMED for x in getattr(known, name) or () if not embedded(x)]
-        known.preset = known.preset or ("own" if own else "tiny")
-        bundle = read_preset(known.preset)
+        preset = find_preset(argv, again)
+        bundle = read_preset(preset)
     bundle = {k: v for k, v in bundle.items() if not isinstance(v, dict)} | bundle.get(section, {})
-    origin = {name: f"preset {known.preset}" for name in bundle.keys() & names}
-    parser.set_defaults(**{name: bundle[name] for name in origin}, preset=known.preset)
-    origin |= dict.fromkeys(again, str(known.config))
-    before = to_argv(again, flags, known.config)
-    if {"-h", "--help"} & set(argv):     # shows what would be used
-        for action in parser._actions:
-            action.required = False
-        rest = [word for word in argv if word not in ("-h", "--help")]
-        parser.set_defaults(**vars(parser.parse_known_args(before + rest)[0]))
+    bundle = {name: bundle[name] for name in bundle.keys() & names}
+    parser.set_defaults(**bundle, preset=preset)
+    again = {name: again[name] for name in again.keys() & names - NOT_AGAIN}
+    before = to_argv(again, flags, "the settings of --config")
+    if {"-h", "--help"} & set(argv):
+        show_used(parser, before + argv)
     args, unknown = parser.parse_known_args(before + argv)
     for word in unknown:
         flag = word.split("=")[0]
@@ -153,8 +134,42 @@ def parse(parser, argv, section=""):
         parser.error(f"no flag {shorten(word)}" + (f", did you mean {near[0]}?" if near else ""))
     words = {word.split("=")[0] for word in argv}
     args.given = {action.dest for action in parser._actions if words & set(action.option_strings)}
-    args.origin = origin | dict.fromkeys(args.given, "flags")
+    args.origin = (dict.fromkeys(bundle, f"preset {preset}") | dict.fromkeys(again, args.config)
+                   | dict.fromkeys(args.given, "flags"))
     return args
+
+def look(argv, *names):
+    """The values, lists, that argv gives to a few flags, before it is parsed as a whole."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        early.add_argument(f"--{name}", nargs="*", default=[])
+    return early.parse_known_args(argv)[0]
+
+def read_config(argv, flags):
+    """argv with --config FILE -> argv with the file's flags before it, {}; or, where the file is a
+    run's config.json, argv as it is and the settings of that run."""
+    for path in look(argv, "config").config[-1:]:
+        config = read_json(path)
+        if "settings" not in config:
+            check(not config.keys() & {"preset", "config"}, f"{path}: give --preset beside it")
+            return to_argv(config, flags, path) + argv, {}
+        again = read_value(config["settings"], dict, where=f"{path}: settings")
+        return argv, {name: value for name, value in again.items() if value not in ("", [])}
+    return argv, {}
+
+def find_preset(argv, again):
+    """--preset, else that of the earlier run, else own or tiny by whose the models and data are."""
+    found = look(argv, "preset", *NAMED)
+    named = [spec for name in NAMED for spec in getattr(found, name)]
+    usual = "tiny" if all(map(embedded, named)) else "own"
+    return (found.preset or [again.get("preset") or usual])[-1]
+
+def show_used(parser, argv):
+    """--help: makes defaults of what argv says, so that it shows what would be used."""
+    for action in parser._actions:
+        action.required = False
+    rest = [word for word in argv if word not in ("-h", "--help")]
+    parser.set_defaults(**vars(parser.parse_known_args(rest)[0]))
 
 # Of a run, not of what it computes
 NOT_AGAIN = {"out", "resume", "fresh", "config", "help"}

@@ -193,7 +193,8 @@ class Run:
 
     def may_grow(self):
         """Whether a step does not depend on how many there are."""
-        return self.args.schedule == "constant" and not getattr(self.module, "warmup", 0)
+        warm = any(getattr(part, "warmup", 0) for part in self.module.modules())     # of an SAE
+        return self.args.schedule == "constant" and not warm
 
     def finish(self, **measured):
         """The artifact is written: notes what it took, drops the checkpoint -> the summary."""
