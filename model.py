@@ -103,7 +103,7 @@ class Config:
         other = read_fields(raw, OTHER_FIELDS, where)
         ours = DENSE_FIELDS | (MOE_FIELDS if other["model_type"] == "qwen2_moe" else {})
         found = read_fields(raw, ours, where)
-        check(not raw.get("quantization_config"), f"{where}: quantization_config; save in bf16 first")
+        check(not raw.get("quantization_config"), f"{where}: quantization_config; save it in bf16")
         refuse_unknown(raw, {*ours, *OTHER_FIELDS, *HARMLESS}, where)
         rope = other["rope_parameters"] | other["rope_scaling"]
         refuse_unknown(rope, ROPE_FIELDS, f"{where}: rope_parameters or rope_scaling", ROPE_IDLE)

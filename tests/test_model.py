@@ -690,7 +690,7 @@ def test_malformed_json(tmp_path, text, word):
             ["rope_parameters", "dynamic"],
         ),
         (dict(layer_types=["full_attention", "sliding_attention"]), ["layer_types"]),
-        (dict(quantization_config={"bits": 4}), ["quantization_config; save in bf16 first"]),
+        (dict(quantization_config={"bits": 4}), ["quantization_config; save it in bf16"]),
         (dict(attention_dropout=0.1), ["attention_dropout"]),
         (dict(num_experts=8), ["num_experts"]),
         (dict(use_mrope=True), ["use_mrope"]),
