@@ -1,5 +1,6 @@
 """The programs of tests/claims, end to end, as small as they go."""
 
+import json
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ import eval
 import model
 import train
 from data import flags, runs
-from tests.claims import arms, variants
+from tests.claims import arms, errors, variants, view
 from tests.conftest import ROOT
 
 
@@ -142,3 +143,23 @@ def test_a_model_of_ones_own_goes_the_way_of_the_embedded_ones(at_once, data, tm
         return re.sub(r"\S*/(distill|tiny)\S*?(\+|$| )", r"MODEL\2", line.replace(f"{tmp_path}/a", "O").replace(f"{tmp_path}/b", "O")).split()
     assert [plain(line)[:3] for line in ours] == [plain(line)[:3] for line in at_once.ran] and len(ours) > 8
     assert "| " not in report_of(tmp_path / "a") and "paired by problem" not in report_of(tmp_path / "a")
+
+
+# ------------------------------------------------------------------------------------------------
+# the others on a model of one's own
+# ------------------------------------------------------------------------------------------------
+
+def test_errors_and_view_go_where_the_sae_belongs(data, tmp_path, monkeypatch):
+    """On a model that is not the project's: nothing of the embedded preset is taken for it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(f"{ROOT}/data/tiny/distill", tmp_path / "mine")
+    own = ["--source", "mine", "--data", str(data), "--device", "cpu"]
+    train.main(["--stage", "sae", *own, "--layer", "2", "--latents", "256", "--k", "8", "--steps", "2", "--out", "sae"])
+    errors.main([*own, "--held", str(data), "--sae", "sae", "--seq-len", "64", "--out", "errors"])
+    used = json.loads((tmp_path / "errors/config.json").read_text())["settings"]
+    assert used["preset"] == "own" and "F 256" in (tmp_path / "errors/table.txt").read_text()
+    assert json.loads((tmp_path / "errors/numbers.json").read_text())[0]["left_out"] > 0     # sinks: not the embedded rule
+    view.main([*own, "--sae", "sae", "--chunks", "2", "--max-new-tokens", "8", "--out", "page"])
+    assert '"layer":2' in (tmp_path / "page/view.html").read_text()
+    with pytest.raises(ValueError, match="--data is needed in errors: nothing stands for it"):
+        errors.main(["--source", "mine", "--sae", "sae"])
