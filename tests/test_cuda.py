@@ -71,9 +71,9 @@ def test_every_variant_trains_and_tunes(device, variant, dtype, data, tmp_path):
     assert {t.dtype for t in sae.state_dict().values()} <= {torch.float32, torch.int64}
     flags = [*TEXT, "--target", model, "--sae", tmp_path / "sae"]
     for splice in splices_of(variant):
-        rows = run("tune", tmp_path / splice, device, dtype, data, *flags,
+        rows = run("tune", tmp_path / f"adapter-{splice}", device, dtype, data, *flags,
                    "--splice", splice, "--sae-grad", "on")
-        check_adapter(tmp_path / splice)
+        check_adapter(tmp_path / f"adapter-{splice}")
         assert rows[0]["kl"] > 0
     rows = run("tune", tmp_path / "off", device, dtype, data, *flags)
     check_adapter(tmp_path / "off")
@@ -178,9 +178,9 @@ def test_the_sae_computes_in_fp32_inside_a_bf16_model(variant, data, tmp_path, m
     monkeypatch.setattr(S.SAE, "preacts", watched_preacts)
     for splice in splices_of(variant):
         seen.clear()
-        run("tune", tmp_path / splice, "cpu", "bfloat16", data, *TEXT, "--target", model,
+        run("tune", tmp_path / f"adapter-{splice}", "cpu", "bfloat16", data, *TEXT, "--target", model,
             "--sae", tmp_path / "sae", "--sae-grad", "on", "--splice", splice)
-        check_adapter(tmp_path / splice)
+        check_adapter(tmp_path / f"adapter-{splice}")
         assert set(seen) == {torch.float32} and len(seen) >= 4, splice
 
 

@@ -1264,9 +1264,10 @@ def test_the_golden_numbers_are_still_those_of_transformers_and_peft(base, tmp_p
     assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items())
 
 
-def test_in_bf16_a_layer_is_within_a_rounding_of_pefts(base, tmp_path):
+def test_in_bf16_a_layer_is_within_two_roundings_of_pefts(base, tmp_path):
     peft = attach(base, golden_adapter(tmp_path), torch.bfloat16).base_model.model
     peft = peft.model.layers[0].self_attn.q_proj
     layer = resa.load_adapter(toy(dtype=torch.bfloat16), str(tmp_path)).model.layers[0].self_attn.q_proj
     x = numbers((500, D), 0).bfloat16()
-    assert ((layer(x).float() - peft(x).float()).abs() <= 2**-7 * peft(x).float().abs() + 2**-8).all()
+    assert ((layer(x).float() - peft(x).float()).abs() <= 2**-7 * peft(x).float().abs() + 2**-7).all()
+    # PEFT widens x to fp32 for A and B; ours are rounded to bf16, beside the output of the layer

@@ -7,6 +7,7 @@
 import math
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,7 +189,8 @@ def test_large_comparisons_are_fast():
 
 def runs(*right, n=100):
     """A run of n samples for each number of right ones."""
-    return [[{"id": str(i), "correct": i < c} for i in range(n)] for c in right]
+    row = {"sample": 0, "tokens": 1, "finish": "stop", "extracted": "1", "seed": [0, 0, 0], "settings": {}}
+    return [[row | {"id": str(i), "correct": i < c} for i in range(n)] for c in right]
 
 
 @pytest.mark.parametrize("mine, base, mean, reason", [
@@ -219,8 +221,8 @@ def test_a_table_over_seeds_has_one_method():
     """One arm with equal seeds beside others: no interval over questions under that caption."""
     a, b, _ = arms.SECTIONS["layers"][1]
     rows = {"base": runs(50, 51, 52), a: runs(60, 60, 60), b: runs(57, 58, 59),
-            "layer 2": runs(40, 50, 45)}
-    text = arms.describe(None, "layers", rows)
+            "a higher layer": runs(40, 50, 45)}
+    text = arms.describe(SimpleNamespace(seeds=3, low=0, layer=1, high=2), "layers", rows)
     cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
     assert [cell[0][2:] for cell in cells] == list(rows)
     assert cells[1][1] == "0.600, no interval" and cells[1][2].startswith("+0.090 [+0.06")

@@ -108,7 +108,7 @@ def check_close(one, two):
         a, b = load_file(one / name), load_file(two / name)
         assert a.keys() == b.keys()
         running = name == "kept.safetensors" and one.name in TOKENS_COMPETE
-        for key in a.keys() - {"rng", "threshold" if running else "rng"}:
+        for key in a.keys() - {"rng", "0.threshold" if running else "rng"}:
             assert a[key].dtype == b[key].dtype
             within = 1e-5 if a[key].is_floating_point() else 0
             torch.testing.assert_close(b[key], a[key], rtol=0, atol=within,
@@ -146,9 +146,9 @@ def test_what_is_compared_has_learned(both):
     assert (start["topk"]["encoder.weight"] - start["batchtopk"]["W_enc"]).abs().max() > 1e-3
     moved = load_file(one / "sft" / "adapter_model.safetensors")
     assert max(float(t.abs().max()) for name, t in moved.items() if "lora_B" in name) > 5e-4
-    idle = load_file(one / "topk" / "kept.safetensors")["tokens_since_fired"]
+    idle = load_file(one / "topk" / "kept.safetensors")["0.tokens_since_fired"]
     assert len(idle.unique()) > 3 and {0, 2 * 4 * 64} <= set(idle.tolist())
-    assert load_file(one / "gba" / "kept.safetensors")["fired"].any()
+    assert load_file(one / "gba" / "kept.safetensors")["0.fired"].any()
     assert len({row["reward"] for row in logged(one / "rl")}) == 2
 
 
@@ -223,7 +223,7 @@ def test_the_command_says_once_who_shares_the_run_and_how_fast_it_is(tmp_path):
     assert len(lines) == 3
     found = sorted(path.name for path in (tmp_path / "sft").iterdir())
     assert found == ["adapter_config.json", "adapter_model.safetensors", "config.json",
-                     "metrics.jsonl", "summary.json"]
+                     "metrics.jsonl", "metrics.svg", "summary.json"]
 
 
 def test_a_process_that_fails_ends_the_others(both):
