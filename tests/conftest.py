@@ -19,7 +19,8 @@ torch.set_num_threads(1)
 
 # The suite runs in two processes, a core each: a child runs these files, and when the others are done its
 # reports are told here.  Fewer than ten files are run in one process.
-OF_THE_CHILD = {f"test_{name}" for name in "cuda formats fuzz kill model torchrun train variants".split()}
+OF_THE_CHILD = {f"test_{name}" for name in
+                "claims cuda curves formats fuzz kill model torchrun train variants".split()}
 REPORTS = os.environ.get("RESA_REPORTS")          # in the child: the file of its reports
 
 
