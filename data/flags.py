@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.files import (
-    ROOT, check, one_line, parse_json, printable, read_json, read_text, read_value,
+    MARKS, ROOT, check, one_line, parse_json, printable, read_json, read_text, read_value,
     relative, shorten, write_json)
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -357,6 +357,11 @@ def command_lines(name, words, args):
         asking += given_flags(args, "max_new_tokens")
     return [*lines, line + common + asking + ["--slots", "128"]]
 
+def newer(spec, record):
+    """Whether an SAE or adapter that a command line names was made after the run began."""
+    made = [Path(part, name) for part in spec.split("+") for name in MARKS]
+    return any(path.exists() and path.stat().st_mtime > record.stat().st_mtime for path in made)
+
 def left_to_do(lines, fresh):
     """Command lines of an arm -> those that are left, after an earlier run of the same ones."""
     left = []
@@ -366,6 +371,7 @@ def left_to_do(lines, fresh):
             record = where / "config.json"
             argv = read_json(record)["argv"][1:] if record.exists() else []
             same = not fresh and line[1:] == [x for x in argv if x not in ("--resume", "--fresh")]
+            same = same and not any(newer(word, record) for word in line if word != str(where))
             if same and (where / "summary.json").exists():
                 continue
             same = same and (where / "checkpoint.safetensors").exists()

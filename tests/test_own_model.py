@@ -1,5 +1,6 @@
 """A model and data that are not the project's: what is derived, what is said, what goes on from what is there."""
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -327,6 +328,14 @@ def test_an_experiment_that_was_there_is_not_made_again(tmp_path, monkeypatch):
     assert "--resume" in go("--seed", "1")[1] and "--fresh" in ran[-1]          # its answers are new
     (made["o/sft"] / "checkpoint.safetensors").touch()
     assert "--resume" not in go("--seed", "2")[1]                    # that checkpoint has another seed
+    arms["tuned"] = "train.py --stage tune --target {target} --sae {out}/sae --steps 2"
+    (tmp_path / "o/sae").mkdir()
+    (tmp_path / "o/sae/cfg.json").touch()
+    go("--seed", "2"), os.utime(tmp_path / "o/sae/cfg.json", (1, 1))
+    assert "tune" not in go("--seed", "2")[1].replace("tuned", "")
+    os.utime(tmp_path / "o/sae/cfg.json", (2**31, 2**31))            # the SAE was made again
+    assert "--sae o/sae --steps 2" in go("--seed", "2")[1]
+    arms.pop("tuned")
     monkeypatch.setattr(flags, "commit", lambda: "another")
     assert go("--seed", "2")[1].count("--fresh") == 3                # other code may give other numbers
     for line in (tmp_path / "o/commands.sh").read_text().splitlines():

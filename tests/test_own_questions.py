@@ -49,6 +49,7 @@ def refused(call, *words):
     for word in words:
         assert word in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 # ---- columns, answers --------------------------------------------------------------------------------------
@@ -81,12 +82,12 @@ def test_a_column_that_is_not_there_is_named_beside_those_that_are(words, said, 
 
 @pytest.mark.parametrize("text", ["answer", "answer=", "gold=x", "=x", "answer=a,answer=b"])
 def test_fields_that_are_none(text):
-    refused(lambda: read_columns(text), "--fields", "NAME=COLUMN", "problem, answer")
+    assert refused(lambda: read_columns(text), "--fields", "NAME=COLUMN", "problem, answer")
 
 
 def test_a_named_column_is_never_replaced_by_another(own):
     path = own({"prompt": " ", "question": "q", "messages": CHAT, "gold": "1"})
-    refused(lambda: read_problems(path, {"problem": "prompt", "answer": "gold"}), 'no "problem"')
+    assert refused(lambda: read_problems(path, {"problem": "prompt", "answer": "gold"}), 'no "problem"')
     path = own({"talk": CHAT, "problem": "p", "answer": "5"})
     assert read_problems(path, {"messages": "talk"})[0]["problem"] == "And 2+2?"
 
@@ -189,8 +190,8 @@ def test_a_chat_beside_a_problem_is_not_read(own):
     ({"messages": CHAT, "system": 7}, "'system' should be text")])
 def test_a_bad_chat_is_named_by_its_line_and_turn(own, row, word):
     path = own({"messages": CHAT}, row)
-    refused(lambda: read_problems(path), f"{path}:2: ", word)
-    refused(lambda: train.read_rows(path), f"{path}:2: ", word)
+    assert refused(lambda: read_problems(path), f"{path}:2: ", word)
+    assert refused(lambda: train.read_rows(path), f"{path}:2: ", word)
 
 
 @pytest.mark.parametrize("row, word", [
@@ -200,13 +201,13 @@ def test_a_bad_chat_is_named_by_its_line_and_turn(own, row, word):
     ({"messages": [{"role": "user", "content": " "}], "answer": 1}, 'no "problem"')])
 def test_a_chat_that_asks_nothing_or_has_no_final_answer(own, row, word):
     path = own({"messages": CHAT}, row)
-    refused(lambda: read_problems(path), f"{path}:2: ", word)
+    assert refused(lambda: read_problems(path), f"{path}:2: ", word)
     assert len(train.read_rows(path)) == 2, "a text all the same"
 
 
 def test_a_chat_after_questions_is_refused_in_training(own):
     path = own({"problem": "p", "answer": "1"}, {"messages": CHAT})
-    refused(lambda: train.read_rows(path), "row 2 has a text or completion or messages")
+    assert refused(lambda: train.read_rows(path), "row 2 has a text or completion or messages")
 
 
 def test_the_system_of_a_row_reaches_the_template(tmp_path, chatty):
