@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as fn
 
-from data.files import (REQUIRED, check, check_tensors, locate, one_line, open_tensors,
-                        read_fields, read_json, read_value, staged)
+from data.files import (REQUIRED, base_name, check, check_tensors, locate, one_line,
+                        open_tensors, read_fields, read_json, read_value, staged)
 
 CHUNK = 2**26      # entries of pre held at a time where tokens do not compete: 256 MB in fp32
 
@@ -1106,14 +1106,11 @@ def check_site(sae, args):
               f"used at site {args.site}, layer {args.layer}, as asked", file=sys.stderr)
 
 def introduce(sae, used):
-    """Says which SAE this is, and if it is of another model than `used`, or does not say of which.
-    Of specs the last part of the base's path counts: a hub id and its local copy are one model."""
-    def base(spec):
-        return Path(spec.split("+")[0]).name.partition("@")[0].lower()
+    """Says which SAE this is, and whether it is of another model than `used`, or does not say."""
     trained, note = sae.meta.get("model"), ""
     if trained is None:
         note = f"; its files do not say of which model: it is used in {used}, as asked"
-    elif base(trained) != base(used):
+    elif base_name(trained) != base_name(used):
         note = f"; of another model: it is used in {used}, as asked"
     layer, site = (sae.meta.get(name, "unknown") for name in ("layer", "site"))
     print(one_line(f"SAE of {trained or 'a model'}, layer {layer}, site {site}: {sae.variant}, "

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from data.files import (
-    FLOATS, REQUIRED, check, check_finite, locate, open_tensors, read_fields, read_json,
-    refuse_unknown, relative, say_once, shorten)
+    FLOATS, REQUIRED, base_name, check, check_finite, locate, open_tensors, read_fields,
+    read_json, refuse_unknown, relative, say_once, shorten)
 
 ALPHA, RANK = ((int, float), -1e30, 1e30), (int, 1, None)
 WORDS, PATTERNS = ((str, [str]), None, None, []), (dict, None, None, {})
@@ -46,9 +46,8 @@ def peft_base(spec):
 
 def note_base(adapter, path, base):
     """Says so if an adapter was trained on another base than the one it is put on."""
-    said, base = adapter["base_model_name_or_path"] or "", str(base)
-    theirs, ours = (re.split(r"[@#+]", Path(text).name)[0] for text in (said, base))
-    if said and theirs.lower() != ours.lower():          # wherever the two are kept
+    theirs, ours = base_name(adapter["base_model_name_or_path"] or ""), base_name(base)
+    if theirs and theirs != ours:
         say_once(f"{path}: an adapter trained on {shorten(theirs)}, put on {shorten(ours)}")
 
 def lora_scale(alpha, r, rslora):

@@ -332,6 +332,10 @@ def relative(spec):
     """A spec or path without this checkout's own directory, so that it makes sense elsewhere."""
     return str(spec).replace(f"{ROOT}/", "")
 
+def base_name(spec):
+    """The last part of a spec's base: equal for a hub id and its local copy, wherever that is."""
+    return Path(str(spec).split("+")[0].replace("#", "/")).name.partition("@")[0].lower()
+
 def printable(text):
     """Text without control characters: a stranger's text must not be able to steer the terminal."""
     text = text.replace("\t", " ")
