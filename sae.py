@@ -229,6 +229,8 @@ class SAE(nn.Module):
         if "dead" not in b.cache:      # waits for the device: cheaper than ranking nobody
             b.cache["dead"] = self.dead.nonzero()[:, 0]
         dead = b.cache["dead"]
+        if not len(dead):
+            return dead
         score = b.pre[:, dead].abs() if self.signed else b.pre[:, dead]
         best = score.topk(min(self.k_aux, len(dead)), dim=-1, sorted=False).indices
         return flat_indices(dead[best.sort().values], self.n_latents)
@@ -285,8 +287,8 @@ class Codes(NamedTuple):
     def transpose(self):
         rows, columns = self.shape
         row, column = self.flat_index // columns, self.flat_index % columns
-        index, order = (column * rows + row).sort()                      # (M,)
-        return Codes(self.value[order], index, (columns, rows))
+        order = column.int().sort(stable=True).indices      # (M,): within a column as they were
+        return Codes(self.value[order], (column * rows + row)[order], (columns, rows))
 
     def times(self, matrix):
         """(N,F) @ (F,D) -> (N,D), reading only the rows of `matrix` that are needed."""
@@ -336,7 +338,7 @@ def largest_per_token(score, k):
     """score (N,F) -> sorted flat indices of the k largest of each token, exactly k even on ties."""
     F = score.shape[1]
     size = math.gcd(F, 2 ** int(math.log2(F / k) / 2))      # near sqrt(F / k): fewest candidates
-    latents = grouped_topk(score, k, size) if size >= 16 else score.topk(k, sorted=False).indices
+    latents = grouped_topk(score, k, size) if size >= 8 else score.topk(k, sorted=False).indices
     return flat_indices(latents.sort().values, F)
 
 def grouped_topk(score, k, size):

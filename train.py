@@ -233,13 +233,13 @@ def run_sae(args):
         # signum saves its running mean, so this is what is finished and measured
         summary = {}
         with getattr(optimizer, "averaged", nullcontext)():
-            for name, sae, one in zip(names, saes, own):
-                if args.steps:
-                    finish_sae(model, sae, chunks, one)
-                measured = sae_metrics(model, sae, held.to(args.device), one)
-                summary |= {f"{key}{name}": value for key, value in measured.items()}
+            for sae, one in zip(saes, own if args.steps else ()):
+                finish_sae(model, sae, chunks, one)
+            measured = sae_metrics(model, saes, held.to(args.device), own)
+            for name, values in zip(names, measured):
+                summary |= {f"{key}{name}": value for key, value in values.items()}
                 if run.writes:
-                    check_sae(measured, run, name)
+                    check_sae(values, run, name)
             for sae, one in zip(saes, own if run.writes else ()):
                 save_sae(sae, f"{args.out}/{folder_of(one)}" if several else args.out)
         return run.finish(**summary)
@@ -456,46 +456,61 @@ def ablation(value, sae):
     return constant
 
 @torch.no_grad()
-def sae_metrics(model, sae, ids, args):
-    """What the SAE is worth on held-out chunks ids (n,T): sae.Metrics, and to the model
+def sae_metrics(model, saes, ids, own):
+    """What each SAE is worth on held-out chunks ids (n,T): sae.Metrics, and to the model
     ce, ce_sae, ce_zero, ce_mean   nats per token, with nothing, the SAE, zeros, the mean spliced in
     kl                             nats per token, from the model to the one with the SAE
     recovered_zero, _mean          fraction of that ablation's damage that the SAE undoes, if any
-    left_out                       fraction of tokens that are sinks"""
-    total = Metrics()
+    left_out                       fraction of tokens that are sinks
+    own: the settings of each.  -> a list of dicts"""
+    args, totals = own[0], [Metrics() for _ in saes]
     for part in micro_batches(ids, args):
-        x = resa.activations(model, part, args.layer, args.site).float()          # (B,T,D)
-        x = x[~resa.is_sink(x, sae.meta["sink_norm"])]                            # (N,D)
-        total.update(x, *sae.reconstruct(x))
-    found = total.result()
-    del found["density"]                                                          # (F,)
-    found["left_out"] = 1 - total.n_tokens / ids.numel()
-    mean = (total.sum_x / total.n_tokens).float()                                 # (D,)
-    inserted = {"sae": sae, "zero": ablation(0 * mean, sae), "mean": ablation(mean, sae)}
-    found |= spliced_nats(model, inserted, ids, args)       # what the model makes of it
-    for name in ("zero", "mean"):
-        damage = found[f"ce_{name}"] - found["ce"]
-        if damage > 0:
-            found[f"recovered_{name}"] = 1 - (found["ce_sae"] - found["ce"]) / damage
-    return found
+        xs = resa.activations(model, part, [one.layer for one in own], args.site)
+        for sae, total, x in zip(saes, totals, xs):                               # x (B,T,D)
+            x = x.float()[~resa.is_sink(x, sae.meta["sink_norm"])]                # (N,D)
+            total.update(x, *sae.reconstruct(x))
+    inserted = {}
+    for sae, total, one in zip(saes, totals, own):
+        mean = (total.sum_x / total.n_tokens).float()                             # (D,)
+        zero, mean = ablation(0 * mean, sae), ablation(mean, sae)
+        inserted[one.layer] = {"sae": sae, "zero": zero, "mean": mean}
+    nats, measured = spliced_nats(model, inserted, ids, args), []
+    for total, one in zip(totals, own):
+        found = total.result()
+        del found["density"]                                                      # (F,)
+        found |= {"left_out": 1 - total.n_tokens / ids.numel(), **nats[one.layer]}
+        for name in ("zero", "mean"):
+            damage = found[f"ce_{name}"] - found["ce"]
+            if damage > 0:
+                found[f"recovered_{name}"] = 1 - (found["ce_sae"] - found["ce"]) / damage
+        measured.append(found)
+    return measured
 
 def spliced_nats(model, inserted, ids, args):
-    """ids (n,T), {name: module} -> nats per token of the model with each module at the site.
+    """ids (n,T), {layer: {name: module}} -> {layer: nats per token with each module at the site}.
     {"ce": nothing inserted, "ce_NAME": each module, "kl": from the model to the one with "sae"}"""
-    nats = Counter()
+    nats, block = {layer: Counter() for layer in inserted}, args.site == "resid"
     for part in micro_batches(ids, args):
-        start, share = args.layer, len(part) / len(ids)
-        x = model.run(part, stop=start) if start else part     # what is below runs once  (B,T,D)
-        h = model.run(x, start)                                                   # (B,T,D)
-        nats["ce"] += share * float(-next_token_logprobs(model, h, part).mean())  # as it is
-        for name, module in inserted.items():
-            with resa.splice(model, module, args.layer, args.site):
-                spliced = model.run(x, start)                                     # (B,T,D)
-            ce = -next_token_logprobs(model, spliced, part).mean()    # nats per token
-            nats[f"ce_{name}"] += share * float(ce)
-            if name == "sae":
-                nats["kl"] += share * float(resa.kl_loss(model, model, spliced, h))
-    return dict(nats)
+        x, at, before, share = part, 0, {}, len(part) / len(ids)
+        for layer in sorted(inserted):       # the model as it is runs once for all layers
+            if layer + block > at:
+                x, at = model.run(x, at, layer + block), layer + block            # (B,T,D)
+            before[layer] = x      # what the module reads, or for an MLP what enters its block
+        h = model.run(x, at)                                                      # (B,T,D)
+        ce = -next_token_logprobs(model, h, part).mean()    # nats per token
+        for layer, modules in inserted.items():
+            nats[layer]["ce"] += share * float(ce)
+            for name, module in modules.items():
+                if block:
+                    spliced = model.run(resa.insert(module, before[layer]), layer + 1)
+                else:
+                    with resa.splice(model, module, layer, "mlp"):
+                        spliced = model.run(before[layer], layer)                 # (B,T,D)
+                changed = -next_token_logprobs(model, spliced, part).mean()
+                nats[layer][f"ce_{name}"] += share * float(changed)
+                if name == "sae":
+                    nats[layer]["kl"] += share * float(resa.kl_loss(model, model, spliced, h))
+    return {layer: dict(found) for layer, found in nats.items()}
 
 # ---- --stage tune, sft, pretrain: one loop over text -------------------------------------------
 

@@ -1,8 +1,10 @@
 """The programs of tests/claims, end to end, as small as they go."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from data import flags, runs
 from tests.claims import arms, errors, variants, view
 from tests.conftest import ROOT
 
+LONG = pytest.mark.skipif(not os.environ.get("RESA_LONG"), reason="takes two minutes: RESA_LONG=1")
 
 # ------------------------------------------------------------------------------------------------
 # variants
@@ -128,6 +131,17 @@ def test_arms_that_were_killed_go_on_to_the_same_report(at_once, data, tmp_path)
     tuned = model.load_model(f"{ROOT}/data/tiny/distill+{tmp_path}/whole/seed-0/rate-3e-4")
     moved = sum(float((a - b).square().sum()) for a, b in zip(tuned.parameters(), lm.parameters()))
     assert moved**0.5 == pytest.approx(norms[1], rel=1e-3)
+
+
+@LONG
+def test_two_commands_at_a_time_give_the_numbers_of_one(data, tmp_path):
+    said = {}
+    for workers in "12":
+        words = [*ARMS, "--preset", "tiny", "--data", str(data), "--workers", workers, "--out", str(tmp_path / workers)]
+        subprocess.run([sys.executable, "-m", "tests.claims.arms", *words], cwd=ROOT, check=True, capture_output=True)
+        files = sorted((tmp_path / workers).rglob("eval/**/*.jsonl"))
+        said[workers] = [report_of(tmp_path / workers), *(path.read_bytes() for path in files)]
+    assert said["1"] == said["2"] and len(said["1"]) > 8
 
 
 def test_a_model_of_ones_own_goes_the_way_of_the_embedded_ones(at_once, data, tmp_path):

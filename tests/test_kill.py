@@ -7,6 +7,7 @@
 A process is forked from this one, which has imported torch already: a start then takes no seconds.
 """
 import contextlib
+import ctypes
 import io
 import json
 import multiprocessing
@@ -518,6 +519,52 @@ def test_a_file_in_the_place_of_the_directory_is_one_line(kind, tmp_path):
         last = (tmp_path / "said").read_text().splitlines()[-1]
         assert last.startswith("error: ") and str(out) in last
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def without_privileges():
+    """In a process: even root is now the ordinary owner of its files, who obeys their modes."""
+    version_3, self = 0x20080522, 0
+    assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(version_3, self), (ctypes.c_uint32 * 6)()) == 0
+
+
+def permit(out, writing):
+    for path in [out, *out.rglob("*")]:
+        path.chmod((0o600 if writing else 0o400) + 0o100 * path.is_dir())
+
+
+def kept(out):
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".resa-lock"}
+
+
+@pytest.mark.parametrize("kind", ["sft", "eval", *(pytest.param(kind, marks=LONG) for kind in ("sae", "tune", "rl", "pretrain"))])
+def test_a_read_only_directory_is_one_line_and_the_run_goes_on_later(kind, tmp_path):
+    expected, _ = whole(kind, tmp_path)
+    out, said = tmp_path / "parent/out", tmp_path / "said"
+    out.parent.mkdir(mode=0o500)                         # nothing can be made there
+    assert finish(start(command(kind, out), said, without_privileges)) == 2
+    assert said.read_text().splitlines()[-1].startswith("error: ") and not out.exists()
+    out.parent.chmod(0o700)
+
+    def closed_after_a_step():
+        without_privileges()
+        save = runs.Run.save
+
+        def save_and_close(run, *rest):
+            save(run, *rest)
+            permit(run.out, False)
+        runs.Run.save = save_and_close
+    part = [*command(kind, out), *(["--limit", "2"] if kind == "eval" else [])]
+    code = finish(start(part, said, closed_after_a_step))
+    assert code == (0 if kind == "eval" else 2), said.read_text()
+    permit(out, False)
+    before = kept(out)
+    for _ in range(2):
+        assert finish(start(command(kind, out), said, without_privileges)) == 2
+        last = said.read_text().splitlines()[-1]
+        assert last.startswith("error: ") and str(out) in last and "Traceback" not in said.read_text()
+        assert kept(out) == before and before            # the last good state
+    permit(out, True)
+    assert finish(start(command(kind, out), said)) == 0 and contents(out) == expected
 
 
 def small_disk(size):

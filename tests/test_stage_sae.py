@@ -320,18 +320,19 @@ def test_sinks_are_left_out_by_default_on_a_model_of_ones_own(run, tmp_path):
 
 # ---- what it is worth to the model --------------------------------------------------------------
 
-def test_model_metrics_equal_the_plain_computation(data):
-    tiny, args = M.load_model(DISTILL), args_of(data, "--k", 4, "--micro-batch", 1)
+@pytest.mark.parametrize("site", ["resid", "mlp"])
+def test_model_metrics_equal_the_plain_computation(site, data):
+    tiny, args = M.load_model(DISTILL), args_of(data, "--k", 4, "--micro-batch", 1, "--site", site)
     ids = chunks_of(args, tiny)[1][:3]
     sae = S.build("topk", tiny.config.hidden_size, 64, k=4)
-    S.init_b_dec(sae, resa.activations(tiny, ids, 1))
+    S.init_b_dec(sae, resa.activations(tiny, ids, 1, site))
     sae.meta["sink_norm"] = None
-    found = train.sae_metrics(tiny, sae, ids, args)
+    found = train.sae_metrics(tiny, [sae], ids, [args])[0]
 
     def logits(change):
-        with torch.no_grad(), resa.hooked(tiny, 1, "resid", change):
+        with torch.no_grad(), resa.hooked(tiny, 1, site, change):
             return tiny(ids).double()
-    x = resa.activations(tiny, ids, 1)
+    x = resa.activations(tiny, ids, 1, site)
     clean, spliced = logits(lambda x: x), logits(sae)
     mean = x.flatten(0, 1).double().mean(0).float()
     ce = {"ce": clean, "ce_sae": spliced, "ce_zero": logits(torch.zeros_like),
@@ -342,8 +343,11 @@ def test_model_metrics_equal_the_plain_computation(data):
         assert abs(found[name] - value) < 1e-4, name
     kl = (clean.softmax(-1) * (clean.log_softmax(-1) - spliced.log_softmax(-1))).sum(-1).mean()
     assert abs(found["kl"] - float(kl)) < 1e-4
-    recovered = (ce["ce_mean"] - ce["ce_sae"]) / (ce["ce_mean"] - ce["ce"])
-    assert abs(found["recovered_mean"] - recovered) < 1e-3
+    for name in ("zero", "mean"):
+        damage = ce[f"ce_{name}"] - ce["ce"]
+        recovered = (ce[f"ce_{name}"] - ce["ce_sae"]) / damage if damage > 0 else None      # of none there is no part
+        assert found.get(f"recovered_{name}") == (recovered and pytest.approx(recovered, abs=1e-3))
+    assert "recovered_zero" in found
     assert found["n_tokens"] == ids.numel() and abs(found["fvu"] - S.metrics(sae, x)["fvu"]) < 1e-6
 
 
@@ -362,5 +366,5 @@ def test_the_ends_of_the_scale(data):
     S.init_b_dec(nothing, x)
     for sae, fvu, recovered in ((perfect, 0.0, 1.0), (nothing, 1.0, 0.0)):
         sae.meta["sink_norm"] = None
-        found = train.sae_metrics(tiny, sae, ids, args)
+        found = train.sae_metrics(tiny, [sae], ids, [args])[0]
         assert abs(found["fvu"] - fvu) < 1e-4 and abs(found["recovered_mean"] - recovered) < 1e-3

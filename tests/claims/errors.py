@@ -106,7 +106,7 @@ def study(specs, t, model, ids):
                              "x_hat + e_lin": lambda x: sae(x) + line(x),
                              "x_hat + e_nl": lambda x: x - line(x)}.items():
             module.meta = sae.meta       # says what a sink is
-            nats = train.spliced_nats(model, {"sae": module}, ids[half:], t)
+            nats = train.spliced_nats(model, {t.layer: {"sae": module}}, ids[half:], t)[t.layer]
             found |= {"CE of the model": nats["ce"], f"CE with {name}": nats["ce_sae"],
                       f"KL with {name}": nats["kl"]}
         widths[sae.n_latents] = found    # {label: number}
