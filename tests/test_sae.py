@@ -491,7 +491,7 @@ def test_a_published_step_passes_over_pre_twice_and_over_the_weights_no_oftener_
     on_pre, on_weights, parts = published_step()
     assert on_pre == ["addmm", "amax"] * parts      # the product, the largest of each group
     assert sorted(on_weights) == sorted([
-        "_embedding_bag_backward",                # gradient of W_dec; W_enc's is a sum of rows
+        # the gradients of both matrices are sums of rows of x and e
         "bmm", "addcmul_",                        # project_grad_
         # Signum, both matrices at once
         "_foreach_sign", "_foreach_lerp_", "_foreach_add_", "_foreach_add_",
