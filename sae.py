@@ -297,22 +297,24 @@ class Codes(NamedTuple):
         offsets = torch.searchsorted(self.flat_index, first)             # (N,): where rows begin
         product = fn.embedding_bag(self.flat_index % columns, matrix.detach(), offsets, mode="sum",
                                    per_sample_weights=self.value)
-        return Product.apply(product, matrix, self.value.detach(), self.flat_index)
+        if not matrix.requires_grad:     # a frozen SAE, or a gradient
+            return product
+        return Product.apply(product, matrix, self.value.detach(), self.flat_index, self.shape)
 
 class Product(torch.autograd.Function):
     """z W itself, (N,F) @ (F,D); its backward pass adds the gradient of W, which is z^T d(z W).
     embedding_bag would make that, too, pair by pair: this takes half the time."""
 
     @staticmethod
-    def forward(ctx, product, W, value, flat_index):
+    def forward(ctx, product, W, value, flat_index, shape):
         ctx.save_for_backward(value, flat_index)
-        ctx.n_latents = len(W)
+        ctx.shape = shape
         return product.view_as(product)
 
     @staticmethod
     def backward(ctx, grad):
-        z = Codes(*ctx.saved_tensors, (len(grad), ctx.n_latents))        # (N,F)
-        return grad, z.transpose().times(grad), None, None
+        z = Codes(*ctx.saved_tensors, ctx.shape)                         # (N,F)
+        return grad, z.transpose().times(grad), None, None, None
 
 def dense(z):
     if not isinstance(z, Codes):
