@@ -76,6 +76,7 @@ class SAE(nn.Module):
     says.  It may override `extra` (loss terms) and `observe` (state that has no gradient).
     hyper    {name: value} of the variant's settings; each is an attribute, too
     meta     where the SAE belongs: site, layer, model, data, sink_norm, ...
+    layer    the block on which it is trained or measured, while it is
     Tensors  W_enc (F,D), b_enc (F,), W_dec (F,D), b_dec (D,), and what a variant adds, in fp32 or
              fp64: sae.to(torch.bfloat16) is not supported, `batch` refuses such weights"""
     variant = ""             # its name in VARIANTS
@@ -92,7 +93,7 @@ class SAE(nn.Module):
 
     def __init__(self, d_in, n_latents, hyper):
         super().__init__()
-        self.d_in, self.n_latents, self.meta = d_in, n_latents, {}
+        self.d_in, self.n_latents, self.meta, self.layer = d_in, n_latents, {}, None
         for name, value in hyper.items():
             setattr(self, name, value)
         self.add_tensors()
@@ -1110,20 +1111,20 @@ def complete_meta(meta, spec):
     place = find_place(re.split("[/#]", spec.rstrip("/"))[-1])
     return meta | {name: value for name, value in place.items() if meta.get(name) is None}
 
-def check_site(sae, args):
-    """ValueError if the SAE was trained at another site or layer: here it reconstructs nothing."""
-    for name in ("site", "layer"):
-        trained, used = sae.meta.get(name), getattr(args, name)
-        remedy = "--other-site allows that"
+def check_site(sae, layer, site, other=False):
+    """ValueError if the SAE was trained elsewhere, unless `other` places are allowed: it would
+    reconstruct nothing.  Says so where its files do not tell."""
+    for name, used in (("site", site), ("layer", layer)):
+        trained, remedy = sae.meta.get(name), "--other-site allows that"
         if name == "layer" or trained in ("resid", "mlp"):
             remedy = f"pass --{name} {trained}, or --other-site"
         # Resa: the released `pretrained` arm used one so; --other-site restores that.
-        check(args.other_site or trained in (None, used),
+        check(other or trained in (None, used),
               f"the SAE was trained at {name} {trained}, not at {used}: {remedy}")
     unknown = [name for name in ("site", "layer") if sae.meta.get(name) is None]
     if unknown:
         print(f"the SAE's files do not say at which {' and '.join(unknown)} it was trained; it is "
-              f"used at site {args.site}, layer {args.layer}, as asked", file=sys.stderr)
+              f"used at site {site}, layer {layer}, as asked", file=sys.stderr)
 
 def introduce(sae, used):
     """Says which SAE this is, and whether it is of another model than `used`, or does not say."""

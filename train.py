@@ -21,7 +21,6 @@ import json
 import math
 import re
 import sys
-from argparse import Namespace
 from collections import Counter
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -213,15 +212,15 @@ def run_sae(args):
         args.tf32 = args.device != "cpu"
     model = load_model(args.source, args.dtype, args.device)
     tokenizer = load_tokenizer(args.source, args.template)
-    saes, own = make_saes(args, model)       # an SAE, and the settings, of each layer
+    saes = make_saes(args, model)            # one for each --layer
     check(args.processes == 1 or saes[0].W_dec.requires_grad, f"--variant {saes[0].variant} "
           "collects its dictionary in one pass: start it without torchrun")
     chunks, held = hold_out(load_chunks(args, tokenizer, model))                  # (n,T) each
-    prepare_saes(model, saes, chunks, args, own)
+    prepare_saes(model, saes, chunks, args)
     several, optimizer = len(saes) > 1, make_optimizer(saes, args.optimizer, args.lr)
-    names = [f".{one.layer}" if several else "" for one in own]      # fvu.4, fvu.8; or fvu
+    names = [f".{sae.layer}" if several else "" for sae in saes]     # fvu.4, fvu.8; or fvu
     with training("sae", args, saes, optimizer, training_flops("sae", args, model, saes)) as run:
-        batches = (harvest_batch(model, saes, chunks, step, own)
+        batches = (harvest_batch(model, saes, chunks, step, args)
                    for step in range(run.start, args.steps))
         for step, parts in train_sae(saes, batches, optimizer, args, run.start, args.tf32):
             values = {}
@@ -233,20 +232,21 @@ def run_sae(args):
         # signum saves its running mean, so this is what is finished and measured
         summary = {}
         with getattr(optimizer, "averaged", nullcontext)():
-            for sae, one in zip(saes, own if args.steps else ()):
-                finish_sae(model, sae, chunks, one)
-            measured = sae_metrics(model, saes, held.to(args.device), own)
+            for sae in saes if args.steps else ():
+                finish_sae(model, sae, chunks, args)
+            measured = sae_metrics(model, saes, held.to(args.device), args)
             for name, values in zip(names, measured):
                 summary |= {f"{key}{name}": value for key, value in values.items()}
                 if run.writes:
                     check_sae(values, run, name)
-            for sae, one in zip(saes, own if run.writes else ()):
-                save_sae(sae, f"{args.out}/{folder_of(one)}" if several else args.out)
+            for sae in saes if run.writes else ():
+                folder = folder_of(sae.layer, args.site)
+                save_sae(sae, f"{args.out}/{folder}" if several else args.out)
         return run.finish(**summary)
 
-def folder_of(args):
+def folder_of(layer, site):
     """As sparsify names the place of an SAE: layers.4, layers.4.mlp."""
-    return f"layers.{args.layer}" + (".mlp" if args.site == "mlp" else "")
+    return f"layers.{layer}" + (".mlp" if site == "mlp" else "")
 
 def check_sae(measured, run, name=""):
     """ValueError: training has made it far worse.  Says if most latents are dead."""
@@ -294,24 +294,26 @@ def agree(sae, before, xs):
             reduce_(buffer, "MAX")
 
 def make_saes(args, model):
-    """-> ModuleList of the SAEs of all --layer, and for each the settings with its layer alone."""
+    """-> ModuleList: an SAE for each --layer, which stands in its `layer`."""
     layers = layers_of(args) if isinstance(args.layer, str) else [args.layer]
-    saes, own = nn.ModuleList(), []
-    for layer in layers:
-        one = Namespace(**vars(args) | {"layer": layer})
-        if len(layers) > 1 and args.sae_from:
-            one.sae_from = f"{args.sae_from}#{folder_of(one)}"
-        torch.manual_seed(args.seed)     # for variants that draw noise: each as if alone
-        saes.append(make_sae(one, model).to(args.device))
-        own.append(one)
-    check(len(layers) == 1 or args.variant != "vsae",
+    several, saes = len(layers) > 1, nn.ModuleList()
+    check(not several or args.variant != "vsae",
           "--variant vsae draws noise in every step: give it one --layer at a time")
-    several = {"layer", "sae_from"} if len(layers) > 1 else set()
-    vars(args).update({name: value for name, value in vars(own[0]).items() if name not in several})
-    return saes, own
+    for layer in layers:
+        path = args.sae_from
+        if several and path:
+            path = f"{path}#{folder_of(layer, args.site)}"
+        torch.manual_seed(args.seed)     # for variants that draw noise: each as if alone
+        sae = make_sae(args, model, path).to(args.device)
+        sae.layer = layer if several else args.layer     # by a rule, or the SAE's, unless given
+        if args.init == "pretrained":
+            check_site(sae, sae.layer, args.site, args.other_site)
+        saes.append(sae)
+    return saes
 
-def make_sae(args, model):
-    """The SAE of --init: fresh, to be fine-tuned, or as it is.  ValueError: another width."""
+def make_sae(args, model, path):
+    """The SAE of --init: fresh, to be fine-tuned, or as `path` has it.  ValueError: another width.
+    Fills in layer, site, latents and k."""
     width, blocks = model.config.hidden_size, model.config.num_hidden_layers
     if args.init == "scratch":
         derive(args, "layer", blocks * 3 // 7, f"3/7 of {blocks} blocks: 12 of the published 28")
@@ -320,12 +322,11 @@ def make_sae(args, model):
                f"32 x width {width}, to a power of two: the published 65536 at 1536")
         derive(args, "k", min(32, args.latents), "published")
         return build(args.variant, width, args.latents, **hyper_of(args))
-    sae = load_any(args.sae_from)
-    check(sae.d_in == width, f"{args.sae_from}: the SAE is {sae.d_in} wide, the model {width}")
-    place_of(sae, args, args.sae_from)
+    sae = load_any(path)
+    check(sae.d_in == width, f"{path}: the SAE is {sae.d_in} wide, the model {width}")
+    place_of(sae, args, path)
     introduce(sae, args.source)
     if args.init == "pretrained":
-        check_site(sae, args)
         return sae
     # Resa: starts from an SAE of MLP outputs and fine-tunes it on block outputs: any will do.
     sae.constrain_()                # files may lack unit rows, which training counts on
@@ -354,26 +355,22 @@ def hyper_of(args):
             hyper[name] = value
     return hyper
 
-def prepare_saes(model, saes, chunks, args, own):
-    """Fills in steps and rate; from the first batch each SAE's meta, sink norm and, fresh, b_dec.
-    own: the settings of each, to which the new ones are added."""
+def prepare_saes(model, saes, chunks, args):
+    """Fills in steps and rate; from the first batch meta, sink norm and, fresh, b_dec of each."""
     plan_steps("sae", args, len(chunks))
     args.lr = args.lr or None       # 0, too, means the rule
     derive(args, "lr", default_lr(args.optimizer, saes[0].n_latents), f"of {args.optimizer}")
-    ids, layers = chunks[chunk_indices(0, len(chunks), args)], [one.layer for one in own]    # (B,T)
+    ids, layers = chunks[chunk_indices(0, len(chunks), args)], [sae.layer for sae in saes]
     parts = [resa.activations(model, part, layers, args.site)
-             for part in micro_batches(ids.to(args.device), args)]
+             for part in micro_batches(ids.to(args.device), args)]                # ids (B,T)
     if args.init == "pretrained":
         args.steps = 0
-    for sae, one, x in zip(saes, own, zip(*parts)):
-        place = {"layer": one.layer, "sae_from": one.sae_from}
-        vars(one).update(vars(args) | place)
-        prepare_sae(sae, torch.cat(x).float(), one)                               # (B,T,D)
-    args.variant, args.latents, args.k = one.variant, one.latents, one.k     # the file's, maybe
+    for sae, x in zip(saes, zip(*parts)):
+        prepare_sae(sae, torch.cat(x).float(), args)                              # (B,T,D)
 
 def prepare_sae(sae, x, args):
     """Fills in meta, and from the first batch x (B,T,D) the sink norm and, if fresh, b_dec."""
-    here = {"site": args.site, "layer": args.layer}
+    here = {"site": args.site, "layer": sae.layer}
     if args.init == "pretrained":   # never saw this model or data; may belong elsewhere
         sae.meta = here | sae.meta
     else:
@@ -399,15 +396,13 @@ def find_sink_norm(x, sae, args):
     check(not resa.is_sink(x, limit).all(), f"--sink-norm {times:g} leaves no token")
     return limit
 
-def harvest_batch(model, saes, chunks, step, own):
+def harvest_batch(model, saes, chunks, step, args):
     """The micro-batches of a step that this process takes: for each SAE a list of (x, g, at)."""
-    args, layers = own[0], [one.layer for one in own]
     picked, parts = torch.tensor(chunk_indices(step, len(chunks), args)), []      # (B,)
     for part in share(micro_batches(picked, args)):
         ids = chunks[part].to(args.device, non_blocking=True)                     # (b,T)
-        xs = resa.activations(model, ids, layers, args.site)     # one pass for all layers
-        parts.append([harvest(model, sae, chunks, part, one, x)
-                      for sae, one, x in zip(saes, own, xs)])
+        xs = resa.activations(model, ids, [sae.layer for sae in saes], args.site)     # one pass
+        parts.append([harvest(model, sae, chunks, part, args, x) for sae, x in zip(saes, xs)])
     return [list(of_one) for of_one in zip(*parts)]
 
 def harvest(model, sae, chunks, picked, args, x=None):
@@ -420,9 +415,9 @@ def harvest(model, sae, chunks, picked, args, x=None):
     ids, at = (t.to(args.device, non_blocking=True) for t in (ids, at))
     g = None
     if x is None:
-        x = resa.activations(model, ids, args.layer, args.site)                   # (B,T,D)
+        x = resa.activations(model, ids, sae.layer, args.site)                    # (B,T,D)
     if sae.needs_gradient:
-        g = gradient(model, ids, x, args.layer, args.site).flatten(0, 1)          # (B T,D)
+        g = gradient(model, ids, x, sae.layer, args.site).flatten(0, 1)           # (B T,D)
     limit = sae.meta["sink_norm"]
     sink = resa.is_sink(x, limit).flatten()                                       # (B T,)
     x, at = x.flatten(0, 1).float(), at.flatten()
@@ -456,29 +451,28 @@ def ablation(value, sae):
     return constant
 
 @torch.no_grad()
-def sae_metrics(model, saes, ids, own):
+def sae_metrics(model, saes, ids, args):
     """What each SAE is worth on held-out chunks ids (n,T): sae.Metrics, and to the model
     ce, ce_sae, ce_zero, ce_mean   nats per token, with nothing, the SAE, zeros, the mean spliced in
     kl                             nats per token, from the model to the one with the SAE
     recovered_zero, _mean          fraction of that ablation's damage that the SAE undoes, if any
     left_out                       fraction of tokens that are sinks
-    own: the settings of each.  -> a list of dicts"""
-    args, totals = own[0], [Metrics() for _ in saes]
+    -> a list of dicts"""
+    totals, inserted, measured = [Metrics() for _ in saes], {}, []
     for part in micro_batches(ids, args):
-        xs = resa.activations(model, part, [one.layer for one in own], args.site)
+        xs = resa.activations(model, part, [sae.layer for sae in saes], args.site)
         for sae, total, x in zip(saes, totals, xs):                               # x (B,T,D)
             x = x.float()[~resa.is_sink(x, sae.meta["sink_norm"])]                # (N,D)
             total.update(x, *sae.reconstruct(x))
-    inserted = {}
-    for sae, total, one in zip(saes, totals, own):
+    for sae, total in zip(saes, totals):
         mean = (total.sum_x / total.n_tokens).float()                             # (D,)
         zero, mean = ablation(0 * mean, sae), ablation(mean, sae)
-        inserted[one.layer] = {"sae": sae, "zero": zero, "mean": mean}
-    nats, measured = spliced_nats(model, inserted, ids, args), []
-    for total, one in zip(totals, own):
+        inserted[sae.layer] = {"sae": sae, "zero": zero, "mean": mean}
+    nats = spliced_nats(model, inserted, ids, args)      # what the model makes of it
+    for sae, total in zip(saes, totals):
         found = total.result()
         del found["density"]                                                      # (F,)
-        found |= {"left_out": 1 - total.n_tokens / ids.numel(), **nats[one.layer]}
+        found |= {"left_out": 1 - total.n_tokens / ids.numel(), **nats[sae.layer]}
         for name in ("zero", "mean"):
             damage = found[f"ce_{name}"] - found["ce"]
             if damage > 0:
@@ -599,7 +593,7 @@ def make_splice(args, model):
     check(sae.d_in == width, f"{path}: the SAE is {sae.d_in} wide, the model {width}")
     place_of(sae, args, path)
     resa.check_hook(model, args.layer, args.site, args.sae_grad == "on")
-    check_site(sae, args)
+    check_site(sae, args.layer, args.site, args.other_site)
     introduce(sae, args.target)
     if args.splice == "random":
         return resa.random_sae(sae, args.seed)

@@ -14,7 +14,6 @@ import math
 import os
 import subprocess
 import sys
-from argparse import Namespace
 
 import pytest
 import torch
@@ -236,12 +235,10 @@ def named(tmp_path, layout, name):
     ("sparsify", "h.3")])
 def test_an_sae_of_another_place_is_refused_whatever_its_library_calls_it(tmp_path, layout, name):
     sae = load_any(named(tmp_path, layout, name))
-    place = Namespace(site="resid", layer=1, other_site=False)
     with pytest.raises(ValueError, match="the SAE was trained at (site|layer) .*, not at ") as err:
-        S.check_site(sae, place)
+        S.check_site(sae, 1, "resid")
     assert "--other-site" in str(err.value) and "pass --site self_attn" not in str(err.value)
-    place.other_site = True
-    S.check_site(sae, place)
+    S.check_site(sae, 1, "resid", True)
 
 
 @pytest.mark.parametrize("layout, name", [
@@ -251,7 +248,7 @@ def test_an_sae_of_another_place_is_refused_whatever_its_library_calls_it(tmp_pa
     ("sparsify", "layers.1")])
 def test_an_sae_of_this_place_is_used_without_a_word(tmp_path, capsys, layout, name):
     sae = load_any(named(tmp_path, layout, name))
-    S.check_site(sae, Namespace(site="resid", layer=1, other_site=False))
+    S.check_site(sae, 1, "resid")
     assert capsys.readouterr().err == ""
 
 
@@ -263,10 +260,9 @@ def test_an_sae_whose_place_nobody_states_is_used_and_that_is_said(tmp_path, cap
     model = make()
     model.meta = {"site": None, "layer": None}      # null is absent
     save_sae(model, tmp_path / "null")
-    here = Namespace(site="mlp", layer=1, other_site=False)
     for name, unknown in (("nothing", "site and layer"), ("layer", "site"),
                           ("null", "site and layer")):
-        S.check_site(load_any(tmp_path / name), here)
+        S.check_site(load_any(tmp_path / name), 1, "mlp")
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and f"do not say at which {unknown} it was trained" in said
         assert "used at site mlp, layer 1, as asked" in said

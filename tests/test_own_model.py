@@ -76,7 +76,7 @@ def test_the_rules_give_the_papers_layer_and_size_at_its_model(blocks, width, la
     args = train.settings("sae", ["--source", "S", "--data", "D", "--device", "cpu"])
     config = SimpleNamespace(hidden_size=width, num_hidden_layers=blocks)
     with torch.device("meta"):
-        made = train.make_sae(args, SimpleNamespace(config=config))
+        made = train.make_sae(args, SimpleNamespace(config=config), None)
     assert (args.layer, made.n_latents, args.k) == (layer, latents, 32)
 
 

@@ -138,7 +138,7 @@ def test_the_threshold_is_measured_at_the_weights_that_are_saved(run, data, tmp_
     sae, args = S.load_sae(out), args_of(data, "--variant", "batchtopk", "--k", 4)
     tiny = M.load_model(RANDOM)
     chunks, held = chunks_of(args, tiny)
-    lows = []
+    lows, sae.layer = [], args.layer
     for part in torch.tensor(train.order(len(chunks), 0, 0)[:32]).split(2):
         x = train.harvest(tiny, sae, chunks, part, args)[0]
         value = sae.codes(sae.batch(x, train=True)).value.detach()
@@ -166,7 +166,7 @@ def test_places_and_gradients_stay_with_their_activation(data):
     every = resa.activations(tiny, chunks[:6], 1)                                 # (6,T,D)
     # so that some are left out
     sae.meta["sink_norm"] = float(every.norm(dim=-1).median() * 1.2)
-    picked = torch.tensor([4, 1])
+    picked, sae.layer = torch.tensor([4, 1]), 1
     x, g, at = train.harvest(tiny, sae, chunks, picked, args)
     assert 0 < len(x) == len(g) == len(at) < 2 * 64 and not (at % 64 == 0).any()
     assert torch.allclose(x, every.flatten(0, 1)[at], atol=1e-5)
@@ -266,7 +266,7 @@ def test_harvest_gathers_nothing_without_a_sink_norm_and_waits_once_with_one(
     tiny, args = M.load_model(DISTILL), args_of(data)
     chunks, _ = chunks_of(args, tiny)
     sae = S.build(variant, tiny.config.hidden_size, 64, k=4)
-    sae.meta["sink_norm"] = sink_norm and 8.0
+    sae.meta["sink_norm"], sae.layer = sink_norm and 8.0, 1
     with Watch() as watch:
         x, g, at = train.harvest(tiny, sae, chunks, torch.tensor([4, 1]), args)
     assert watch.syncs == waits and (g is None) == (variant == "topk")
@@ -278,7 +278,7 @@ def test_harvest_copies_to_the_device_without_waiting(data):
     tiny, args = M.load_model(DISTILL), args_of(data)
     chunks, _ = chunks_of(args, tiny)
     sae, args.device = S.build("topk", tiny.config.hidden_size, 64, k=4), "meta"
-    sae.meta["sink_norm"] = None
+    sae.meta["sink_norm"], sae.layer = None, 1
     tiny.to("meta")
     with Watch() as watch:
         x, _, at = train.harvest(tiny, sae, chunks, torch.tensor([4, 1]), args)
@@ -326,8 +326,8 @@ def test_model_metrics_equal_the_plain_computation(site, data):
     ids = chunks_of(args, tiny)[1][:3]
     sae = S.build("topk", tiny.config.hidden_size, 64, k=4)
     S.init_b_dec(sae, resa.activations(tiny, ids, 1, site))
-    sae.meta["sink_norm"] = None
-    found = train.sae_metrics(tiny, [sae], ids, [args])[0]
+    sae.meta["sink_norm"], sae.layer = None, 1
+    found = train.sae_metrics(tiny, [sae], ids, args)[0]
 
     def logits(change):
         with torch.no_grad(), resa.hooked(tiny, 1, site, change):
@@ -365,6 +365,6 @@ def test_the_ends_of_the_scale(data):
         nothing.b_enc.fill_(-1e9)
     S.init_b_dec(nothing, x)
     for sae, fvu, recovered in ((perfect, 0.0, 1.0), (nothing, 1.0, 0.0)):
-        sae.meta["sink_norm"] = None
-        found = train.sae_metrics(tiny, [sae], ids, [args])[0]
+        sae.meta["sink_norm"], sae.layer = None, 1
+        found = train.sae_metrics(tiny, [sae], ids, args)[0]
         assert abs(found["fvu"] - fvu) < 1e-4 and abs(found["recovered_mean"] - recovered) < 1e-3

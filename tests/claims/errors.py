@@ -97,7 +97,7 @@ def study(specs, t, model, ids):
     x, n_fit, widths = x[keep], int(keep[:half].sum()), {}                        # (N,D)
     for spec in specs:
         sae = load_any(spec).to(x.device).requires_grad_(False)
-        check_site(sae, t)
+        check_site(sae, t.layer, t.site, t.other_site)
         check(sae.n_latents not in widths, f"--sae: two of {sae.n_latents} latents; give one")
         sae.meta["sink_norm"] = limit
         line, found = decompose_error(x, torch.cat([*map(sae, x.split(1024))]), n_fit)
