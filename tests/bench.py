@@ -11,10 +11,8 @@ is that of the embedded model, on a GPU that of DeepSeek-R1-Distill-Qwen-1.5B, w
 The tests say that ours and the plain twin give the same.  B batch, T time, D width, F latents.
 """
 
-import json
 import re
 import sys
-import tempfile
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -29,26 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))      # a script 
 import model as model_  # noqa: E402
 import resa  # noqa: E402
 import sae as sae_  # noqa: E402
-from data.files import TINY, read_jsonl  # noqa: E402
+from data.files import ROOT, TINY, read_jsonl  # noqa: E402
 from data.flags import Parser, choose_device, front_door, whole  # noqa: E402
 
-QWEN = dict(model_type="qwen2", num_key_value_heads=2, rope_theta=1e6, vocab_size=151936)
-SHAPES = {                                   # name -> config.json; tiny is the embedded model
-    "tiny": None,
-    "0.5B": QWEN | dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-                        num_attention_heads=14, tie_word_embeddings=True),
-    "1.5B": QWEN | dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                        num_attention_heads=12, dtype="bfloat16"),
-}
+SHAPES = {name: f"random:{ROOT}/tests/shapes/{name}.json" for name in ("0.5B", "1.5B")}
+SHAPES["tiny"] = f"{TINY}/distill"           # the embedded model
 
 def load(args):
     """The model of --shape."""
-    if args.shape == "tiny":
-        return model_.load_model(f"{TINY}/distill", device=args.device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "config.json")
-        path.write_text(json.dumps(SHAPES[args.shape]))
-        return model_.load_model(f"random:{path}", device=args.device)
+    return model_.load_model(SHAPES[args.shape], device=args.device)
 
 def peer(lm):
     """The same model in transformers, which shares our weights; None: not installed."""

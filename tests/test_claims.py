@@ -159,6 +159,29 @@ def test_a_model_of_ones_own_goes_the_way_of_the_embedded_ones(at_once, data, tm
     assert "| " not in report_of(tmp_path / "a") and "paired by problem" not in report_of(tmp_path / "a")
 
 
+def test_arms_of_a_file_with_other_columns(at_once, data, tmp_path):
+    """Also those whose SAE reads the source's own answers, which an evaluation of --data makes."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"q": row["problem"], "a": row["answer"]}) + "\n" for row in rows))
+    few = [word if word != "layers" else "modes" for word in ARMS if word != "rates"]
+    arms.main([*few, "--preset", "tiny", "--data", str(own), "--fields", "problem=q,answer=a", "--workers", "1", "--bench", str(own),
+               "--out", str(tmp_path / "o")])
+    answers = [json.loads(line) for line in (tmp_path / "o/rollouts.jsonl").read_text().splitlines()]
+    assert [row["problem"] for row in answers] == [row["problem"] for row in rows]
+    assert "SAE of rollouts" in report_of(tmp_path / "o")
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--bench", "aime24,amc23"], "--bench aime24,amc23: known names are "),
+    (["--seed", "3"], "--seed has no effect with --seeds, which are 0, 1, .."),
+    (["--sections", "generality", "--bench", f"{ROOT}/data/tiny/train.jsonl"], "needs --preset tiny and its questions")])
+def test_arms_refuse_before_anything_is_trained(words, said, at_once, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        arms.main(["--preset", "tiny", *words, "--out", str(tmp_path / "o")])
+    assert not at_once.ran
+
+
 # ------------------------------------------------------------------------------------------------
 # the others on a model of one's own
 # ------------------------------------------------------------------------------------------------
@@ -173,6 +196,14 @@ def test_errors_and_view_go_where_the_sae_belongs(data, tmp_path, monkeypatch):
     used = json.loads((tmp_path / "errors/config.json").read_text())["settings"]
     assert used["preset"] == "own" and "F 256" in (tmp_path / "errors/table.txt").read_text()
     assert json.loads((tmp_path / "errors/numbers.json").read_text())[0]["left_out"] > 0     # sinks: not the embedded rule
+    train.main(["--stage", "sae", *own, "--layer", "0", "--site", "mlp", "--latents", "128", "--k", "8", "--steps", "1", "--out", "mlp"])
+    errors.main([*own, "--held", str(data), "--sae", "mlp", "--seq-len", "64", "--out", "of-mlp"])
+    used = json.loads((tmp_path / "of-mlp/config.json").read_text())["settings"]
+    assert (used["layer"], used["site"]) == (0, "mlp")
+    with pytest.raises(ValueError, match="--steps has no effect with --sae"):
+        errors.main([*own, "--sae", "mlp", "--steps", "9"])
+    with pytest.raises(ValueError, match="--prompt fills all 512 positions of the model"):
+        view.main([*own, "--sae", "sae", "--prompt", "how many " * 400])
     view.main([*own, "--sae", "sae", "--chunks", "2", "--max-new-tokens", "8", "--out", "page"])
     assert '"layer":2' in (tmp_path / "page/view.html").read_text()
     with pytest.raises(ValueError, match="--data is needed in errors: nothing stands for it"):

@@ -210,7 +210,8 @@ def test_the_command_on_ones_own_model_and_sae_leaves_sinks_out(data, tmp_path, 
     assert abs(study["left_out"] - 1 / 32) < 1e-9 and "3.1% are sinks, left out" in text
     assert list(study["widths"]) == ["32"]
     assert not (out / "commands.sh").exists()      # nothing was trained
-    for some, message in (([mlp], "trained at site mlp, not at resid"),
+    for some, message in (([resid, mlp], "trained at site mlp, not at resid"),
+                          ([mlp, "--site", "resid"], "trained at site mlp, not at resid"),
                           ([resid, resid], "two of 32 latents")):
         with pytest.raises(ValueError, match=message):
             E.main([*flags, "--sae", *some, "--out", str(out)])

@@ -23,10 +23,12 @@ import torch
 
 import eval
 import resa
+import train
 from data.files import TINY, check, read_json, write_jsonl, write_text
-from data.flags import arms_parser, front_door, parse_experiment, run_commands, slug, whole
-from data.rows import read_problems
-from model import Config, load_model, read_adapter, split_spec
+from data.flags import (arms_parser, front_door, parse_experiment, refuse_idle, run_commands, slug,
+                        whole)
+from data.rows import read_columns, read_problems
+from model import Config, load_model, read_adapter
 from resa import TAUGHT, TUNE
 
 # The run that made data/tiny/rl, with its checkpoints: those after so many steps are sources.
@@ -108,7 +110,8 @@ SECTIONS = {
     "cost": ("SAE and adapter of seed 0 beside the RL run that makes a source.", [
         "SAE-Tuning (as coded)"], []),
 }
-EMBEDDED = ("sources", "generality", "modularity", "cost")      # they need the embedded lineage
+# They need the embedded lineage and its questions
+EMBEDDED = ("sources", "generality", "modularity", "cost")
 
 # ---- Running: what an arm needs comes first ----------------------------------------------------
 
@@ -141,8 +144,6 @@ def run_all(args, names):
     """Trains and asks the arms `names` for every seed -> {arm: [samples of a seed]}."""
     text = " ".join(ARMS[name] for name in names)
     saes = {name: words for name, words in SAES.items() if f"{{out}}/{name} " in text + " "}
-    if "sae-tuned" in saes:
-        saes = {"sae-base": SAES["sae-base"]} | saes
     write_data(args, " ".join(saes.values()))
     if any("{root}/rl" in words for words in [text, *saes.values()]) or "cost" in args.sections:
         run_commands({"rl": GRPO}, at_seed(args, 0, args.out), "RL")
@@ -169,17 +170,18 @@ def at_seed(args, seed, out):
 
 def write_data(args, words):
     """The training questions by halves of the families, and the source's answers to them."""
+    path, columns = train.data_file(args.data), read_columns(args.fields)
     if "trigger" in words or "elicit" in words:
-        rows = read_problems(args.data)
+        rows = read_problems(path, columns)
         for half, families in HALVES.items():
             some = [row for row in rows if row.get("family") in families]
             write_jsonl(f"{args.out}/{half}.jsonl", some)
     if "rollouts" in words:
         own = at_seed(args, 0, args.out)
-        own.bench, own.questions = args.data, 160 if args.quick else 2000
+        own.bench, own.questions = str(path), 160 if args.quick else 2000
         spec = run_commands({"rollouts": "eval.py --model {source}"}, own, "rollouts")["rollouts"]
-        problem = {row["id"]: row["problem"] for row in read_problems(args.data)}
-        rows = eval.read_samples(eval.samples_path(own.out, args.data, spec))
+        problem = {row["id"]: row["problem"] for row in read_problems(path, columns)}
+        rows = eval.read_samples(eval.samples_path(own.out, own.bench, spec))
         write_jsonl(f"{args.out}/rollouts.jsonl", [
             {"problem": problem[row["id"]], "completion": row["completion"]} for row in rows])
 
@@ -292,18 +294,19 @@ def main(argv):
     parser.add_argument("--seeds", type=whole(1), default=5, help="trainings: seeds 0, 1, ..")
     quick = dict(seeds=1, questions=40, sae_steps=4, tune_steps=4)
     args = parse_experiment(parser, argv, quick)
-    embedded = args.preset == "tiny"
+    refuse_idle(args, "seed", "--seeds, which are 0, 1, ..")
+    eval.read_bench(args.bench, args.fields)     # a mistake shows before anything is trained
+    embedded = args.preset == args.bench == "tiny"
     args.sections = args.sections or [s for s in SECTIONS if embedded or s not in EMBEDDED]
     for name in args.sections:
-        check(embedded or name not in EMBEDDED, f"--sections {name} needs --preset tiny")
-    blocks = Config.from_pretrained(split_spec(args.target)[0]).num_hidden_layers
+        check(embedded or name not in EMBEDDED,
+              f"--sections {name} needs --preset tiny and its questions")
+    blocks = Config.from_pretrained(args.target).num_hidden_layers
     args.layer = blocks * 3 // 7             # as train.py chooses it
     args.low, args.high = args.layer // 2, (args.layer + blocks) // 2
     args.rl_steps, args.group, args.rl_tokens = (100, 2, 8) if args.quick else (200, 8, 96)
     began = time.perf_counter()
     names = dict.fromkeys(["base", *(arm for s in args.sections for arm in SECTIONS[s][1])])
-    for section in args.sections:
-        names |= dict.fromkeys(arm for pair in SECTIONS[section][2] for arm in pair[:2])
     if not args.quick and not Path(args.out, "seed-0").exists():
         forecast(args, names)
     rows = run_all(args, [*names])

@@ -18,10 +18,10 @@ import eval
 import train
 from data.files import check, write_json, write_text
 from data.flags import (
-    command_lines, derive, experiment_parser, front_door, parse_experiment, real, run_commands,
-    whole)
+    command_lines, derive, experiment_parser, front_door, parse_experiment, real, refuse_idle,
+    run_commands, whole)
 from data.formats import load_any
-from model import Config, load_model, load_tokenizer, split_spec
+from model import Config, load_model, load_tokenizer
 from resa import activations, is_sink
 from sae import check_site, metrics
 
@@ -136,7 +136,8 @@ def main(argv):
                                "source", "data", "dtype")
     add = parser.add_argument
     add("--layer", type=whole(0), help="decoder block; by default the SAE's, else 3/7 of the depth")
-    add("--site", choices=("resid", "mlp"), default="resid", help="output of the block, its MLP")
+    add("--site", choices=("resid", "mlp"), help="output of block or of its MLP; by default the "
+        "SAE's, else resid")
     add("--held", default="", help="JSONL to measure on; by default the last 5 %% of --data")
     add("--sae", nargs="+", default=[], help="study these, of different widths; else train some:")
     add("--widths", nargs="+", type=whole(1), default=[128, 256, 512, 1024], help="latents")
@@ -148,8 +149,10 @@ def main(argv):
     if "data" in args.given and "held" not in args.given:      # a preset's goes with its own data
         args.held = ""
     if args.sae:
-        derive(args, "layer", load_any(args.sae[0]).meta.get("layer"), "the SAE's")
-    blocks = Config.from_pretrained(split_spec(args.source)[0]).num_hidden_layers
+        refuse_idle(args, "seeds widths steps lr", "--sae, for which nothing is trained")
+        train.place_of(load_any(args.sae[0]), args, args.sae[0])
+    derive(args, "site", "resid", "as the released code")
+    blocks = Config.from_pretrained(args.source).num_hidden_layers
     derive(args, "layer", blocks * 3 // 7, "3/7 of the depth")
     specs = [args.sae] if args.sae else [train_saes(args, seed) for seed in range(args.seeds)]
     text = load_text(args)

@@ -21,7 +21,7 @@ import eval
 from data.files import check, write_text
 from data.flags import (
     choose_device, experiment_parser, front_door, parse_experiment, slug, whole)
-from data.rows import read_problems
+from data.rows import read_columns, read_problems
 from model import at_least_fp32, load_model, load_tokenizer
 
 # ---- Experts: whom a behaviour uses, off and on ------------------------------------------------
@@ -135,7 +135,9 @@ def main(argv):
         re.compile(args.behaviour)
     except re.error as error:
         raise ValueError(f"--behaviour {args.behaviour}: no regular expression, {error}") from None
-    problems = {file: read_problems(file)[:args.questions] for file in (args.data, args.held)}
+    columns = read_columns(args.fields)
+    problems = {file: read_problems(file, columns)[:args.questions]
+                for file in (args.data, args.held)}
     model = load_model(args.model, args.dtype, choose_device(args.device))
     layers, tokenizer = list(routers(model)), load_tokenizer(args.model)          # [L]
 
@@ -144,7 +146,8 @@ def main(argv):
         path = eval.samples_path(args.out, file, label)
         with experts_edited(model, experts, mode):
             rows = eval.evaluate(model, tokenizer, problems[file], path, slots=128, label=label,
-                                 seed=seed, max_new_tokens=args.max_new_tokens)
+                                 prompt=eval.bench_prompt(file), seed=seed,
+                                 max_new_tokens=args.max_new_tokens)
         return [row | {"shows": bool(re.search(args.behaviour, row["completion"]))} for row in rows]
 
     # Of --held a sample of its own: by the answers that are measured, a class is of one kind.

@@ -133,6 +133,7 @@ def main(argv):
     asked = args.prompt or read_problems(TINY / "test.jsonl")[0]["problem"]
     prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": asked}]))
     room = model.config.max_position_embeddings - len(prompt)
+    check(room > 0, f"--prompt fills all {len(prompt) + room} positions of the model")
     # The sample of eval.py for its first problem with this seed.
     (answer, _), = collect(model, [(prompt, (args.seed, 0, 0))], temperature=args.temperature,
                            max_new_tokens=min(args.max_new_tokens, room),
