@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 from data import prepare
 from data.files import (
-    REQUIRED, TINY, check, one_line, one_writer, parse_json, printable, read_fields, read_json,
-    read_text, relative, shorten, write_json, write_text)
+    REQUIRED, TINY, check, embedded, one_line, one_writer, parse_json, printable, read_fields,
+    read_json, read_text, relative, shorten, write_json, write_text)
 from data.flags import (
-    SEED, Parser, choose_device, embedded, front_door, needs, open_run, parse, read_preset, real,
-    refuse_idle, tell, whole)
+    SEED, Parser, choose_device, front_door, needs, open_run, parse, read_preset, real, refuse_idle,
+    tell, whole)
 from data.grade import extract_answer, grade, grade_answer       # noqa: F401  (for importers)
 from data.processes import first_alone, shared_run, wait_for_all, world
 from data.rows import messages_of, prompt_of, read_columns, read_problems

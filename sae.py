@@ -1113,7 +1113,7 @@ def complete_meta(meta, spec):
 
 def check_site(sae, layer, site, other=False):
     """ValueError if the SAE was trained elsewhere, unless `other` places are allowed: it would
-    reconstruct nothing.  Says so where its files do not tell."""
+    reconstruct nothing."""
     for name, used in (("site", site), ("layer", layer)):
         trained, remedy = sae.meta.get(name), "--other-site allows that"
         if name == "layer" or trained in ("resid", "mlp"):
@@ -1121,10 +1121,6 @@ def check_site(sae, layer, site, other=False):
         # Resa: the released `pretrained` arm used one so; --other-site restores that.
         check(other or trained in (None, used),
               f"the SAE was trained at {name} {trained}, not at {used}: {remedy}")
-    unknown = [name for name in ("site", "layer") if sae.meta.get(name) is None]
-    if unknown:
-        print(f"the SAE's files do not say at which {' and '.join(unknown)} it was trained; it is "
-              f"used at site {site}, layer {layer}, as asked", file=sys.stderr)
 
 def introduce(sae, used):
     """Says which SAE this is, and whether it is of another model than `used`, or does not say."""
@@ -1133,7 +1129,8 @@ def introduce(sae, used):
         note = f"; its files do not say of which model: it is used in {used}, as asked"
     elif base_name(trained) != base_name(used):
         note = f"; of another model: it is used in {used}, as asked"
-    layer, site = (sae.meta.get(name, "unknown") for name in ("layer", "site"))
+    layer, site = ("unknown" if sae.meta.get(name) is None else sae.meta[name]
+                   for name in ("layer", "site"))
     print(one_line(f"SAE of {trained or 'a model'}, layer {layer}, site {site}: {sae.variant}, "
                    f"{sae.n_latents:,} latents{note}"), file=sys.stderr)
 

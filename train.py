@@ -38,7 +38,7 @@ from data.adapters import note_base, read_adapter
 from data.files import REQUIRED, TINY, check, parse_json, read_fields, relative
 from data.flags import (SEED, Parser, choose_device, derive, front_door, needs, parse, real,
                         refuse_idle, whole)
-from data.flops import layers_of, training_flops
+from data.flops import training_flops
 from data.formats import load_any
 from data.grade import grade
 from data.prepare import TRAINING, training_set
@@ -75,7 +75,6 @@ def as_text(row, tokenizer, template):
 
 def data_file(name):
     """--data -> the path of a file; a published set is fetched on first use."""
-    check(name, "no --data given, and this preset has none")
     if name in TRAINING and not Path(name).exists():
         return training_set(name)
     check(Path(name).is_file(), f"--data {name}: no such file, nor one of {', '.join(TRAINING)}")
@@ -295,25 +294,21 @@ def agree(sae, before, xs):
 
 def make_saes(args, model):
     """-> ModuleList: an SAE for each --layer, which stands in its `layer`."""
-    layers = layers_of(args) if isinstance(args.layer, str) else [args.layer]
-    several, saes = len(layers) > 1, nn.ModuleList()
-    check(not several or args.variant != "vsae",
-          "--variant vsae draws noise in every step: give it one --layer at a time")
-    for layer in layers:
-        path = args.sae_from
-        if several and path:
-            path = f"{path}#{folder_of(layer, args.site)}"
+    several, saes = isinstance(args.layer, str), nn.ModuleList()
+    for layer in map(int, args.layer.split(",")) if several else [args.layer]:
+        folder = f"#{folder_of(layer, args.site)}" if several else ""
         torch.manual_seed(args.seed)     # for variants that draw noise: each as if alone
-        sae = make_sae(args, model, path).to(args.device)
+        sae = make_sae(args, model, folder).to(args.device)
         sae.layer = layer if several else args.layer     # by a rule, or the SAE's, unless given
         if args.init == "pretrained":
             check_site(sae, sae.layer, args.site, args.other_site)
         saes.append(sae)
+    check(not several or getattr(sae, "sample", "none") == "none",
+          "vsae with sample=unit draws noise in every step: give it one --layer at a time")
     return saes
 
-def make_sae(args, model, path):
-    """The SAE of --init: fresh, to be fine-tuned, or as `path` has it.  ValueError: another width.
-    Fills in layer, site, latents and k."""
+def make_sae(args, model, folder=""):
+    """The SAE of --init: fresh, to be fine-tuned, or as it is in a folder of --sae-from."""
     width, blocks = model.config.hidden_size, model.config.num_hidden_layers
     if args.init == "scratch":
         derive(args, "layer", blocks * 3 // 7, f"3/7 of {blocks} blocks: 12 of the published 28")
@@ -322,23 +317,24 @@ def make_sae(args, model, path):
                f"32 x width {width}, to a power of two: the published 65536 at 1536")
         derive(args, "k", min(32, args.latents), "published")
         return build(args.variant, width, args.latents, **hyper_of(args))
-    sae = load_any(path)
-    check(sae.d_in == width, f"{path}: the SAE is {sae.d_in} wide, the model {width}")
-    place_of(sae, args, path)
-    introduce(sae, args.source)
-    if args.init == "pretrained":
-        return sae
-    # Resa: starts from an SAE of MLP outputs and fine-tunes it on block outputs: any will do.
-    sae.constrain_()                # files may lack unit rows, which training counts on
-    for name in sorted({"aux_coef", "dead_after"} & sae.hyper.keys()):
-        setattr(sae, name, getattr(args, name))                   # of this training, not the file
+    sae = open_sae(args.sae_from + folder, args, model, args.source)
+    if args.init == "finetune":
+        # Resa: starts from an SAE of MLP outputs and fine-tunes it on block outputs: any will do.
+        sae.constrain_()            # files may lack unit rows, which training counts on
+        for name in sorted({"aux_coef", "dead_after"} & sae.hyper.keys()):
+            setattr(sae, name, getattr(args, name))               # of this training, not the file
     return sae
 
-def place_of(sae, args, path):
-    """--layer and --site, unless given, are those that the SAE's files name."""
+def open_sae(path, args, model, spec):
+    """An SAE of any layout, for the model of `spec`.  Unless given, --layer and --site are those
+    that its files name."""
+    sae, width = load_any(path), model.config.hidden_size
+    check(sae.d_in == width, f"{path}: the SAE is {sae.d_in} wide, the model {width}")
     derive(args, "layer", sae.meta.get("layer"), "the SAE's")
     derive(args, "site", sae.meta.get("site") or "resid", "the SAE's, else resid")
     check(args.layer is not None, f"{path}: does not say its layer; name it: --layer")
+    introduce(sae, spec)
+    return sae
 
 def hyper_of(args):
     """Flags and --set -> the hyper-parameters of the variant."""
@@ -366,19 +362,15 @@ def prepare_saes(model, saes, chunks, args):
     if args.init == "pretrained":
         args.steps = 0
     for sae, x in zip(saes, zip(*parts)):
-        prepare_sae(sae, torch.cat(x).float(), args)                              # (B,T,D)
-
-def prepare_sae(sae, x, args):
-    """Fills in meta, and from the first batch x (B,T,D) the sink norm and, if fresh, b_dec."""
-    here = {"site": args.site, "layer": sae.layer}
-    if args.init == "pretrained":   # never saw this model or data; may belong elsewhere
-        sae.meta = here | sae.meta
-    else:
-        sae.meta |= here | {"model": relative(args.source), "data": relative(args.data)}
-    sae.meta |= {"init": args.init, "sink_norm": find_sink_norm(x, sae, args)}
-    if args.init == "scratch":      # Resa: sets b_dec to a mean even when it fine-tunes
-        init_b_dec(sae, x[~resa.is_sink(x, sae.meta["sink_norm"])])
-    else:                           # so that config.json says what the file decided
+        x, here = torch.cat(x).float(), {"site": args.site, "layer": sae.layer}   # x (B,T,D)
+        if args.init == "pretrained":    # never saw this model or data; may belong elsewhere
+            sae.meta = here | sae.meta
+        else:
+            sae.meta |= here | {"model": relative(args.source), "data": relative(args.data)}
+        sae.meta |= {"init": args.init, "sink_norm": find_sink_norm(x, sae, args)}
+        if args.init == "scratch":       # Resa: sets b_dec to a mean even when it fine-tunes
+            init_b_dec(sae, x[~resa.is_sink(x, sae.meta["sink_norm"])])
+    if args.init != "scratch":           # so that config.json says what the file decided
         args.variant, args.latents, args.k = sae.variant, sae.n_latents, getattr(sae, "k", 0)
 
 def find_sink_norm(x, sae, args):
@@ -398,33 +390,29 @@ def find_sink_norm(x, sae, args):
 
 def harvest_batch(model, saes, chunks, step, args):
     """The micro-batches of a step that this process takes: for each SAE a list of (x, g, at)."""
-    picked, parts = torch.tensor(chunk_indices(step, len(chunks), args)), []      # (B,)
-    for part in share(micro_batches(picked, args)):
-        ids = chunks[part].to(args.device, non_blocking=True)                     # (b,T)
-        xs = resa.activations(model, ids, [sae.layer for sae in saes], args.site)     # one pass
-        parts.append([harvest(model, sae, chunks, part, args, x) for sae, x in zip(saes, xs)])
+    picked = torch.tensor(chunk_indices(step, len(chunks), args))                 # (B,)
+    parts = [harvest(model, saes, chunks, part, args)
+             for part in share(micro_batches(picked, args))]
     return [list(of_one) for of_one in zip(*parts)]
 
-def harvest(model, sae, chunks, picked, args, x=None):
-    """Chunks `picked` (B,) -> activations x (N,D) in fp32, gradients g (N,D) or None, at (N,).
-    at: the number of each token in the data.  Sinks are left out of all three.
-    x (B,T,D): the activation, if it is at hand."""
-    ids, T = chunks[picked], chunks.shape[1]                                      # (B,T)
-    at = picked[:, None] * T + torch.arange(T)                                    # (B,T)
+def harvest(model, saes, chunks, picked, args):
+    """Chunks `picked` (B,), in one pass of the model -> for each SAE activations x (N,D) in fp32,
+    gradients g (N,D) or None, at (N,): the number of each token in the data.  Without sinks."""
+    ids, T, found = chunks[picked], chunks.shape[1], []                           # (B,T)
+    at = (picked[:, None] * T + torch.arange(T)).flatten()                        # (B T,)
     # without non_blocking, the host would wait until the device is done with the last step
     ids, at = (t.to(args.device, non_blocking=True) for t in (ids, at))
-    g = None
-    if x is None:
-        x = resa.activations(model, ids, sae.layer, args.site)                    # (B,T,D)
-    if sae.needs_gradient:
-        g = gradient(model, ids, x, sae.layer, args.site).flatten(0, 1)           # (B T,D)
-    limit = sae.meta["sink_norm"]
-    sink = resa.is_sink(x, limit).flatten()                                       # (B T,)
-    x, at = x.flatten(0, 1).float(), at.flatten()
-    if limit is None:
-        return x, g, at
-    keep = (~sink).nonzero()[:, 0]       # waits for the device, once: N is the data's  (N,)
-    return x[keep], None if g is None else g[keep], at[keep]
+    xs = resa.activations(model, ids, [sae.layer for sae in saes], args.site)
+    for sae, x in zip(saes, xs):                                                  # (B,T,D)
+        g, limit = None, sae.meta["sink_norm"]
+        if sae.needs_gradient:
+            g = gradient(model, ids, x, sae.layer, args.site).flatten(0, 1)       # (B T,D)
+        keep = slice(None)
+        if limit is not None:            # waits for the device, once: N is the data's
+            keep = (~resa.is_sink(x, limit)).flatten().nonzero()[:, 0]            # (N,)
+        x = x.flatten(0, 1).float()[keep]                                         # (N,D)
+        found.append((x, None if g is None else g[keep], at[keep]))
+    return found
 
 def gradient(model, ids, x, layer, site):
     """ids (B,T), their activation x (B,T,D) -> fp32 gradient of cross-entropy by x, mean norm 1."""
@@ -440,7 +428,7 @@ def finish_sae(model, sae, chunks, args):
         sae.fold_rows_()            # keeps what the SAE computes
     if isinstance(sae, Chosen) and not sae.per_token:
         picked = order(len(chunks), args.seed, 0)[:16 * args.micro_batch]
-        sae.calibrate(harvest(model, sae, chunks, part, args)[0]
+        sae.calibrate(harvest(model, [sae], chunks, part, args)[0][0]
                       for part in micro_batches(torch.tensor(picked), args))
 
 def ablation(value, sae):
@@ -587,14 +575,11 @@ def run_tune(args):
 
 def make_splice(args, model):
     """What takes the activation's place: the SAE, frozen and in fp32, or a control made from it."""
-    path, width = args.sae or f"out/{args.preset}/sae", model.config.hidden_size
+    path = args.sae or f"out/{args.preset}/sae"
     check(args.sae or Path(path).is_dir(), f"{path}: no SAE there; run --stage sae, or name --sae")
-    sae = load_any(path).to(args.device).requires_grad_(False)
-    check(sae.d_in == width, f"{path}: the SAE is {sae.d_in} wide, the model {width}")
-    place_of(sae, args, path)
+    sae = open_sae(path, args, model, args.target).to(args.device).requires_grad_(False)
     resa.check_hook(model, args.layer, args.site, args.sae_grad == "on")
     check_site(sae, args.layer, args.site, args.other_site)
-    introduce(sae, args.target)
     if args.splice == "random":
         return resa.random_sae(sae, args.seed)
     return resa.MatchedNoise(sae) if args.splice == "noise" else sae

@@ -332,6 +332,11 @@ def relative(spec):
     """A spec or path without this checkout's own directory, so that it makes sense elsewhere."""
     return str(spec).replace(f"{ROOT}/", "")
 
+def embedded(spec):
+    """Whether a model spec, or a file of data, is of data/tiny or data/tiny-moe: our own."""
+    path = str(Path(str(spec).removeprefix("random:")).resolve())
+    return bool(re.match(rf"{re.escape(str(ROOT))}/data/tiny(-moe)?($|[/+#@*])", path))
+
 def base_name(spec):
     """The last part of a spec's base: equal for a hub id and its local copy, wherever that is."""
     return Path(str(spec).split("+")[0].replace("#", "/")).name.partition("@")[0].lower()

@@ -8,6 +8,7 @@
 
 import argparse
 import difflib
+import hashlib
 import os
 import platform
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.files import (
-    MARKS, ROOT, check, one_line, parse_json, printable, read_json, read_text, read_value,
+    MARKS, ROOT, check, embedded, one_line, parse_json, printable, read_json, read_text, read_value,
     relative, shorten, write_json)
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -103,11 +104,6 @@ MEANT = {"--learning-rate": "--lr", "--d-sae": "--latents", "--num-latents": "--
          "--output-dir": "--out", "--model-name": "--model", "--lora-rank": "--lora-r"}
 NAMED = ("source", "target", "model", "data")            # flags that name a model or data
 
-def embedded(spec):
-    """Whether a model spec, or a file of data, is of this project's own: all of data/tiny*."""
-    path = str(Path(str(spec).removeprefix("random:")).resolve())
-    return path.startswith((f"{ROOT}/data/tiny/", f"{ROOT}/data/tiny-moe"))
-
 def parse(parser, argv, section=""):
     """argv -> settings: the parser's defaults < --preset NAME < --config FILE.json < flags.
     section  the part of a preset that belongs to this program or stage, beside what is common
@@ -115,9 +111,9 @@ def parse(parser, argv, section=""):
     .origin {name: where its value is from}."""
     flags = [flag for action in parser._actions for flag in action.option_strings]
     names = {action.dest for action in parser._actions}
-    argv, again = read_config(argv, flags) if "--config" in flags else (argv, {})
-    preset, bundle = None, {}
-    if "--preset" in flags:
+    preset, bundle, again = None, {}, {}
+    if "--preset" in flags:              # and --config
+        argv, again = read_config(argv, flags)
         preset = find_preset(argv, again)
         bundle = read_preset(preset)
     bundle = {k: v for k, v in bundle.items() if not isinstance(v, dict)} | bundle.get(section, {})
@@ -192,7 +188,8 @@ def tell(args, title):
     """Prints the settings of a run, by where each is from."""
     by_origin = {}
     for name, value in vars(args).items():
-        if name not in QUIET and value not in (None, "", False, []):
+        used = value or name in args.origin      # a 0 that was chosen; not one that is a default
+        if name not in QUIET and used and value not in (None, "", []):
             words = " ".join(map(str, value)) if isinstance(value, list) else relative(value)
             text = f"{name.replace('_', '-')} {words}"
             origin = args.origin.get(name, "defaults")
@@ -276,9 +273,11 @@ def front_door(main):
 
 @lru_cache
 def commit():
-    """The commit of this checkout, or None."""
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
-    return git.stdout.strip() or None
+    """The commit of this checkout, with a + and a checksum of what differs from it; or None."""
+    def git(words):                      # by a shell: git may not be there
+        return subprocess.run(f"git {words}", shell=True, cwd=ROOT, capture_output=True).stdout
+    head, more = git("rev-parse HEAD").decode().strip(), git("diff HEAD -- '*.py'")
+    return head + (f"+{hashlib.sha256(more).hexdigest()[:12]}" if more else "") or None
 
 def open_run(directory, args):
     """Makes a run directory and writes config.json, what would be needed to run it again."""
@@ -396,11 +395,11 @@ def run_commands(arms, args, title="arms"):
     The lines are noted in OUT/commands.sh, to be pasted.  -> {name: the model spec that was asked}.
     ValueError has the last line of what a command that failed said."""
     commands = {name: command_lines(name, words, args) for name, words in arms.items()}
+    check(len({slug(name) for name in arms}) == len(arms), f"{title}: two names, one folder")
     with open(Path(args.out) / "commands.sh", "a", encoding="utf-8") as file:
         for name, lines in commands.items():
             pasted = [relative("python " + shlex.join(line + ["--fresh"])) for line in lines]
             file.write("\n".join([f"# {name}", *pasted, ""]))
-    check(len({slug(name) for name in arms}) == len(arms), f"{title}: two names, one folder")
     # Base and source may be one model: asked once, as two processes must not write one file.
     once = {str(lines): lines for lines in commands.values()}
     pool, running = ThreadPoolExecutor(args.workers), []

@@ -20,10 +20,6 @@ def block_flops(model, T, start=0, stop=None, learns=False):
                 n += 2 * p.numel() * used * (2 + p.requires_grad if learns else 1)
     return n
 
-def layers_of(args):
-    """--layer as a list: 4 -> [4], "4,8" -> [4, 8]."""
-    return [int(n) for n in str(args.layer).split(",")]
-
 def training_flops(stage, args, model, sae=None):
     """FLOPs of training, and in --stage rl of sampling.  Without AuxK and the g of gsae."""
     T = args.max_new_tokens if stage == "rl" else args.seq_len
@@ -34,7 +30,8 @@ def training_flops(stage, args, model, sae=None):
         encoder += 2 * D * one.n_latents
         sparse += 2 * D * getattr(one, "k", one.n_latents)       # z has K active latents alone
     if stage == "sae":                   # decodes, then makes four gradients
-        return block_flops(model, T, 0, max(layers_of(args)) + 1) + encoder + 5 * sparse
+        stop = max(one.layer for one in saes) + 1
+        return block_flops(model, T, 0, stop) + encoder + 5 * sparse
     if stage != "tune":                  # the backward pass makes the logits again
         n = block_flops(model, T, learns=True) + head * (4 if stage == "pretrain" else 3)
         passes = 1 + (args.beta > 0) if stage == "rl" else 0     # samples; the KL to the base

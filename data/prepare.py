@@ -12,7 +12,6 @@ import hashlib
 import http.client
 import os
 import random
-import re
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +23,7 @@ from data.files import (
     REQUIRED, ROOT, TINY, check, parse_json, read_fields, read_json, read_jsonl,
     read_value, relative, staged, write_json, write_jsonl)
 from data.flags import front_door
+from data.grade import last_box
 from data.rows import TEXT, blank, final_answer
 
 # ---- The embedded questions, and the corpora that the embedded models learn from ---------------
@@ -194,16 +194,13 @@ def benchmark(name):
         return read_gpqa(path), url
     return [as_problem(name, row, number) for number, row in read_jsonl(path)], url
 
-# The last box as it is written, with braces in its braces: grade.last_box strips spaces
-BOXED = re.compile(r"(?s).*\\boxed\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
-
 def as_problem(name, row, number=0):
     """A row of a benchmark's file, with its line -> {"id", "problem", "answer"}."""
     answer = row.get("answer")
     if name == "olympiadbench":
         answer = row["final_answer"][0].strip("$")       # a list of one
     elif name == "minerva":
-        answer = BOXED.match(row["solution"])[1]         # only the solution holds it
+        answer = last_box(row["solution"])               # only the solution holds it
     elif name in ("aime24", "aime25", "amc23"):          # 025, 27.0: whole numbers
         answer = str(int(float(answer)))
     own = row.get("id", row.get("idx", number))

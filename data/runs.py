@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data.files import check, one_writer, parse_json, read_jsonl, staged, write_json, write_text
+from data.files import check, one_writer, parse_json, staged, write_json, write_text
 from data.flags import Stopped, open_run, signals, tell
 from data.flops import on_gpu
 from data.processes import add_up, reduce_, seed_step, wait_for_all, world
@@ -31,7 +31,7 @@ from data.stats import curves
 
 # What may change between a run and its continuation; and without what its artifact does not load
 CHANGEABLE = {"resume", "fresh", "out", "log_every", "save_every", "device", "tf32", "config",
-              "given", "origin", "compile", "checkpointing", "micro_batch"}
+              "given", "origin", "compile", "checkpointing", "micro_batch", "processes"}
 ARTIFACT = {"sae": "cfg.json", "pretrain": "model/config.json"}
 GO_ON = {"sae": "--init finetune --sae-from {}", "pretrain": "--model {}/model"}
 
@@ -168,8 +168,6 @@ class Run:
             record = parse_json(header["record"], "its header")
             check(header["sha256"] == checksum(found, header["record"]), "it is damaged")
             then, self.start, now = record["settings"], record["step"], dict(self.settings)
-            if now["processes"] != then.get("processes", 1):      # the batch is shared otherwise
-                del now["processes"]
             if self.may_grow() and now["steps"] > self.start:
                 del now["steps"]
             changed = ", ".join(k for k, v in now.items() if v != then.get(k))
@@ -204,7 +202,7 @@ class Run:
                    "flops": self.tokens * self.flops, "seconds": seconds} | measured
         if self.writes:
             write_json(self.out / "summary.json", summary)
-            rows = [row for _, row in read_jsonl(self.metrics)]
+            rows = [json.loads(line) for line in self.metrics.read_text().splitlines()]
             write_text(self.out / "metrics.svg", curves(rows, f"train.py --stage {self.stage}"))
             self.checkpoint.unlink(missing_ok=True)     # nothing is left to resume
         return summary

@@ -40,9 +40,7 @@ def wilson(c, n, z=Z):
 def student(df, z=Z):
     """97.5 % quantile of Student's t, expanded about the normal one (Fisher and Cornish 1960)."""
     p = math.erf(z / 2**0.5)
-    if df == 1:                                          # closed forms, where it is too far off
-        return math.tan(math.pi / 2 * p)
-    if df <= 2:
+    if df == 2:                                          # closed form, where it is too far off
         return p * (2 / (1 - p * p)) ** 0.5
     terms = [(z**3 + z) / 4,
              (5 * z**5 + 16 * z**3 + 3 * z) / 96,

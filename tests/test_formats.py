@@ -262,10 +262,12 @@ def test_an_sae_whose_place_nobody_states_is_used_and_that_is_said(tmp_path, cap
     save_sae(model, tmp_path / "null")
     for name, unknown in (("nothing", "site and layer"), ("layer", "site"),
                           ("null", "site and layer")):
-        S.check_site(load_any(tmp_path / name), 1, "mlp")
+        sae = load_any(tmp_path / name)
+        S.check_site(sae, 1, "mlp")
+        S.introduce(sae, "an/other")
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and f"do not say at which {unknown} it was trained" in said
-        assert "used at site mlp, layer 1, as asked" in said
+        assert said.count("\n") == 1 and "it is used in an/other, as asked" in said
+        assert all(f"{place} unknown" in said for place in unknown.split(" and "))
 
 
 def test_the_name_of_the_folder_says_what_the_file_does_not(tmp_path):
@@ -374,7 +376,7 @@ def test_the_commands_ask_where_an_sae_of_another_library_belongs(stage, tmp_pat
                 train.main(run)
         else:
             train.main(run)
-        said = "do not say at which" in capsys.readouterr().err
+        said = "layer unknown, site unknown" in capsys.readouterr().err
         assert said == (hook is None)
 
 

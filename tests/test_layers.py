@@ -28,7 +28,7 @@ def tensors(folder):
 
 @pytest.mark.parametrize("flags", ["--k 4", "--variant batchtopk --k 4", "--variant gsae --k 4 --micro-batch 2", "--variant relu",
                                    "--optimizer signum --k 4", "--k 4 --aux-coef 1 --dead-after 1", "--site mlp --k 4 --sink-norm 1.5",
-                                   "--variant itda"])
+                                   "--variant itda", "--variant vsae --k 4"])
 def test_several_layers_are_the_saes_of_one_run_each(flags, data, tmp_path):
     flags = flags.split()
     out = run(tmp_path / "all", data, *flags, "--layer", "0,2,3")
@@ -98,7 +98,7 @@ def test_fine_tuning_starts_from_the_sae_of_each_layer(data, tmp_path):
 @pytest.mark.parametrize("words, said", [
     (["--layer", "0,9"], "layer 9: this model has blocks 0 .. 3"), (["--layer", "1,1"], "1,1 names a block twice"),
     (["--layer", "1,"], "--layer"), (["--layer", "x"], "--layer"), (["--layer", "-1"], "--layer"),
-    (["--layer", "0,1", "--variant", "vsae"], "give it one --layer at a time"),
+    (["--layer", "0,1", "--variant", "vsae", "--set", "sample=unit"], "give it one --layer at a time"),
 ])
 def test_what_cannot_work_is_one_line(words, said, data, tmp_path):
     with pytest.raises(ValueError, match=said):

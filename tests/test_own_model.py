@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ import model
 import resa
 import train
 from data import flags, runs
-from data.files import read_json, write_json
+from data.files import embedded, read_json, write_json
 from tests.conftest import ROOT
 
 INIT = ROOT / "data/tiny/init"
@@ -76,7 +77,7 @@ def test_the_rules_give_the_papers_layer_and_size_at_its_model(blocks, width, la
     args = train.settings("sae", ["--source", "S", "--data", "D", "--device", "cpu"])
     config = SimpleNamespace(hidden_size=width, num_hidden_layers=blocks)
     with torch.device("meta"):
-        made = train.make_sae(args, SimpleNamespace(config=config), None)
+        made = train.make_sae(args, SimpleNamespace(config=config))
     assert (args.layer, made.n_latents, args.k) == (layer, latents, 32)
 
 
@@ -340,3 +341,37 @@ def test_an_experiment_that_was_there_is_not_made_again(tmp_path, monkeypatch):
     assert go("--seed", "2")[1].count("--fresh") == 3                # other code may give other numbers
     for line in (tmp_path / "o/commands.sh").read_text().splitlines():
         assert line.startswith("#") or line.endswith("--fresh")      # can be pasted again
+
+
+def test_a_folder_beside_ours_is_not_ours():
+    for spec in ("data/tiny/distill", "data/tiny-moe", "data/tiny/distill+data/tiny/rl", "random:data/tiny/init/config.json@3",
+                 "data/tiny-moe+adapter"):
+        assert embedded(f"random:{ROOT}/{spec[7:]}" if spec.startswith("random:") else f"{ROOT}/{spec}"), spec
+    for spec in ("data/tiny-moe-mine", "data/tiny-mine/distill", "data/cache/x.jsonl", "tiny/distill"):
+        assert not embedded(f"{ROOT}/{spec}"), spec
+
+
+def test_a_setting_of_nought_that_was_chosen_is_shown(capsys):
+    args = train.settings("sae", ["--preset", "tiny", "--aux-coef", "0", "--sink-norm", "0", "--no-shuffle", "--device", "cpu"])
+    flags.tell(args, "sae")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "aux-coef 0" in said and "sink-norm 0" in said and "shuffle False" in said
+    assert "warmup" not in said                          # a default that does nothing
+
+
+def test_results_of_other_code_are_not_taken_for_those_of_this(tmp_path, monkeypatch):
+    """Also where it is not committed: what differs from the commit counts."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    (tmp_path / "a.py").write_text("1\n")
+    for words in ("init -q", "add a.py", "commit -qm a"):
+        subprocess.run([*git, *words.split()], check=True)
+    monkeypatch.setattr(flags, "ROOT", tmp_path)
+    found = [flags.commit.__wrapped__()]
+    for text in ("2\n", "3\n", "1\n"):
+        (tmp_path / "a.py").write_text(text)
+        found.append(flags.commit.__wrapped__())
+    assert len(set(found)) == 3 and found[0] == found[3] and len(found[0]) == 40 and found[1].startswith(f"{found[0]}+")
+    monkeypatch.setattr(flags, "ROOT", tmp_path / "none")
+    (tmp_path / "none").mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert flags.commit.__wrapped__() is None

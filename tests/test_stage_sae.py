@@ -140,7 +140,7 @@ def test_the_threshold_is_measured_at_the_weights_that_are_saved(run, data, tmp_
     chunks, held = chunks_of(args, tiny)
     lows, sae.layer = [], args.layer
     for part in torch.tensor(train.order(len(chunks), 0, 0)[:32]).split(2):
-        x = train.harvest(tiny, sae, chunks, part, args)[0]
+        x = train.harvest(tiny, [sae], chunks, part, args)[0][0]
         value = sae.codes(sae.batch(x, train=True)).value.detach()
         lows.append(float(value[value > 0].min()))
     assert abs(float(sae.threshold) - sum(lows) / len(lows)) < 1e-5
@@ -167,7 +167,7 @@ def test_places_and_gradients_stay_with_their_activation(data):
     # so that some are left out
     sae.meta["sink_norm"] = float(every.norm(dim=-1).median() * 1.2)
     picked, sae.layer = torch.tensor([4, 1]), 1
-    x, g, at = train.harvest(tiny, sae, chunks, picked, args)
+    (x, g, at), = train.harvest(tiny, [sae], chunks, picked, args)
     assert 0 < len(x) == len(g) == len(at) < 2 * 64 and not (at % 64 == 0).any()
     assert torch.allclose(x, every.flatten(0, 1)[at], atol=1e-5)
     whole = train.gradient(tiny, chunks[picked], every[picked], 1, "resid")       # (2,T,D)
@@ -268,7 +268,7 @@ def test_harvest_gathers_nothing_without_a_sink_norm_and_waits_once_with_one(
     sae = S.build(variant, tiny.config.hidden_size, 64, k=4)
     sae.meta["sink_norm"], sae.layer = sink_norm and 8.0, 1
     with Watch() as watch:
-        x, g, at = train.harvest(tiny, sae, chunks, torch.tensor([4, 1]), args)
+        (x, g, at), = train.harvest(tiny, [sae], chunks, torch.tensor([4, 1]), args)
     assert watch.syncs == waits and (g is None) == (variant == "topk")
     assert (len(x) == 2 * 64) == (sink_norm is None) and len(x) == len(at)
 
@@ -281,7 +281,7 @@ def test_harvest_copies_to_the_device_without_waiting(data):
     sae.meta["sink_norm"], sae.layer = None, 1
     tiny.to("meta")
     with Watch() as watch:
-        x, _, at = train.harvest(tiny, sae, chunks, torch.tensor([4, 1]), args)
+        (x, _, at), = train.harvest(tiny, [sae], chunks, torch.tensor([4, 1]), args)
     assert x.is_meta and at.is_meta and not watch.syncs
 
 

@@ -748,6 +748,7 @@ def step_of(stage, flags):
     lm, found, teacher = model.load_model(DISTILL), None, None
     if stage in ("sae", "tune"):
         found = sae.build("relu", 128, 1024)
+        found.layer = args.layer
     if stage == "sae":
         optimizer = sae.make_optimizer(found, "adam", 1e-3)
     elif stage == "pretrain":
@@ -785,6 +786,7 @@ def test_sparse_products_cost_what_they_read():
     """By hand, as torch counts none: a step decodes, then scatters into four gradients."""
     args, lm = train.settings("sae", ["--device", "cpu"]), model.load_model(RANDOM)
     sparse, dense = sae.build("topk", 128, 1024, k=16), sae.build("relu", 128, 1024)
+    sparse.layer = dense.layer = args.layer
     a, b = (train.training_flops("sae", args, lm, found) for found in (sparse, dense))
     assert b - a == 5 * 2 * 128 * (1024 - 16)
 
