@@ -30,7 +30,8 @@ from torch import nn
 
 from data.adapters import lora_scale, peft_base, read_adapter
 from data.files import check, check_new, one_writer, staged
-from data.flags import Parser, arms_parser, front_door, parse, parse_experiment, run_commands
+from data.flags import (Parser, arms_parser, front_door, open_experiment, parse, parse_experiment,
+                        run_commands)
 from model import (AdaptedLinear, at_least_fp32, check_adapter, fold, load_model, low_rank,
                    replace, save_model, split_spec)
 from sae import Chosen, build
@@ -168,7 +169,6 @@ def random_sae(sae, seed):
 
 class MatchedNoise(nn.Module):
     """x plus Gaussian noise whose norm at each token is that of the SAE's own error.
-
     From torch's global generator, whose state checkpoints keep: a resumed run goes on with it."""
 
     def __init__(self, sae):
@@ -187,7 +187,6 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 class LoRALinear(nn.Linear):
     """A frozen Linear plus scale * B A, with A (r,in), B (out,r).  Takes over the Linear's tensors.
-
     A and B stay in fp32, whatever the base is: at a rate of 1e-6 bf16 would never move."""
 
     def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
@@ -409,6 +408,7 @@ def experiment(argv):
     import eval
     parser = arms_parser("resa.py", "SAE-Tuning and its controls: every arm, one table.")
     args = parse_experiment(parser, argv, quick=dict(questions=100, sae_steps=4, tune_steps=4))
+    open_experiment(args)
     run_commands(SAES, args)
     asked = run_commands(ARMS, args)                     # {arm: the model spec that was asked}
     note = NOTE.format(**vars(args)) + QUICK * args.quick

@@ -76,7 +76,7 @@ class SAE(nn.Module):
     says.  It may override `extra` (loss terms) and `observe` (state that has no gradient).
     hyper    {name: value} of the variant's settings; each is an attribute, too
     meta     where the SAE belongs: site, layer, model, data, sink_norm, ...
-    layer    the block on which it is trained or measured, while it is
+    layer    the block that it is being trained or measured on; None: neither
     Tensors  W_enc (F,D), b_enc (F,), W_dec (F,D), b_dec (D,), and what a variant adds, in fp32 or
              fp64: sae.to(torch.bfloat16) is not supported, `batch` refuses such weights"""
     variant = ""             # its name in VARIANTS
@@ -154,7 +154,7 @@ class SAE(nn.Module):
         return fn.linear(x - self.b_dec, self.W_enc, self.b_enc)         # (N,F)
 
     def decode_normalized(self, z):
-        """z (N,F) -> x_hat (N,D) as `preacts` reads x.  Fewer columns: the first latents alone."""
+        """z (N,F) -> x_hat (N,D) as `preacts` reads x.  Fewer columns, dense: the first latents."""
         product = z.times(self.W_dec) if isinstance(z, Codes) else z @ self.W_dec[:z.shape[-1]]
         return product + self.b_dec                                      # (N,D)
 
@@ -288,7 +288,7 @@ class Codes(NamedTuple):
     def transpose(self):
         rows, columns = self.shape
         row, column = self.flat_index // columns, self.flat_index % columns
-        order = column.int().sort(stable=True).indices      # (M,): within a column as they were
+        order = column.int().sort(stable=True).indices      # (M,): stable, so that rows ascend
         return Codes(self.value[order], (column * rows + row)[order], (columns, rows))
 
     def times(self, matrix):
@@ -303,8 +303,8 @@ class Codes(NamedTuple):
         return Product.apply(product, matrix, self.value.detach(), self.flat_index, self.shape)
 
 class Product(torch.autograd.Function):
-    """z W itself, (N,F) @ (F,D); its backward pass adds the gradient of W, which is z^T d(z W).
-    embedding_bag would make that, too, pair by pair: this takes half the time."""
+    """Returns `product`, which is z W, (N,F) @ (F,D); its backward pass adds the gradient of W,
+    z^T d(z W).  embedding_bag would make that, too, pair by pair: this takes half the time."""
 
     @staticmethod
     def forward(ctx, product, W, value, flat_index, shape):
@@ -1129,9 +1129,11 @@ def introduce(sae, used):
         note = f"; its files do not say of which model: it is used in {used}, as asked"
     elif base_name(trained) != base_name(used):
         note = f"; of another model: it is used in {used}, as asked"
-    layer, site = ("unknown" if sae.meta.get(name) is None else sae.meta[name]
-                   for name in ("layer", "site"))
-    print(one_line(f"SAE of {trained or 'a model'}, layer {layer}, site {site}: {sae.variant}, "
+    known = {name: value for name, value in sae.meta.items() if value is not None}
+    place = f"layer {known.get('layer', 'unknown')}, site {known.get('site', 'unknown')}"
+    if "unknown" in place:
+        note += "; where they do not say, it is used at the layer and site of the settings"
+    print(one_line(f"SAE of {trained or 'a model'}, {place}: {sae.variant}, "
                    f"{sae.n_latents:,} latents{note}"), file=sys.stderr)
 
 # Modules of Hugging Face models, which name sparsify's folders, and hooks of TransformerLens; then

@@ -252,10 +252,11 @@ def check_sae(measured, run, name=""):
     fvu, dead, logged = measured["fvu"], measured["dead"], run.metrics.read_text().splitlines()
     # At step 1 the FVU of all variants is about 1; a rate that explodes makes 1e3 to 1e30 of it
     limit = 10 * max(1, json.loads(logged[0])[f"fvu{name}"]) if logged else math.inf
-    check(math.isfinite(fvu) and fvu <= limit, f"FVU{name} {fvu:.3g} at the end: lower --lr")
+    where = f" of layer {name[1:]}" if name else ""
+    check(math.isfinite(fvu) and fvu <= limit, f"FVU{where} {fvu:.3g} at the end: lower --lr")
     if logged and dead > 0.9:
-        print(f"{dead:.1%} of the latents never fired on the held-out text: the dictionary has "
-              "collapsed; lower --lr or raise --aux-coef", file=sys.stderr)
+        print(f"{dead:.1%} of the latents{where} never fired on the held-out text: the dictionary "
+              "has collapsed; lower --lr or raise --aux-coef", file=sys.stderr)
 
 def train_sae(sae, batches, optimizer, args, start=0, tf32=False):
     """The training loop of any SAE, on activations or other targets: yields (step, parts).
@@ -294,10 +295,13 @@ def agree(sae, before, xs):
 
 def make_saes(args, model):
     """-> ModuleList: an SAE for each --layer, which stands in its `layer`."""
-    several, saes = isinstance(args.layer, str), nn.ModuleList()
-    for layer in map(int, args.layer.split(",")) if several else [args.layer]:
+    several, saes, layers = isinstance(args.layer, str), nn.ModuleList(), [args.layer]
+    if several:
+        layers = [int(layer) for layer in args.layer.split(",")]
+        check(args.site or not args.sae_from, "--sae-from with several --layer needs --site")
+    torch.manual_seed(args.seed)         # of the noise that a vSAE may draw
+    for layer in layers:
         folder = f"#{folder_of(layer, args.site)}" if several else ""
-        torch.manual_seed(args.seed)     # for variants that draw noise: each as if alone
         sae = make_sae(args, model, folder).to(args.device)
         sae.layer = layer if several else args.layer     # by a rule, or the SAE's, unless given
         if args.init == "pretrained":
@@ -317,7 +321,7 @@ def make_sae(args, model, folder=""):
                f"32 x width {width}, to a power of two: the published 65536 at 1536")
         derive(args, "k", min(32, args.latents), "published")
         return build(args.variant, width, args.latents, **hyper_of(args))
-    sae = open_sae(args.sae_from + folder, args, model, args.source)
+    sae = open_sae(args.sae_from + folder, args, width, args.source)
     if args.init == "finetune":
         # Resa: starts from an SAE of MLP outputs and fine-tunes it on block outputs: any will do.
         sae.constrain_()            # files may lack unit rows, which training counts on
@@ -325,10 +329,10 @@ def make_sae(args, model, folder=""):
             setattr(sae, name, getattr(args, name))               # of this training, not the file
     return sae
 
-def open_sae(path, args, model, spec):
+def open_sae(path, args, width, spec):
     """An SAE of any layout, for the model of `spec`.  Unless given, --layer and --site are those
     that its files name."""
-    sae, width = load_any(path), model.config.hidden_size
+    sae = load_any(path)
     check(sae.d_in == width, f"{path}: the SAE is {sae.d_in} wide, the model {width}")
     derive(args, "layer", sae.meta.get("layer"), "the SAE's")
     derive(args, "site", sae.meta.get("site") or "resid", "the SAE's, else resid")
@@ -379,7 +383,7 @@ def find_sink_norm(x, sae, args):
         refuse_idle(args, "sink_norm", "--init pretrained: the SAE's file decides")
         return sae.meta["sink_norm"]
     times = args.sink_norm
-    if times is None:               # the embedded models have no sinks
+    if times is None:               # the models of data/tiny have no sinks
         base = Path(split_spec(args.source)[0]).resolve()
         times = 0 if base.is_relative_to(TINY) else 10
     if times == 0:                  # Resa: trains on sinks and splices them; this restores that
@@ -577,7 +581,8 @@ def make_splice(args, model):
     """What takes the activation's place: the SAE, frozen and in fp32, or a control made from it."""
     path = args.sae or f"out/{args.preset}/sae"
     check(args.sae or Path(path).is_dir(), f"{path}: no SAE there; run --stage sae, or name --sae")
-    sae = open_sae(path, args, model, args.target).to(args.device).requires_grad_(False)
+    sae = open_sae(path, args, model.config.hidden_size, args.target)
+    sae = sae.to(args.device).requires_grad_(False)
     resa.check_hook(model, args.layer, args.site, args.sae_grad == "on")
     check_site(sae, args.layer, args.site, args.other_site)
     if args.splice == "random":

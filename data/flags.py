@@ -273,11 +273,14 @@ def front_door(main):
 
 @lru_cache
 def commit():
-    """The commit of this checkout, with a + and a checksum of what differs from it; or None."""
+    """The commit of this checkout, with a + and a checksum of how tracked code and JSON differ from
+    it; or None."""
     def git(words):                      # by a shell: git may not be there
         return subprocess.run(f"git {words}", shell=True, cwd=ROOT, capture_output=True).stdout
-    head, more = git("rev-parse HEAD").decode().strip(), git("diff HEAD -- '*.py'")
-    return head + (f"+{hashlib.sha256(more).hexdigest()[:12]}" if more else "") or None
+    head = git("rev-parse --verify -q HEAD").decode().strip()
+    more = git("diff --no-ext-diff HEAD -- '*.py' '*.json' ':!tests/test_*'")
+    mark = f"+{hashlib.sha256(more).hexdigest()[:12]}" if more else ""
+    return head + mark if head else None
 
 def open_run(directory, args):
     """Makes a run directory and writes config.json, what would be needed to run it again."""
@@ -318,7 +321,7 @@ def arms_parser(prog, description):
     return parser
 
 def parse_experiment(parser, argv, quick, name="arms"):
-    """argv -> settings; `quick` {flag: value} is what --quick means.  Makes the run directory.
+    """argv -> settings; `quick` {flag: value} is what --quick means.
     name  of the experiment: its section in presets, its folder in out/PRESET"""
     import torch
     args = parse(parser, argv, name)
@@ -332,9 +335,12 @@ def parse_experiment(parser, argv, quick, name="arms"):
     if before.exists() and read_json(before).get("git") != commit():     # other code, other numbers
         args.fresh = True
     needs(args, " ".join(x for x in (*NAMED, "bench") if hasattr(args, x)), f"in {name}")
+    return args
+
+def open_experiment(args):
+    """Makes the run directory, once all settings are known to be good."""
     open_run(args.out, args)
     Path(args.out, "commands.sh").unlink(missing_ok=True)        # of an earlier run
-    return args
 
 def command_lines(name, words, args):
     """An arm -> its command lines, each a list of words: train it, unless it is there; then ask it.
@@ -368,8 +374,9 @@ def left_to_do(lines, fresh):
         if line[0] == "train.py":
             where = Path(line[line.index("--out") + 1])
             record = where / "config.json"
-            argv = read_json(record)["argv"][1:] if record.exists() else []
-            same = not fresh and line[1:] == [x for x in argv if x not in ("--resume", "--fresh")]
+            made = read_json(record) if record.exists() else {"argv": []}
+            argv = [x for x in made["argv"][1:] if x not in ("--resume", "--fresh")]
+            same = not fresh and line[1:] == argv and made.get("git") == commit()
             same = same and not any(newer(word, record) for word in line if word != str(where))
             if same and (where / "summary.json").exists():
                 continue

@@ -202,6 +202,7 @@ class Run:
                    "flops": self.tokens * self.flops, "seconds": seconds} | measured
         if self.writes:
             write_json(self.out / "summary.json", summary)
+            # our own lines, and maybe more of them than `read_jsonl` would take
             rows = [json.loads(line) for line in self.metrics.read_text().splitlines()]
             write_text(self.out / "metrics.svg", curves(rows, f"train.py --stage {self.stage}"))
             self.checkpoint.unlink(missing_ok=True)     # nothing is left to resume

@@ -39,6 +39,7 @@ def wilson(c, n, z=Z):
 
 def student(df, z=Z):
     """97.5 % quantile of Student's t, expanded about the normal one (Fisher and Cornish 1960)."""
+    assert df >= 2, df
     p = math.erf(z / 2**0.5)
     if df == 2:                                          # closed form, where it is too far off
         return p * (2 / (1 - p * p)) ** 0.5

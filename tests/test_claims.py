@@ -173,13 +173,14 @@ def test_arms_of_a_file_with_other_columns(at_once, data, tmp_path):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--bench", "aime24,amc23"], "--bench aime24,amc23: known names are "),
+    (["--bench", "aime24,amc23"], "--bench aime24,amc23: one at a time"), (["--bench", "all"], "--bench all: one at a time"),
+    (["--bench", "aime23"], "--bench aime23: known names are "),
     (["--seed", "3"], "--seed has no effect with --seeds, which are 0, 1, .."),
-    (["--sections", "generality", "--bench", f"{ROOT}/data/tiny/train.jsonl"], "needs --preset tiny and its questions")])
+    (["--sections", "generality", "--bench", f"{ROOT}/data/tiny/train.jsonl"], "needs the models, data and questions of --preset tiny")])
 def test_arms_refuse_before_anything_is_trained(words, said, at_once, tmp_path):
     with pytest.raises(ValueError, match=said):
         arms.main(["--preset", "tiny", *words, "--out", str(tmp_path / "o")])
-    assert not at_once.ran
+    assert not at_once.ran and not (tmp_path / "o").exists()       # what an earlier run left there stays
 
 
 # ------------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def test_errors_and_view_go_where_the_sae_belongs(data, tmp_path, monkeypatch):
     assert (used["layer"], used["site"]) == (0, "mlp")
     with pytest.raises(ValueError, match="--steps has no effect with --sae"):
         errors.main([*own, "--sae", "mlp", "--steps", "9"])
-    with pytest.raises(ValueError, match="--prompt fills all 512 positions of the model"):
+    with pytest.raises(ValueError, match="the prompt fills all 512 positions of the model"):
         view.main([*own, "--sae", "sae", "--prompt", "how many " * 400])
     view.main([*own, "--sae", "sae", "--chunks", "2", "--max-new-tokens", "8", "--out", "page"])
     assert '"layer":2' in (tmp_path / "page/view.html").read_text()

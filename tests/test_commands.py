@@ -16,7 +16,7 @@ import eval
 import resa
 import train
 from data import flags, stats
-from data.flags import arms_parser, parse_experiment, run_commands
+from data.flags import arms_parser, open_experiment, parse_experiment, run_commands
 from tests import bench
 from tests.conftest import ROOT
 
@@ -186,6 +186,7 @@ def make_an_arm_again(tmp_path):
     first = tmp_path / "first"
     args = parse_experiment(parser, ["--out", str(first), "--sae-steps", "2", "--tune-steps", "2", "--questions", "8",
                                      "--workers", "1", "--device", "cpu", "--preset", "tiny", "--data", first_questions(tmp_path)], {})
+    open_experiment(args)
     run_commands({"sae": resa.SAES["sae"]}, args)
     spec, = run_commands({"SAE-Tuning (as coded)": resa.ARMS["SAE-Tuning (as coded)"]}, args).values()
     kept = {path: path.read_bytes() for path in first.rglob("*") if path.suffix in (".safetensors", ".jsonl")

@@ -1,12 +1,13 @@
 """Experts of a mixture: who was chosen, whom a behaviour uses, edits, the command."""
 
+import json
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data.files import TINY
+from data.files import ROOT, TINY
 from data.flags import read_preset
 from model import generate, load_model, rope_table
 from tests.claims import experts
@@ -255,3 +256,19 @@ def test_the_command_refuses_in_one_line(tmp_path, flags, words):
         experts.main(["--out", str(tmp_path / "x"), "--device", "cpu", *small, *flags])
     left = {path.name for path in tmp_path.rglob("*.*")}
     assert "zebra" in flags or left <= {"config.json"}   # only the answers can tell that
+
+
+def test_questions_of_ones_own_are_asked_in_their_columns_and_for_a_box(tmp_path):
+    """Beside them the embedded ones, which have other columns, as the preset's --held."""
+    rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()[:4]]
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"q": row["problem"], "a": row["answer"]}) + "\n" for row in rows))
+    argv = ["--data", str(own), "--fields", "problem=q,answer=a", "--questions", "4", "--max-new-tokens", "4", "--device", "cpu",
+            "--behaviour", "zebra", "--out", str(tmp_path / "x")]
+    with pytest.raises(ValueError, match="0 of 4 answers to .*own.jsonl show the behaviour"):
+        experts.main(["--preset", "tiny", *argv])
+    prompts = {path.parent.name: json.loads(path.read_text().splitlines()[0])["prompt"] for path in tmp_path.rglob("eval/*/*.jsonl")}
+    assert len(prompts) == 2
+    assert all(("boxed" in prompt) == ("own" in name) for name, prompt in prompts.items()), prompts
+    with pytest.raises(ValueError, match="--held is needed in experts"):
+        experts.main(["--model", str(ROOT / "data/tiny-moe"), *argv])

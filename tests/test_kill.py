@@ -273,6 +273,7 @@ def test_an_experiment_that_is_stopped_stops_its_commands(tmp_path, monkeypatch)
     """resa.py: each arm saves a checkpoint, none goes on alone."""
     def experiment(argv):
         args = flags.parse_experiment(flags.arms_parser("resa.py", ""), ["--out", str(tmp_path / "arms")], {})
+        flags.open_experiment(args)
         line = " ".join(KINDS["sft"].split()[1:-1]).replace("--steps 6", "--steps 100000")
         flags.run_commands({"one": "train.py " + line}, args)
     monkeypatch.setitem(PROGRAMS, "experiment", experiment)

@@ -95,6 +95,16 @@ def test_fine_tuning_starts_from_the_sae_of_each_layer(data, tmp_path):
                     str(first), "--out", str(tmp_path / "none")])
 
 
+def test_a_folder_of_saes_needs_to_know_the_site(data, tmp_path):
+    first = run(tmp_path / "first", data, "--layer", "0,2", "--k", 4, "--site", "mlp")
+    words = [word for word in " ".join(FEW).replace("--latents 64 ", "").replace("--preset tiny", "--preset own").split()]
+    go = ["--stage", "sae", "--data", str(data), *words, "--layer", "0,2", "--init", "finetune", "--sae-from", str(first), "--out"]
+    with pytest.raises(ValueError, match="--sae-from with several --layer needs --site"):
+        train.main([*go, str(tmp_path / "o")])
+    train.main([*go, str(tmp_path / "o"), "--site", "mlp"])
+    assert (tmp_path / "o/layers.2.mlp/cfg.json").exists()
+
+
 @pytest.mark.parametrize("words, said", [
     (["--layer", "0,9"], "layer 9: this model has blocks 0 .. 3"), (["--layer", "1,1"], "1,1 names a block twice"),
     (["--layer", "1,"], "--layer"), (["--layer", "x"], "--layer"), (["--layer", "-1"], "--layer"),

@@ -309,7 +309,7 @@ def test_an_experiment_that_was_there_is_not_made_again(tmp_path, monkeypatch):
             if line[0] == "train.py":            # a finished run of that command line
                 where = tmp_path / line[line.index("--out") + 1]
                 where.mkdir(parents=True, exist_ok=True)
-                write_json(where / "config.json", {"argv": ["train.py", *line[1:]]})
+                write_json(where / "config.json", {"argv": ["train.py", *line[1:]], "git": flags.commit()})
                 write_json(where / "summary.json", {})
                 made[line[line.index("--out") + 1]] = where
     monkeypatch.chdir(tmp_path)
@@ -319,6 +319,7 @@ def test_an_experiment_that_was_there_is_not_made_again(tmp_path, monkeypatch):
     def go(*words):
         ran.clear()
         args = flags.parse_experiment(flags.arms_parser("x.py", ""), ["--out", "o", *words], {})
+        flags.open_experiment(args)
         flags.run_commands(arms, args)
         return [line.split()[0] for line in ran], " ".join(ran)
     assert go()[0] == ["eval.py", "train.py", "eval.py"] and "sft --fresh" in go("--seed", "1")[1]
@@ -367,6 +368,7 @@ def test_results_of_other_code_are_not_taken_for_those_of_this(tmp_path, monkeyp
         subprocess.run([*git, *words.split()], check=True)
     monkeypatch.setattr(flags, "ROOT", tmp_path)
     found = [flags.commit.__wrapped__()]
+    (tmp_path / "new.md").write_text("1\n")             # no code
     for text in ("2\n", "3\n", "1\n"):
         (tmp_path / "a.py").write_text(text)
         found.append(flags.commit.__wrapped__())

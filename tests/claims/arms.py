@@ -24,9 +24,9 @@ import torch
 import eval
 import resa
 import train
-from data.files import TINY, check, read_json, write_jsonl, write_text
-from data.flags import (arms_parser, front_door, parse_experiment, refuse_idle, run_commands, slug,
-                        whole)
+from data.files import TINY, check, embedded, read_json, write_jsonl, write_text
+from data.flags import (arms_parser, front_door, open_experiment, parse_experiment, refuse_idle,
+                        run_commands, slug, whole)
 from data.rows import read_columns, read_problems
 from model import Config, load_model, read_adapter
 from resa import TAUGHT, TUNE
@@ -295,15 +295,18 @@ def main(argv):
     quick = dict(seeds=1, questions=40, sae_steps=4, tune_steps=4)
     args = parse_experiment(parser, argv, quick)
     refuse_idle(args, "seed", "--seeds, which are 0, 1, ..")
+    check(args.bench != "all" and ("," not in args.bench or Path(args.bench).exists()),
+          f"--bench {args.bench}: one at a time, each with an --out of its own")
     eval.read_bench(args.bench, args.fields)     # a mistake shows before anything is trained
-    embedded = args.preset == args.bench == "tiny"
-    args.sections = args.sections or [s for s in SECTIONS if embedded or s not in EMBEDDED]
+    ours = args.bench == "tiny" and all(map(embedded, (args.source, args.target, args.data)))
+    args.sections = args.sections or [s for s in SECTIONS if ours or s not in EMBEDDED]
     for name in args.sections:
-        check(embedded or name not in EMBEDDED,
-              f"--sections {name} needs --preset tiny and its questions")
+        check(ours or name not in EMBEDDED,
+              f"--sections {name} needs the models, data and questions of --preset tiny")
     blocks = Config.from_pretrained(args.target).num_hidden_layers
     args.layer = blocks * 3 // 7             # as train.py chooses it
     args.low, args.high = args.layer // 2, (args.layer + blocks) // 2
+    open_experiment(args)
     args.rl_steps, args.group, args.rl_tokens = (100, 2, 8) if args.quick else (200, 8, 96)
     began = time.perf_counter()
     names = dict.fromkeys(["base", *(arm for s in args.sections for arm in SECTIONS[s][1])])

@@ -16,10 +16,10 @@ import torch
 
 import eval
 import train
-from data.files import check, write_json, write_text
+from data.files import check, embedded, write_json, write_text
 from data.flags import (
-    command_lines, derive, experiment_parser, front_door, parse_experiment, real, refuse_idle,
-    run_commands, whole)
+    command_lines, derive, experiment_parser, front_door, open_experiment, parse_experiment, real,
+    refuse_idle, run_commands, whole)
 from data.formats import load_any
 from model import Config, load_model, load_tokenizer
 from resa import activations, is_sink
@@ -84,12 +84,14 @@ def load_text(args):
     model, tokenizer = load_model(t.source, t.dtype, t.device), load_tokenizer(t.source)
     _, ids = train.hold_out(train.load_chunks(t, tokenizer, model))
     if args.held:
-        ids = train.load_chunks(Namespace(**vars(t) | {"data": args.held}), tokenizer, model)
+        held = Namespace(**vars(t) | {"data": args.held})
+        held.fields = "" if embedded(args.held) else t.fields
+        ids = train.load_chunks(held, tokenizer, model)
     return t, model, ids[:max(2, 65536 // args.seq_len)].to(t.device)
 
 @torch.no_grad()
-def study(specs, t, model, ids):
-    """SAEs -> {"n_fit", "n_test", "left_out", "widths": {width: {label: number}}}."""
+def study(specs, other, t, model, ids):
+    """SAEs (other: of any place) -> {"n_fit", "n_test", "left_out", "widths": {width: {label: number}}}."""
     x, half = torch.cat([activations(model, part, t.layer, t.site).float()
                          for part in train.micro_batches(ids, t)]), len(ids) // 2  # (n,T,D)
     limit = train.find_sink_norm(x[:t.batch], None, t)   # for all SAEs, however they were trained
@@ -97,7 +99,7 @@ def study(specs, t, model, ids):
     x, n_fit, widths = x[keep], int(keep[:half].sum()), {}                        # (N,D)
     for spec in specs:
         sae = load_any(spec).to(x.device).requires_grad_(False)
-        check_site(sae, t.layer, t.site, t.other_site)
+        check_site(sae, t.layer, t.site, other)
         check(sae.n_latents not in widths, f"--sae: two of {sae.n_latents} latents; give one")
         sae.meta["sink_norm"] = limit
         line, found = decompose_error(x, torch.cat([*map(sae, x.split(1024))]), n_fit)
@@ -135,9 +137,11 @@ def main(argv):
     parser = experiment_parser("python -m tests.claims.errors", __doc__.split("\n")[0],
                                "source", "data", "dtype")
     add = parser.add_argument
-    add("--layer", type=whole(0), help="decoder block; by default the SAE's, else 3/7 of the depth")
+    add("--layer", type=whole(0), help="decoder block; by default the SAE's, of new ones 3/7 of "
+        "the depth")
     add("--site", choices=("resid", "mlp"), help="output of block or of its MLP; by default the "
-        "SAE's, else resid")
+        "SAE's, of new ones resid")
+    add("--other-site", action="store_true", help="allow SAEs of another one")
     add("--held", default="", help="JSONL to measure on; by default the last 5 %% of --data")
     add("--sae", nargs="+", default=[], help="study these, of different widths; else train some:")
     add("--widths", nargs="+", type=whole(1), default=[128, 256, 512, 1024], help="latents")
@@ -148,15 +152,16 @@ def main(argv):
     args = parse_experiment(parser, argv, dict(seeds=1, steps=4), "errors")
     if "data" in args.given and "held" not in args.given:      # a preset's goes with its own data
         args.held = ""
+    config = Config.from_pretrained(args.source)
     if args.sae:
         refuse_idle(args, "seeds widths steps lr", "--sae, for which nothing is trained")
-        train.place_of(load_any(args.sae[0]), args, args.sae[0])
+        train.open_sae(args.sae[0], args, config.hidden_size, args.source)
     derive(args, "site", "resid", "as the released code")
-    blocks = Config.from_pretrained(args.source).num_hidden_layers
-    derive(args, "layer", blocks * 3 // 7, "3/7 of the depth")
+    derive(args, "layer", config.num_hidden_layers * 3 // 7, "3/7 of the depth")
+    open_experiment(args)
     specs = [args.sae] if args.sae else [train_saes(args, seed) for seed in range(args.seeds)]
     text = load_text(args)
-    found = [study(some, *text) for some in specs]       # of each seed, on the same text
+    found = [study(some, args.other_site, *text) for some in specs]       # on the same text
     text = f"{error_table(found)}\n{NOTE.format(**found[0])}"
     write_text(f"{args.out}/table.txt", text + "\n")
     write_json(f"{args.out}/numbers.json", found)

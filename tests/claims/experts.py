@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 
 import eval
-from data.files import check, write_text
+from data.files import check, embedded, write_text
 from data.flags import (
-    choose_device, experiment_parser, front_door, parse_experiment, slug, whole)
+    choose_device, experiment_parser, front_door, needs, open_experiment, parse_experiment, slug,
+    whole)
 from data.rows import read_columns, read_problems
 from model import at_least_fp32, load_model, load_tokenizer
 
@@ -135,9 +136,12 @@ def main(argv):
         re.compile(args.behaviour)
     except re.error as error:
         raise ValueError(f"--behaviour {args.behaviour}: no regular expression, {error}") from None
-    columns = read_columns(args.fields)
-    problems = {file: read_problems(file, columns)[:args.questions]
-                for file in (args.data, args.held)}
+    needs(args, "held", "in experts")
+    problems = {}
+    for file in (args.data, args.held):
+        columns = read_columns("" if embedded(file) else args.fields)
+        problems[file] = read_problems(file, columns)[:args.questions]
+    open_experiment(args)
     model = load_model(args.model, args.dtype, choose_device(args.device))
     layers, tokenizer = list(routers(model)), load_tokenizer(args.model)          # [L]
 

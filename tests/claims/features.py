@@ -23,7 +23,8 @@ import resa
 import train
 from data.files import check, write_json, write_text
 from data.flags import (
-    SEED, choose_device, experiment_parser, front_door, parse_experiment, run_commands, whole)
+    SEED, choose_device, experiment_parser, front_door, open_experiment, parse_experiment,
+    run_commands, whole)
 from data.formats import load_any
 from data.rows import read_columns, read_problems
 from model import Config, load_model, load_tokenizer, think_prefix
@@ -203,6 +204,7 @@ def main(argv):
     args = parse_experiment(parser, argv, dict(questions=20, steps=4, top=1), "features")
     eval.read_bench(args.bench, args.fields)     # a mistake shows before anything is trained
     layers = args.layers or range(Config.from_pretrained(args.target).num_hidden_layers)
+    open_experiment(args)
     run_commands({f"sae {layer}": f"{SAE}{layer}" for layer in layers}, args, "SAEs")
     study, found = open_study(args), {}
     for layer in tqdm(layers, "effects", disable=None):

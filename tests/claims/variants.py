@@ -19,8 +19,8 @@ import eval
 import train
 from data.files import read_json, write_text
 from data.flags import (
-    choose_device, experiment_parser, front_door, parse_experiment, refuse_idle, run_commands,
-    slug, whole)
+    choose_device, experiment_parser, front_door, open_experiment, parse_experiment, refuse_idle,
+    run_commands, slug, whole)
 from sae import VARIANTS, build, init_b_dec, make_optimizer, metrics
 
 # ---- Compare: one training for each variant and seed, by train.py ------------------------------
@@ -135,6 +135,7 @@ def main(argv):
     args = parse_experiment(parser, argv, dict(seeds=1, steps=4), "variants")
     if args.only == "recover":
         refuse_idle(args, "source data dtype", "--only recover: it has no model")
+    open_experiment(args)
     for name in [args.only] if args.only else STUDIES:
         study, columns, steps = STUDIES[name]
         found, note = study(Namespace(**vars(args) | {"steps": args.steps or steps}))

@@ -18,7 +18,8 @@ import resa
 import train
 from data.files import TINY, check, relative, write_text
 from data.flags import (
-    SEED, choose_device, experiment_parser, front_door, parse_experiment, real, whole)
+    SEED, choose_device, experiment_parser, front_door, open_experiment, parse_experiment, real,
+    whole)
 from data.formats import load_any
 from data.rows import read_problems
 from model import collect, load_model, load_tokenizer
@@ -132,8 +133,9 @@ def main(argv):
     chunks = train.load_chunks(args, tokenizer, model)[:args.chunks].to(sae.W_dec.device)  # (C,T)
     asked = args.prompt or read_problems(TINY / "test.jsonl")[0]["problem"]
     prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": asked}]))
-    room = model.config.max_position_embeddings - len(prompt)
-    check(room > 0, f"--prompt fills all {len(prompt) + room} positions of the model")
+    positions = model.config.max_position_embeddings
+    check(len(prompt) < positions, f"the prompt fills all {positions} positions of the model")
+    room = positions - len(prompt)
     # The sample of eval.py for its first problem with this seed.
     (answer, _), = collect(model, [(prompt, (args.seed, 0, 0))], temperature=args.temperature,
                            max_new_tokens=min(args.max_new_tokens, room),
@@ -141,6 +143,7 @@ def main(argv):
     data = view_data(model, tokenizer, sae, prompt + answer, len(prompt), chunks)
     data |= {"model": relative(args.source), "sae": relative(args.sae or own),
              "examples_from": relative(args.data)}
+    open_experiment(args)
     write_page(f"{args.out}/view.html", data)
     print(f"{args.out}/view.html: {len(answer)} tokens of answer, {len(data['latents']):,} of "
           f"{sae.n_latents:,} features active")
