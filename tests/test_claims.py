@@ -139,8 +139,8 @@ def test_two_commands_at_a_time_give_the_numbers_of_one(data, tmp_path):
     for workers in "12":
         words = [*ARMS, "--preset", "tiny", "--data", str(data), "--workers", workers, "--out", str(tmp_path / workers)]
         subprocess.run([sys.executable, "-m", "tests.claims.arms", *words], cwd=ROOT, check=True, capture_output=True)
-        files = sorted((tmp_path / workers).rglob("eval/**/*.jsonl"))
-        said[workers] = [report_of(tmp_path / workers), *(path.read_bytes() for path in files)]
+        made = sorted((tmp_path / workers).rglob("*.safetensors"))
+        said[workers] = [report_of(tmp_path / workers), *((path.parent.name, path.read_bytes()) for path in made)]
     assert said["1"] == said["2"] and len(said["1"]) > 8
 
 
