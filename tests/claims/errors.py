@@ -91,7 +91,8 @@ def load_text(args):
 
 @torch.no_grad()
 def study(specs, other, t, model, ids):
-    """SAEs (other: of any place) -> {"n_fit", "n_test", "left_out", "widths": {width: {label: number}}}."""
+    """SAEs -> {"n_fit", "n_test", "left_out", "widths": {width: {label: number}}}.
+    other: also those that were trained elsewhere."""
     x, half = torch.cat([activations(model, part, t.layer, t.site).float()
                          for part in train.micro_batches(ids, t)]), len(ids) // 2  # (n,T,D)
     limit = train.find_sink_norm(x[:t.batch], None, t)   # for all SAEs, however they were trained
