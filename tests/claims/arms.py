@@ -1,6 +1,6 @@
 """SAE-Tuning and its controls over training seeds: the arms of arXiv 2506.09967.
 
-    python -m tests.claims.arms                            all sections, 5 seeds: half an hour
+    python -m tests.claims.arms                            all sections, 5 seeds: 48 minutes
     python -m tests.claims.arms --quick --sections arms modes
     python -m tests.claims.arms --target MODEL --source MODEL --data FILE --bench math500 --seeds 1
         --sections arms rates --samples 4 --max-new-tokens 1024 --device cuda --dtype bfloat16
