@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from data.files import REQUIRED, ROOT, check, read_fields, read_jsonl
+from data.files import REQUIRED, ROOT, check, embedded, read_fields, read_jsonl
 
 def blank(value):
     """Whether a field of a row says nothing: absent, null, or white space alone."""
@@ -27,12 +27,12 @@ COLUMNS = ("problem", "answer", "id", "system", "messages", "completion", "text"
 
 # Own questions end with our sentence, so that the answer stands where the grader looks.
 OWN_PROMPT = "{problem}\n\nGive the final answer within \\boxed{}."
-SHIPPED = [ROOT / "data" / name for name in ("tiny", "tiny-moe", "cache")]
 
 def is_own(path):
     """Whether a file is the user's: neither of the embedded family nor a fetched set."""
     names = os.path.abspath(path), os.path.realpath(path)        # the cache may be a link
-    return not any(Path(name).is_relative_to(folder) for name in names for folder in SHIPPED)
+    return not any(embedded(name) or Path(name).is_relative_to(ROOT / "data" / "cache")
+                   for name in names)
 
 def prompt_of(path):
     """What the questions of a file are asked with, in eval.py and in RL alike."""

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 import model
 import resa
+import sae
 import train
 from data import runs
 from data.formats import load_any
@@ -93,6 +94,18 @@ def test_fine_tuning_starts_from_the_sae_of_each_layer(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="layers.3"):
         train.main(["--stage", "sae", "--data", str(data), *words, "--layer", "0,3", "--init", "finetune", "--sae-from",
                     str(first), "--out", str(tmp_path / "none")])
+
+
+def test_noise_of_saes_from_files_is_refused_too(data, tmp_path):
+    for layer in (0, 2):
+        noisy = sae.build("vsae", 128, 64, k=4, sample="unit")
+        noisy.meta = {"layer": layer, "site": "resid"}
+        sae.save_sae(noisy, tmp_path / f"saes/layers.{layer}")
+    words = " ".join(FEW).replace("--latents 64 ", "").split()
+    with pytest.raises(ValueError, match="vsae with sample=unit draws noise in every step"):
+        train.main(["--stage", "sae", "--data", str(data), *words, "--layer", "0,2", "--init", "finetune", "--sae-from",
+                    str(tmp_path / "saes"), "--out", str(tmp_path / "o")])
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_folder_of_saes_needs_to_know_the_site(data, tmp_path):
